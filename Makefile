@@ -1,0 +1,44 @@
+# The two commands are `make demo` and `make test`; each installs what it needs into .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+# Two busy threads that spin while they wait can cost more than the work itself.
+export OMP_WAIT_POLICY ?= passive
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test test-slow lint install clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo       prepare, train, calibrate and build the model of the embedded example"
+	@echo "make test       the fast tests"
+	@echo "make test-slow  the slow tests"
+	@echo "make lint       ruff, as CI runs it"
+	@echo "make clean      remove runs/ (not .venv)"
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "NicheCLIP needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + "; set PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+demo: .venv/installed
+	$(BIN)/python -m data_prep domains/facades/domain.yaml
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train.py
+	$(BIN)/python calibrate.py runs/facades
+	$(BIN)/python -m model_card runs/facades
+
+test: .venv/installed
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf runs

@@ -1,0 +1,138 @@
+"""The embedded default: drawn façades in class folders, with planted faults whose truth is written beside them.
+
+The train pool is like photos from the web: some labels are wrong, some pictures come twice, some files are broken,
+classes are uneven. The held-out splits are like what an expert has gone through: evenly many, clean, rightly labelled.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+
+from data_prep.sources.painter import draw
+from nicheclip.results import read_json, write_json
+
+
+@dataclass(frozen=True)
+class FacadeOptions:
+    """How many drawings, and the faults of the train pool, as shares of it."""
+
+    smallest_class: int = 20
+    largest_class: int = 120
+    validation: int = 30  # a class, as the next two
+    calibration: int = 40
+    test: int = 60
+    wrong_labels: float = 0.08
+    near_duplicates: float = 0.05  # one in four of them of a held-out drawing: a leak, if it is not found
+    unreadable: float = 0.01
+    size: int = 96  # pixels
+
+
+def paint_facades(folder: str | Path, clusters: list[list[str]], seed: int, **options: object) -> Path:
+    """Paints the class folders `folder`/<split>/<style>/*.jpg and `folder`/truth.json; does nothing if they are there.
+
+    `truth.json` holds wrong_labels {source_id: true style}, near_duplicates {source_id: source_id of the original}
+    and unreadable [source_id].
+
+    Args:
+        clusters: the styles by cluster; two of three wrong labels stay inside their cluster, as people's errors do.
+        options: the fields of `FacadeOptions`.
+
+    Raises:
+        ValueError: for an option that does not exist.
+    """
+    folder = Path(folder)
+    try:
+        chosen = FacadeOptions(**options)
+    except TypeError as error:
+        known = ", ".join(FacadeOptions.__dataclass_fields__)
+        raise ValueError(f"source.options of the façade painter: {error}; known options are {known}") from error
+    order = {"seed": seed, "clusters": clusters, **asdict(chosen)}
+    truth_file = folder / "truth.json"
+    if truth_file.is_file() and read_json(truth_file, "")["order"] == order:
+        return folder
+    unfinished = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    jobs, truth = _plan(clusters, chosen, np.random.default_rng(seed))
+    for parent in {Path(job[0]).parent for job in jobs}:
+        (unfinished / parent).mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
+        tasks = (
+            (str(unfinished / name), style, [seed, number], fault, chosen.size) for name, style, number, fault in jobs
+        )
+        for _ in tqdm(
+            pool.map(_paint_file, tasks, chunksize=16), total=len(jobs), desc="painting façades", unit="img"
+        ):
+            pass
+    write_json(unfinished / "truth.json", {"order": order, **truth})
+    unfinished.rename(folder)
+    return folder
+
+
+def _plan(clusters: list[list[str]], options: FacadeOptions, rng: np.random.Generator) -> tuple[list[tuple], dict]:
+    """Every file to paint as (name, style, number of the drawing, fault), and the truth about the faults."""
+    styles = [style for cluster in clusters for style in cluster]
+    jobs: list[tuple[str, str, int, str]] = []
+    for split in ("validation", "calibration", "test"):
+        for style in styles:
+            for index in range(getattr(options, split)):
+                jobs.append((f"{split}/{style}/{index:04d}.jpg", style, len(jobs), "none"))
+    held_out = list(jobs)
+
+    sizes = np.geomspace(options.smallest_class, options.largest_class, len(styles)).round().astype(int)
+    pool = []
+    for style, size in zip(styles, rng.permutation(sizes), strict=True):
+        pool += [(style, len(held_out) + len(pool) + index) for index in range(size)]
+    fate = rng.permutation(len(pool))
+    wrong = set(fate[: round(options.wrong_labels * len(pool))].tolist())
+    broken = set(fate[len(fate) - round(options.unreadable * len(pool)) :].tolist())
+    truth: dict = {"wrong_labels": {}, "near_duplicates": {}, "unreadable": []}
+    for index, (style, number) in enumerate(pool):
+        label = style
+        if index in wrong:
+            near = [other for cluster in clusters if style in cluster for other in cluster if other != style]
+            far = [other for other in styles if other != style and other not in near]
+            label = str(rng.choice(near if near and rng.random() < 2 / 3 else far))
+        name = f"train/{label}/{number:05d}.jpg"
+        if index in wrong:
+            truth["wrong_labels"][name] = style
+        if index in broken:
+            truth["unreadable"].append(name)
+        jobs.append((name, style, number, "unreadable" if index in broken else "none"))
+
+    readable = [job for job in jobs[len(held_out) :] if job[3] == "none"]
+    duplicates = round(options.near_duplicates * len(pool))
+    for copy in range(duplicates):
+        originals = held_out if copy % 4 == 0 else readable
+        original = originals[rng.integers(len(originals))]
+        label = original[0].split("/")[1]
+        name = f"train/{label}/copy{copy:04d}.jpg"
+        truth["near_duplicates"][name] = original[0]
+        if original[0] in truth["wrong_labels"]:
+            truth["wrong_labels"][name] = original[1]
+        jobs.append((name, original[1], original[2], "near_duplicate"))
+    return jobs, truth
+
+
+def _paint_file(task: tuple[str, str, list[int], str, int]) -> None:
+    path, style, seed, fault, size = task
+    image = draw(style, np.random.default_rng(seed), size)
+    rng = np.random.default_rng([*seed, 1])
+    if fault == "near_duplicate":
+        left, top, right, bottom = rng.integers(1, max(2, size // 24), size=4)
+        image = image.crop((left, top, size - right, size - bottom)).resize((size, size), Image.Resampling.BICUBIC)
+    encoded = io.BytesIO()
+    image.save(encoded, "JPEG", quality=int(rng.integers(60, 75)) if fault == "near_duplicate" else 92)
+    content = encoded.getvalue()
+    if fault == "unreadable":
+        content = content[: int(len(content) * rng.uniform(0, 0.6))]
+    Path(path).write_bytes(content)

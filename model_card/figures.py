@@ -1,0 +1,215 @@
+"""The four figures of a scorecard: gates, confusions, classes, reliability."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.patches
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from sklearn.manifold import TSNE
+
+from nicheclip.domain import Domain
+from nicheclip.metrics import class_f1, reliability
+from nicheclip.results import Measure
+from nicheclip.scorecard import Outputs
+
+BASE, TUNED, GATE, INK = "#9AA0A6", "#0072B2", "#D55E00", "#333333"
+# Okabe and Ito's colours, safe for colour-blind readers, then two more for domains with many clusters.
+CLUSTER_COLOURS = [
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#D55E00",
+    "#B8A800",
+    "#000000",
+    "#7B4FA3",
+    "#8C6D46",
+]
+MARKERS = ["o", "^", "s", "D", "v", "P"]
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "figure.dpi": 130,
+    "savefig.bbox": "tight",
+}
+
+
+def draw_figures(
+    folder: Path, domain: Domain, labels: np.ndarray, tuned: Outputs, base: Outputs, scorecard: dict[str, Any]
+) -> None:
+    """Writes scorecard.png, confusion.png, classes.png and reliability.png into `folder`.
+
+    Args:
+        labels: (N,) int, of the test images that `tuned` and `base` speak of.
+    """
+    folder.mkdir(parents=True)
+    measures = {name: Measure.from_dict(fields) for name, fields in scorecard["metrics"].items()}
+    with matplotlib.rc_context(STYLE):
+        for name, figure in {
+            "scorecard": _scorecard(domain, measures, scorecard["gates"]),
+            "confusion": _confusion(domain, labels, tuned),
+            "classes": _classes(domain, labels, tuned, base),
+            "reliability": _reliability(labels, tuned, measures),
+        }.items():
+            figure.savefig(folder / f"{name}.png")
+
+
+def _figure(width: float, height: float, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, columns, **options)
+
+
+def _scorecard(domain: Domain, measures: dict[str, Measure], gates: dict[str, dict[str, str]]) -> Figure:
+    figure, axes = _figure(8, 0.55 * len(gates) + 1.2)
+    names = list(gates)[::-1]
+    for height, name in enumerate(names):
+        measure = measures[name]
+        for offset, which, colour, label in (
+            (-0.14, measure.base, BASE, "base zero-shot"),
+            (0.14, measure, TUNED, "fine-tuned"),
+        ):
+            if which is None:
+                continue
+            errors = [[max(0, which.value - which.low)], [max(0, which.high - which.value)]]
+            axes.errorbar(
+                which.value,
+                height + offset,
+                xerr=errors,
+                fmt="o",
+                color=colour,
+                capsize=3,
+                label=label if height == 0 else None,
+            )
+        label = "gate" if height == 0 else None
+        axes.plot([domain.gates[name]] * 2, [height - 0.38, height + 0.38], color=GATE, linewidth=2, label=label)
+        axes.text(
+            1.02,
+            height,
+            f"{gates[name]['target']}  {gates[name]['verdict']}",
+            va="center",
+            transform=axes.get_yaxis_transform(),
+        )
+    ticks = [f"{name.replace('_', ' ')}\n{measures[name].n} {measures[name].split}" for name in names]
+    axes.set_yticks(range(len(names)), ticks, fontsize=9)
+    axes.set(xlim=(0, 1), title=f"{domain.title}: scorecard on held-out images, 95 % intervals")
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+def _by_cluster(domain: Domain) -> list[int]:
+    """Class indices, classes of one cluster side by side."""
+    return [domain.class_names.index(name) for members in domain.clusters.values() for name in members]
+
+
+def _confusion(domain: Domain, labels: np.ndarray, tuned: Outputs) -> Figure:
+    order = _by_cluster(domain)
+    count = len(order)
+    matrix = np.zeros((count, count), dtype=int)
+    np.add.at(matrix, (labels, tuned.calibrated.argmax(axis=1)), 1)
+    matrix = matrix[np.ix_(order, order)]
+    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    side = 2.5 + 0.34 * count
+    figure, axes = _figure(side + 0.8, side)
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for row, column in zip(*np.nonzero(matrix), strict=True):
+        colour = "white" if share[row, column] > 0.6 else INK
+        axes.text(column, row, matrix[row, column], ha="center", va="center", fontsize=7, color=colour)
+    edge = -0.5
+    for members in domain.clusters.values():
+        box = matplotlib.patches.Rectangle(
+            (edge, edge), len(members), len(members), fill=False, edgecolor=GATE, linewidth=1.5
+        )
+        axes.add_patch(box)
+        edge += len(members)
+    names = [domain.class_names[index] for index in order]
+    axes.set_xticks(range(count), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
+    axes.set_yticks(range(count), names, fontsize=8)
+    axes.set(xlabel="predicted", ylabel="labelled", title=f"Confusions on {len(labels)} test images (boxes: clusters)")
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, shrink=0.6, label="share of the labelled class")
+    return figure
+
+
+def _classes(domain: Domain, labels: np.ndarray, tuned: Outputs, base: Outputs) -> Figure:
+    order = _by_cluster(domain)
+    figure, (bars, scatter) = _figure(
+        12.5, max(5.0, 0.3 * len(order) + 1.4), columns=2, gridspec_kw={"width_ratios": [1, 1.25]}
+    )
+    heights = np.arange(len(order))[::-1]
+    counts = np.bincount(labels, minlength=len(order))
+    for outputs, colour, label, offset in ((base, BASE, "base zero-shot", -0.2), (tuned, TUNED, "fine-tuned", 0.2)):
+        bars.barh(
+            heights + offset, class_f1(outputs.calibrated, labels)[order], height=0.38, color=colour, label=label
+        )
+    names = [f"{domain.class_names[index]} ({counts[index]})" for index in order]
+    bars.set_yticks(heights, names, fontsize=8)
+    bars.set(xlim=(0, 1), title="F1 of each class (test images)")
+    bars.legend(loc="upper center", bbox_to_anchor=(0.5, -0.05), ncols=2)
+    _map(scatter, domain, labels, tuned)
+    return figure
+
+
+def _map(axes: Axes, domain: Domain, labels: np.ndarray, tuned: Outputs) -> None:
+    perplexity = min(30, (len(labels) - 1) / 3)
+    places = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(tuned.image_embeds)  # (N, 2)
+    for cluster, members in enumerate(domain.clusters.values()):
+        for position, name in enumerate(members):
+            own = labels == domain.class_names.index(name)
+            axes.scatter(
+                *places[own].T,
+                s=14,
+                alpha=0.75,
+                linewidths=0,
+                label=name,
+                color=CLUSTER_COLOURS[cluster % len(CLUSTER_COLOURS)],
+                marker=MARKERS[position % len(MARKERS)],
+            )
+    axes.set(xticks=[], yticks=[], title="Map of the fine-tuned image_embeds (t-SNE; colour: cluster)")
+    axes.spines[:].set_visible(False)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, markerscale=1.4)
+
+
+def _reliability(labels: np.ndarray, tuned: Outputs, measures: dict[str, Measure]) -> Figure:
+    figure, (before, after, noise) = _figure(12, 3.9, columns=3)
+    for axes, probabilities, name, title in (
+        (before, tuned.raw, "ece_before_calibration", "before"),
+        (after, tuned.calibrated, "ece", "after"),
+    ):
+        confidence, accuracy, counts = reliability(probabilities, labels)
+        filled = counts > 0
+        axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=":")
+        axes.bar(
+            np.arange(15) / 15 + 1 / 30,
+            counts / counts.sum(),
+            width=1 / 15,
+            color=BASE,
+            alpha=0.35,
+            label="share of images",
+        )
+        axes.plot(confidence[filled], accuracy[filled], color=TUNED, marker="o", markersize=4, label="accuracy")
+        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", title=f"{title}: ECE {measures[name]}")
+        axes.set_aspect("equal")
+    before.set_ylabel(f"accuracy ({len(labels)} test images)")
+    before.legend(loc="upper left", fontsize=8)
+    bins = np.linspace(0, 1, 26)
+    noise.hist(
+        tuned.calibrated.max(axis=1), bins, density=True, color=TUNED, alpha=0.6, label=f"{len(labels)} test images"
+    )
+    noise.hist(tuned.noise, bins, density=True, color=GATE, alpha=0.6, label=f"{len(tuned.noise)} noise images")
+    noise.axvline(tuned.threshold, color=INK, linestyle="--", linewidth=1, label="“not sure” below")
+    noise.set(xlim=(0, 1), xlabel="calibrated confidence", yticks=[], title="Confidence on test and on noise")
+    noise.legend(fontsize=8)
+    return figure

@@ -1,0 +1,179 @@
+"""The prepared dataset, and the way of its images into a batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageFilter
+from transformers import CLIPProcessor
+
+from nicheclip.domain import Augmentation
+
+SPLITS = ("train", "validation", "calibration", "test")
+
+
+def features(class_names: list[str]) -> datasets.Features:
+    """The columns of a prepared dataset.
+
+    `repeats` is how often an epoch visits the image (oversampling without copies); `zero_shot_score` is the base
+    model's probability for the image's own label, and is null outside of train, which alone is filtered.
+    """
+    return datasets.Features(
+        {
+            "image": datasets.Image(),
+            "label": datasets.ClassLabel(names=class_names),
+            "source_id": datasets.Value("string"),
+            "group_id": datasets.Value("string"),
+            "sha256": datasets.Value("string"),
+            "zero_shot_score": datasets.Value("float32"),
+            "repeats": datasets.Value("int32"),
+            "attribution": datasets.Value("string"),
+        }
+    )
+
+
+def load_prepared(run: str | Path) -> datasets.DatasetDict:
+    """Reads `RUN/data`.
+
+    Raises:
+        FileNotFoundError: if data_prep has not made it.
+    """
+    folder = Path(run) / "data"
+    if not (folder / "dataset_dict.json").is_file():
+        raise FileNotFoundError(
+            f"'{folder}' holds no prepared data; run `python -m data_prep DOMAIN --run {run}` first"
+        )
+    return datasets.load_from_disk(folder)
+
+
+def image_side(processor: CLIPProcessor) -> int:
+    """The side of the square image that the model sees, in pixels."""
+    return processor.image_processor.crop_size["height"]
+
+
+def augment(image: Image.Image, side: int, how: Augmentation, rng: np.random.Generator) -> Image.Image:
+    """One random view of an RGB image, `side` x `side` pixels; depends on the generator alone.
+
+    Crop, flip, rotation and perspective are one resampling: the corners of a random box are turned and shifted, and
+    what lies between them is mapped to the square.
+    """
+    width, height = image.size
+    area = rng.uniform(*how.crop_scale) * width * height
+    ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+    box = np.minimum([math.sqrt(area * ratio), math.sqrt(area / ratio)], [width, height])  # (2,) width and height
+    centre = box / 2 + rng.random(2) * (np.array([width, height]) - box)
+    corners = np.array([[-1, -1], [-1, 1], [1, 1], [1, -1]]) / 2 * box  # (4, 2), as Pillow orders a quadrilateral
+    angle = math.radians(rng.uniform(-how.rotation, how.rotation))
+    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    corners = corners @ turn.T + rng.uniform(-how.perspective, how.perspective, (4, 2)) * box
+    if rng.random() < how.horizontal_flip:
+        corners = corners[[3, 2, 1, 0]]
+    corners = np.clip(centre + corners, 0, [width, height])
+    view = image.transform((side, side), Image.Transform.QUAD, corners.ravel().tolist(), Image.Resampling.BICUBIC)
+
+    for enhance, strength in (
+        (ImageEnhance.Brightness, how.brightness),
+        (ImageEnhance.Contrast, how.contrast),
+        (ImageEnhance.Color, how.saturation),
+    ):
+        view = enhance(view).enhance(rng.uniform(max(0, 1 - strength), 1 + strength))
+    if how.hue:
+        hue, saturation, value = view.convert("HSV").split()
+        shift = round(rng.uniform(-how.hue, how.hue) * 256)
+        view = Image.merge("HSV", (hue.point(lambda h: (h + shift) % 256), saturation, value)).convert("RGB")
+    if rng.random() < how.grayscale:
+        view = view.convert("L").convert("RGB")
+    if rng.random() < how.blur:
+        view = view.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0) * side / 224))
+    return view
+
+
+class TrainingVisits(torch.utils.data.Dataset):
+    """The visits of one epoch: each image as often as its `repeats`, each visit with its own view and prompt.
+
+    What a visit draws depends on seed, epoch and its index alone, so not on workers, processes or a restart.
+
+    Args:
+        rows: the prepared train split.
+        prompts: the prompts of each class, in class order.
+        side: of the views, in pixels.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        prompts: Sequence[Sequence[str]],
+        augmentation: Augmentation,
+        side: int,
+        seed: int,
+    ):
+        self.rows = rows
+        self.prompts = prompts
+        self.augmentation = augmentation
+        self.side = side
+        self.seed = seed
+        self.epoch = 0
+        self.row_of_visit = np.repeat(np.arange(len(rows)), rows["repeats"])
+        self.labels = np.asarray(rows["label"])[self.row_of_visit]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer (through accelerate's data loader) before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.row_of_visit)
+
+    def __getitem__(self, visit: int) -> dict[str, Any]:
+        rng = np.random.default_rng([self.seed, self.epoch, visit])
+        row = self.rows[int(self.row_of_visit[visit])]
+        prompts = self.prompts[row["label"]]
+        return {
+            "image": augment(row["image"].convert("RGB"), self.side, self.augmentation, rng),
+            "prompt": prompts[rng.integers(len(prompts))],
+            "label": row["label"],
+        }
+
+
+def tokenize(processor: CLIPProcessor, prompts: list[str]) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask`, each (P, L), padded to the longest prompt only."""
+    return processor.tokenizer(prompts, padding=True, truncation=True, max_length=77, return_tensors="pt")
+
+
+class TrainingCollator:
+    """Visits -> pixel_values (B, 3, S, S), the batch's distinct prompts (P, L), prompt_index (B,), labels (B,)."""
+
+    def __init__(self, processor: CLIPProcessor):
+        self.processor = processor
+
+    def __call__(self, visits: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        distinct = list(dict.fromkeys(visit["prompt"] for visit in visits))
+        position = {prompt: index for index, prompt in enumerate(distinct)}
+        views = self.processor.image_processor(
+            [visit["image"] for visit in visits], do_resize=False, do_center_crop=False, return_tensors="pt"
+        )
+        return {
+            "pixel_values": views["pixel_values"],
+            **tokenize(self.processor, distinct),
+            "prompt_index": torch.tensor([position[visit["prompt"]] for visit in visits]),
+            "labels": torch.tensor([visit["label"] for visit in visits]),
+        }
+
+
+class ImageCollator:
+    """Rows -> pixel_values (B, 3, S, S) as the processor makes them, labels (B,)."""
+
+    def __init__(self, processor: CLIPProcessor):
+        self.processor = processor
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        images = [row["image"].convert("RGB") for row in rows]
+        return {
+            "pixel_values": self.processor.image_processor(images, return_tensors="pt")["pixel_values"],
+            "labels": torch.tensor([row["label"] for row in rows]),
+        }

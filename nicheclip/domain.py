@@ -1,0 +1,275 @@
+"""A niche is one YAML file; `Domain.load` reads it, checks it, and says what to mend.
+
+domain = Domain.load("domains/facades/domain.yaml")
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
+GatedMetric = Literal[
+    "accuracy", "macro_f1", "hard_negative_pass_rate", "semantic_recall_at_1", "ece", "noise_confidence_p95"
+]
+
+
+class DomainError(ValueError):
+    """A domain file that can't be used: names the file, the key, the value and the remedy."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(_Section):
+    """Where the images come from: class folders on disk, or the façade painter."""
+
+    kind: Literal["folder", "facades"] = "folder"
+    path: str | None = None  # of the class folders; `--images` overrides it
+    options: dict[str, Any] = {}  # passed on to the source, see `data_prep.sources`
+
+
+class Splits(_Section):
+    """How many images (an integer) or which share (a float below 1) of each class each held-out split takes."""
+
+    validation: float = Field(0.15, ge=0)
+    calibration: float = Field(0.15, ge=0)
+    test: float = Field(0.25, ge=0)
+
+    @field_validator("*")
+    @classmethod
+    def _share_or_count(cls, value: float) -> float:
+        if value >= 1 and value != int(value):
+            raise ValueError(f"{value:g} is neither a share below 1 nor a whole number of images a class")
+        return value
+
+    @model_validator(mode="after")
+    def _leave_something_to_train(self) -> Splits:
+        shares = [share for share in (self.validation, self.calibration, self.test) if share < 1]
+        if sum(shares) >= 1:
+            raise ValueError(f"the shares add up to {sum(shares):g}, which leaves nothing to train on; lower them")
+        return self
+
+
+class QualityFilter(_Section):
+    """Drops training images to whose own label base CLIP gives a probability below `threshold`.
+
+    `max_drop_share` caps what one class may lose: a class that the base model does not know must not be deleted.
+    """
+
+    mode: Literal["zero_shot", "none"] = "zero_shot"
+    threshold: Share = 0.05
+    max_drop_share: Share = 0.3
+
+
+class Augmentation(_Section):
+    """A fresh draw at each visit of a training image. Angles in degrees, the rest as factors or probabilities."""
+
+    crop_scale: tuple[Share, Share] = (0.75, 1.0)  # share of the area that is kept
+    horizontal_flip: Share = 0.5
+    rotation: float = Field(5.0, ge=0, le=180)
+    perspective: Share = 0.1  # largest shift of a corner, as a share of the side
+    brightness: Share = 0.2
+    contrast: Share = 0.2
+    saturation: Share = 0.2
+    hue: float = Field(0.02, ge=0, le=0.5)
+    grayscale: Share = 0.05
+    blur: Share = 0.1
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _order(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError("must be two numbers, 0 < smallest <= largest <= 1")
+        return value
+
+
+class Stage(_Section):
+    """One stage of training: which parameters train, for how long, how fast.
+
+    `train` holds shell patterns over the parameter names of `CLIPModel`; `last_visual_blocks` adds that many
+    transformer blocks from the end of the visual tower.
+    """
+
+    name: Text
+    epochs: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+    train: list[Text]
+    last_visual_blocks: int = Field(0, ge=0)
+
+
+class Domain(_Section):
+    """Everything that makes a niche: its classes and prompts, what is confused with what, and how to train and judge."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    title: Text
+    description: Text
+    base: Text  # a Hub id, or a folder relative to the domain file
+    classes: dict[Text, list[Text]]
+    clusters: dict[Text, list[Text]]
+    stages: list[Stage] = Field(min_length=1)
+    gates: dict[GatedMetric, float]  # the target of each gated metric of the scorecard
+    source: Source = Source()
+    splits: Splits = Splits()
+    quality_filter: QualityFilter = QualityFilter()
+    samples_per_class: int = Field(280, ge=1)
+    stored_short_side: int = Field(288, ge=32)  # pixels; images are stored shrunk to this
+    augmentation: Augmentation = Augmentation()
+    training: dict[str, Any] = {}  # any field of StagedTrainingArguments
+    selective_accuracy: float = Field(0.95, gt=0, lt=1)  # what the abstention threshold aims at
+
+    @field_validator("classes")
+    @classmethod
+    def _classes(cls, classes: dict[str, list[str]]) -> dict[str, list[str]]:
+        if len(classes) < 2:
+            raise ValueError(f"{len(classes)} classes; a classifier needs at least two")
+        owners: dict[str, str] = {}
+        for name, prompts in classes.items():
+            if not prompts:
+                raise ValueError(f"class '{name}' has no prompt; give it at least one, the canonical one first")
+            for prompt in prompts:
+                if owners.setdefault(prompt, name) != name:
+                    raise ValueError(f"prompt '{prompt}' is in both '{owners[prompt]}' and '{name}'; reword one")
+        folded: dict[str, str] = {}
+        for name in classes:
+            if folded.setdefault(name.strip().casefold(), name) != name:
+                raise ValueError(f"duplicate class: '{folded[name.strip().casefold()]}' and '{name}'; remove one")
+        return classes
+
+    @model_validator(mode="after")
+    def _clusters_cover_classes_once(self) -> Domain:
+        homes: dict[str, str] = {}
+        for cluster, members in self.clusters.items():
+            for member in members:
+                if member not in self.classes:
+                    raise ValueError(
+                        f"clusters.{cluster}: '{member}' is no class{_did_you_mean(member, self.classes)}"
+                    )
+                if member in homes:
+                    raise ValueError(
+                        f"clusters: class '{member}' is in '{homes[member]}' and in '{cluster}'; keep it in one of them"
+                    )
+                homes[member] = cluster
+        missing = [name for name in self.classes if name not in homes]
+        if missing:
+            raise ValueError(
+                f"clusters: {_quote(missing)} in no cluster; add to the classes it is confused with, or give it its own"
+            )
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path, **overrides: Any) -> Domain:
+        """Reads and checks a domain file.
+
+        Args:
+            path: the YAML file, or the folder that holds it as `domain.yaml`.
+            overrides: top-level keys to replace, e.g. `base="…"`; those that are `None` are ignored.
+
+        Raises:
+            DomainError: if the file is missing or wrong; lists every problem with key, value and remedy.
+        """
+        path = Path(path)
+        path = path / "domain.yaml" if path.is_dir() else path
+        if not path.is_file():
+            raise DomainError(f"no domain file at '{path}'; expected a YAML file like domains/facades/domain.yaml")
+        try:
+            raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise DomainError(f"{path} is not valid YAML: {error}") from error
+        if not isinstance(raw, dict):
+            raise DomainError(f"{path} holds a {type(raw).__name__}; expected keys such as name, base, classes")
+        overrides = {key: value for key, value in overrides.items() if value is not None}
+        folder = Path(overrides["base"]) if "base" in overrides else path.parent / str(raw.get("base"))
+        raw |= overrides
+        if folder.is_dir():
+            raw["base"] = str(folder.resolve())
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            problems = "\n".join(f"  - {_explain(problem)}" for problem in error.errors())
+            raise DomainError(f"{path} can't be used:\n{problems}") from error
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(
+            yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True), "utf-8"
+        )
+
+    @property
+    def class_names(self) -> list[str]:
+        return list(self.classes)
+
+    @property
+    def canonical_prompts(self) -> list[str]:
+        """The first prompt of each class, in class order: the zero-shot classifier."""
+        return [prompts[0] for prompts in self.classes.values()]
+
+    @property
+    def prompt_bank(self) -> tuple[list[str], list[int]]:
+        """All prompts, and the class index of each."""
+        bank = [(prompt, index) for index, prompts in enumerate(self.classes.values()) for prompt in prompts]
+        return [prompt for prompt, _ in bank], [index for _, index in bank]
+
+    @property
+    def class_clusters(self) -> list[int]:
+        """The cluster index of each class, in class order."""
+        homes = {name: index for index, members in enumerate(self.clusters.values()) for name in members}
+        return [homes[name] for name in self.classes]
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys and says nothing; here that is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"duplicate key '{key}'; remove or rename one", problem_mark=key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_SECTION_OF_KEY = {
+    "source": Source,
+    "splits": Splits,
+    "quality_filter": QualityFilter,
+    "augmentation": Augmentation,
+    "stages": Stage,
+}
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    """One line of plain words for one of pydantic's problems."""
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        section = _SECTION_OF_KEY.get(location[0], Domain) if len(location) > 1 else Domain
+        return f"unknown key '{key}'{_did_you_mean(location[-1], section.model_fields)}"
+    if problem["type"] == "missing":
+        return f"missing key '{key}'; add it (domains/facades/domain.yaml shows all keys)"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "string_pattern_mismatch" or problem["type"] == "string_too_short":
+        message = (
+            "expected lower-case letters, digits, '-', '_' or '.'; rename it"
+            if key == "name"
+            else "expected some text"
+        )
+    value = "" if problem["type"] == "value_error" else f" (got {problem['input']!r})"
+    return f"{key + ': ' if key else ''}{message}{value}"
+
+
+def _did_you_mean(word: str, candidates: Any) -> str:
+    close = difflib.get_close_matches(word, list(candidates), n=1)
+    return f"; did you mean '{close[0]}'?" if close else f"; expected one of {_quote(list(candidates))}"
+
+
+def _quote(words: list[str]) -> str:
+    return ", ".join(f"'{word}'" for word in words)

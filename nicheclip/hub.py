@@ -1,0 +1,61 @@
+"""The published folder: a plain CLIPModel with the temperature folded in, and what the classifier needs beside it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors.torch import save_file
+
+from nicheclip.classifier import PROTOTYPES_FILE, SETTINGS_FILE
+from nicheclip.domain import Domain
+from nicheclip.results import write_json
+from nicheclip.zero_shot import encode_texts, load_clip
+
+
+def save_published_model(run: Path, folder: Path, domain: Domain, calibration: dict[str, Any]) -> None:
+    """Writes model, processor, nicheclip.json and prototypes.safetensors into `folder`.
+
+    softmax(logits / T) is what the published model's own softmax gives: log T is taken off its logit_scale.
+    """
+    model, processor = load_clip(run / "model")
+    with torch.no_grad():
+        model.logit_scale -= math.log(calibration["temperature"])
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    prototypes = encode_texts(model, processor, domain.canonical_prompts).cpu().contiguous()
+    save_file({"prototypes": prototypes}, folder / PROTOTYPES_FILE)
+    write_json(
+        folder / SETTINGS_FILE,
+        {
+            "format_version": 1,
+            "title": domain.title,
+            "class_names": domain.class_names,
+            "prompts": domain.classes,
+            "clusters": domain.clusters,
+            "temperature": calibration["temperature"],
+            "trained_logit_scale": calibration["trained_logit_scale"],
+            "fitted_on": {"split": calibration["split"], "n": calibration["n"]},
+            "abstention": calibration["abstention"],
+        },
+    )
+
+
+def push(folder: Path, repo_id: str, private: bool) -> str:
+    """Uploads the folder as one commit and gives the address of the commit.
+
+    Raises:
+        OSError: with the remedy, if the Hub refuses.
+    """
+    api = HfApi()
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="NicheCLIP model").commit_url
+    except HfHubHTTPError as error:
+        raise OSError(
+            f"the Hub refused to take '{repo_id}': {error}; log in with `hf auth login` and a token that may write there"
+        ) from error

@@ -1,0 +1,71 @@
+"""Zero-shot classification: prompts -> class prototypes (C, D), images -> image_embeds (N, D), logits (N, C)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+from transformers import CLIPModel, CLIPProcessor
+
+from nicheclip.data import tokenize
+
+
+def load_clip(base: str | Path) -> tuple[CLIPModel, CLIPProcessor]:
+    """A CLIPModel in float32 and its processor, from a folder or the Hub.
+
+    Raises:
+        OSError: if neither a folder nor a repository of that name can be read.
+    """
+    try:
+        model = CLIPModel.from_pretrained(base, dtype=torch.float32)
+        processor = CLIPProcessor.from_pretrained(base)
+    except OSError as error:
+        raise OSError(
+            f"can't load a CLIP model from '{base}': expected a folder written by save_pretrained or a Hub id such as "
+            f"openai/clip-vit-base-patch32; check the name and the network, or pass --base ({error})"
+        ) from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
+
+
+@torch.inference_mode()
+def encode_texts(model: CLIPModel, processor: CLIPProcessor, prompts: list[str]) -> torch.Tensor:
+    """Unit-length text_embeds (P, D), on the model's device."""
+    tokens = tokenize(processor, prompts).to(model.device)
+    text_embeds = model.get_text_features(**tokens).pooler_output
+    return torch.nn.functional.normalize(text_embeds.float(), dim=-1)
+
+
+@torch.inference_mode()
+def encode_images(
+    model: CLIPModel,
+    processor: CLIPProcessor,
+    images: Iterable[Image.Image],
+    total: int,
+    batch_size: int = 64,
+    description: str = "encoding",
+) -> np.ndarray:
+    """Unit-length image_embeds (N, D) float32 of `total` images, read batch by batch, with a progress bar."""
+    batches = []
+    with tqdm(total=total, desc=description, unit="img", leave=False) as progress:
+        for batch in _batched(images, batch_size):
+            pixel_values = processor.image_processor([image.convert("RGB") for image in batch], return_tensors="pt")
+            image_embeds = model.get_image_features(pixel_values["pixel_values"].to(model.device)).pooler_output
+            batches.append(torch.nn.functional.normalize(image_embeds.float(), dim=-1).cpu().numpy())
+            progress.update(len(batch))
+    return np.concatenate(batches)
+
+
+def zero_shot_logits(model: CLIPModel, image_embeds: np.ndarray, text_embeds: torch.Tensor) -> np.ndarray:
+    """exp(logit_scale) x cosine: (N, D) and (C, D) -> (N, C) float32."""
+    return model.logit_scale.exp().item() * image_embeds @ text_embeds.cpu().numpy().T
+
+
+def _batched(items: Iterable[Image.Image], size: int) -> Iterator[Sequence[Image.Image]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
