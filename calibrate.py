@@ -1,8 +1,8 @@
 """python calibrate.py RUN
 
 Fits the temperature and the abstention threshold on the calibration split, then reads the test split once, for
-RUN/scorecard.json, RUN/calibration.json, RUN/predictions.parquet and RUN/figures. Base zero-shot is measured on the same images, with a
-temperature of its own.
+RUN/scorecard.json, RUN/calibration.json, RUN/predictions.parquet and RUN/figures. Base zero-shot is measured on the
+same images, with a temperature of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from datasets import Dataset
 from model_card.figures import draw_figures
 from nicheclip.data import load_prepared
 from nicheclip.domain import Domain
-from nicheclip.results import Measure, format_table, read_json, write_json
+from nicheclip.results import METRIC_TITLES, Measure, format_table, read_json, write_json
 from nicheclip.scorecard import DomainClassifier, Outputs, beside_base, judge, measure, run_classifier
 from nicheclip.zero_shot import load_clip
 
@@ -86,8 +86,8 @@ def check_trained_on(run: Path) -> None:
     prepared = read_json(run / "data" / "report.json", "run `python -m data_prep` again")["fingerprint"]
     if trained_on != prepared:
         raise ValueError(
-            f"'{run / 'model'}' was trained on other data than '{run / 'data'}' holds now (splits may have changed, so "
-            f"test images may have been trained on); run `accelerate launch train.py {run}` again"
+            f"'{run / 'model'}' was trained on other data than '{run / 'data'}' holds now (so test images may "
+            f"have been trained on); run `accelerate launch train.py {run}` again"
         )
 
 
@@ -125,7 +125,14 @@ def print_scorecard(measures: dict[str, Measure], gates: dict[str, dict[str, str
     for name in sorted(measures, key=lambda name: (name not in gates, list(measures).index(name))):
         result, gate = measures[name], gates.get(name, {"target": "", "verdict": ""})
         rows.append(
-            [name, str(result.base), str(result), gate["target"], gate["verdict"], f"{result.n} {result.split}"]
+            [
+                METRIC_TITLES[name],
+                str(result.base),
+                str(result),
+                gate["target"],
+                gate["verdict"],
+                f"{result.n} {result.split}",
+            ]
         )
     print(format_table(["metric [95 % interval]", "base zero-shot", "fine-tuned", "gate", "verdict", "n"], rows))
 

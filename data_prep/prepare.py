@@ -213,7 +213,9 @@ def _found_faults(truth: dict[str, Any], splits: dict, rejected: list, filtered:
     wrong = set(truth["wrong_labels"]) - set(reasons)
     leaks = {copy for copy, original in truth["near_duplicates"].items() if not original.startswith("train/")}
     group_of = {
-        source: group for rows in splits.values() for source, group in zip(rows["source_id"], rows["group_id"])
+        source: group
+        for rows in splits.values()
+        for source, group in zip(rows["source_id"], rows["group_id"], strict=True)
     }
     copies = {
         copy: original

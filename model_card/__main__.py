@@ -19,19 +19,22 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a run directory that calibrate.py has filled")
     parser.add_argument("--push-to-hub", metavar="REPO_ID", help="push to this repository, e.g. you/your-model")
     parser.add_argument("--public", action="store_true", help="make the repository public (default: private)")
+    parser.add_argument(
+        "--examples", type=int, default=0, metavar="N", help="publish N test images for the demo (only if you may)"
+    )
     parser.add_argument("--license", default="other", help="the licence of the model, as the Hub names it")
     args = parser.parse_args()
     try:
-        folder = build(args.run, args.license, args.push_to_hub)
+        folder = build(args.run, args.license, args.push_to_hub, args.examples)
         print(f"built {folder}")
         if args.push_to_hub:
             print(f"pushed: {push(folder, args.push_to_hub, private=not args.public)}")
         else:
             print(
-                "next:\n"
-                f"  python -m space {args.run}                               try it in the browser\n"
-                f"  python -m model_card {args.run} --push-to-hub YOU/MODEL  publish it\n"
-                "  accelerate launch train.py YOUR_DOMAIN.yaml                your own niche (README, “Your own niche”)"
+                f"figures in {args.run / 'figures'}; the next three commands to try, after `source .venv/bin/activate`:\n"
+                f"  python -m space {args.run}\n"
+                f"  python -m model_card {args.run} --push-to-hub YOU/MODEL\n"
+                "  python -m data_prep YOUR_DOMAIN.yaml --images FOLDER"
             )
     except (ValueError, OSError) as error:
         sys.exit(f"model_card: {error}")

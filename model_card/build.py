@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import shutil
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from nicheclip.data import load_prepared
 from nicheclip.domain import Domain
 from nicheclip.hub import save_published_model
-from nicheclip.results import Measure, read_json
+from nicheclip.results import METRIC_TITLES, Measure, read_json
 
 TEMPLATE = Path(__file__).parent / "template.md"
-REPORTED = {"accuracy": "Accuracy", "macro_f1": "Macro F1", "ece": "Expected calibration error"}
+REPORTED = ("accuracy", "macro_f1", "ece")
 
 
-def build(run: Path, license_name: str = "other", repo_id: str | None = None) -> Path:
+def build(run: Path, license_name: str = "other", repo_id: str | None = None, examples: int = 0) -> Path:
     """Builds the folder that is published and gives its path.
+
+    Args:
+        license_name: as the Hub names it.
+        repo_id: what the card's usage names.
+        examples: how many test images to publish for the demo, of different classes.
 
     Raises:
         FileNotFoundError: naming the stage that has not been run.
@@ -35,11 +42,24 @@ def build(run: Path, license_name: str = "other", repo_id: str | None = None) ->
     shutil.copytree(run / "figures", unfinished / "figures")
     for name in ("scorecard.json", "calibration.json"):
         shutil.copy(run / name, unfinished / name)
+    save_examples(run, unfinished / "examples", examples)
     card = make_card(domain, scorecard, calibration, training, report, license_name, repo_id)
     card.save(unfinished / "README.md")
     shutil.rmtree(run / "hub", ignore_errors=True)
     unfinished.rename(run / "hub")
     return run / "hub"
+
+
+def save_examples(run: Path, folder: Path, count: int) -> None:
+    """The first test image of each of the first `count` classes, walking the clusters side by side."""
+    test = load_prepared(run)["test"]
+    names = test.features["label"].names
+    clusters = Domain.load(run).clusters.values()
+    chosen = [name for row in zip_longest(*clusters) for name in row if name is not None][:count]
+    labels = test["label"][:]
+    for name in chosen:
+        folder.mkdir(exist_ok=True)
+        test[labels.index(names.index(name))]["image"].convert("RGB").save(folder / f"{name}.jpg", quality=95)
 
 
 def make_card(
@@ -70,10 +90,10 @@ def make_card(
                 dataset_name=f"{domain.title}, held-out test split",
                 dataset_split="test",
                 metric_type=name,
-                metric_name=label,
+                metric_name=METRIC_TITLES[name],
                 metric_value=measures[name].value,
             )
-            for name, label in REPORTED.items()
+            for name in REPORTED
         ],
     )
     return ModelCard.from_template(
@@ -84,6 +104,7 @@ def make_card(
         repo_id=repo_id or f"YOU/{domain.name}",
         base_name=Path(domain.base).name if base_is_local else domain.base,
         measures=measures,
+        titles=METRIC_TITLES,
         gates=scorecard["gates"],
         calibration=calibration,
         training=training,

@@ -14,7 +14,7 @@ from sklearn.manifold import TSNE
 
 from nicheclip.domain import Domain
 from nicheclip.metrics import class_f1, reliability
-from nicheclip.results import Measure
+from nicheclip.results import METRIC_TITLES, Measure
 from nicheclip.scorecard import Outputs
 
 BASE, TUNED, GATE, INK = "#9AA0A6", "#0072B2", "#D55E00", "#333333"
@@ -101,7 +101,7 @@ def _scorecard(domain: Domain, measures: dict[str, Measure], gates: dict[str, di
             va="center",
             transform=axes.get_yaxis_transform(),
         )
-    ticks = [f"{name.replace('_', ' ')}\n{measures[name].n} {measures[name].split}" for name in names]
+    ticks = [f"{METRIC_TITLES[name]}\n{measures[name].n} {measures[name].split}" for name in names]
     axes.set_yticks(range(len(names)), ticks, fontsize=9)
     axes.set(xlim=(0, 1), title=f"{domain.title}: scorecard on held-out images, 95 % intervals")
     axes.grid(axis="x", alpha=0.3)
@@ -211,5 +211,5 @@ def _reliability(labels: np.ndarray, tuned: Outputs, measures: dict[str, Measure
     noise.hist(tuned.noise, bins, density=True, color=GATE, alpha=0.6, label=f"{len(tuned.noise)} noise images")
     noise.axvline(tuned.threshold, color=INK, linestyle="--", linewidth=1, label="“not sure” below")
     noise.set(xlim=(0, 1), xlabel="calibrated confidence", yticks=[], title="Confidence on test and on noise")
-    noise.legend(fontsize=8)
+    noise.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, columnspacing=1)
     return figure

@@ -105,7 +105,7 @@ class Stage(_Section):
 
 
 class Domain(_Section):
-    """Everything that makes a niche: its classes and prompts, what is confused with what, and how to train and judge."""
+    """Everything that makes a niche: classes, prompts, what is confused with what, how to train and how to judge."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     title: Text
@@ -153,13 +153,13 @@ class Domain(_Section):
                     )
                 if member in homes:
                     raise ValueError(
-                        f"clusters: class '{member}' is in '{homes[member]}' and in '{cluster}'; keep it in one of them"
+                        f"clusters: class '{member}' is in '{homes[member]}' and in '{cluster}'; keep it in one"
                     )
                 homes[member] = cluster
         missing = [name for name in self.classes if name not in homes]
         if missing:
             raise ValueError(
-                f"clusters: {_quote(missing)} in no cluster; add to the classes it is confused with, or give it its own"
+                f"clusters: {_quote(missing)} in no cluster; put it with the classes it is confused with, or alone"
             )
         return self
 

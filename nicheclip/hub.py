@@ -57,5 +57,5 @@ def push(folder: Path, repo_id: str, private: bool) -> str:
         return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="NicheCLIP model").commit_url
     except HfHubHTTPError as error:
         raise OSError(
-            f"the Hub refused to take '{repo_id}': {error}; log in with `hf auth login` and a token that may write there"
+            f"the Hub refused to take '{repo_id}': {error}; log in with `hf auth login`, with a token that may write there"
         ) from error

@@ -25,7 +25,7 @@ def info_nce(logits_per_image: torch.Tensor, labels: torch.Tensor, label_smoothi
 
 
 def multi_positive(logits_per_image: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
-    """All same-class pairs of the batch are positives and share the target evenly (Khosla et al. 2020, arXiv:2004.11362).
+    """All same-class pairs of the batch are positives and share the target (Khosla et al. 2020, arXiv:2004.11362).
 
     Args: as `info_nce`.
     """

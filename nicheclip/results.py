@@ -12,6 +12,21 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest
 
+METRIC_TITLES = {
+    "accuracy": "Accuracy",
+    "macro_f1": "Macro F1",
+    "hard_negative_pass_rate": "Hard-negative pass rate",
+    "semantic_recall_at_1": "Semantic R@1",
+    "semantic_recall_at_3": "Semantic R@3",
+    "semantic_recall_at_5": "Semantic R@5",
+    "semantic_mrr": "Semantic MRR",
+    "ece": "ECE, calibrated",
+    "ece_before_calibration": "ECE, before calibration",
+    "nll": "NLL, calibrated",
+    "coverage": "Coverage (share answered)",
+    "selective_accuracy": "Accuracy of the answered",
+    "noise_confidence_p95": "Noise confidence p95",
+}
 LOWER_IS_BETTER = frozenset({"ece", "ece_before_calibration", "nll", "noise_confidence_p95"})
 
 

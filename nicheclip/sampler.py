@@ -72,9 +72,10 @@ class ClusterBatchSampler(Sampler[list[int]]):
         rng = np.random.default_rng([self.seed, self.epoch])
         led, leftover = [], []
         for members, leads in zip(self._members, self._leads, strict=True):
-            walk = _walk(members, leads * self._from_cluster, rng)
-            led.extend(np.split(walk[: leads * self._from_cluster], leads) if leads else [])
-            leftover.append(walk[leads * self._from_cluster :])
+            places = leads * self._from_cluster
+            walk = _walk(members, places, rng)
+            led.extend(np.split(walk[:places], leads) if leads else [])
+            leftover.append(walk[places : len(members)])
         from_pool = self.batch_size - self._from_cluster
         pool = rng.permutation(np.concatenate(leftover))
         missing = len(self) * from_pool - len(pool)

@@ -53,7 +53,7 @@ class DomainClassifier:
         return {"nll_before": nll(logits, labels), "nll_after": nll(logits / self.temperature, labels)}
 
     def noise_confidence(self) -> np.ndarray:
-        """The calibrated confidence on `NOISE_IMAGES` images of uniform noise, (M,); the same noise for every model."""
+        """The calibrated confidence on `NOISE_IMAGES` images of uniform noise, (M,); always the same noise."""
         rng = np.random.default_rng(0)
         side = image_side(self.processor)
         noise = (Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(NOISE_IMAGES))

@@ -84,8 +84,8 @@ class StagedTrainingArguments(TrainingArguments):
             raise ValueError(f"--loss is '{self.loss}'; expected one of {', '.join(LOSSES)}")
         if self.save_strategy not in ("epoch", "steps"):
             raise ValueError(
-                f"--save_strategy is '{self.save_strategy}', but each stage starts from the last checkpoint of the one "
-                "before it; use 'epoch' or 'steps'"
+                f"--save_strategy is '{self.save_strategy}', but a stage starts from the last checkpoint of the one before "
+                "it; use 'epoch' or 'steps'"
             )
         super().__post_init__()
 
@@ -150,7 +150,7 @@ class StagedTrainer(Trainer):
         )
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
-        """Runs the stages in turn; `resume_from_checkpoint` (a folder, or True for the last one) goes on in any stage."""
+        """Runs the stages in turn; resumes in any of them, from a folder or (True) from the last checkpoint."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:

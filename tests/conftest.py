@@ -1,0 +1,67 @@
+"""One tiny run through all stages, on the embedded façades and their base, shared by the tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # nothing here needs the network; the push tests start clients of their own
+
+import calibrate  # noqa: E402
+import train  # noqa: E402
+from data_prep.prepare import prepare  # noqa: E402
+from model_card.build import build  # noqa: E402
+from nicheclip.domain import Domain  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+FACADES = ROOT / "domains" / "facades"
+
+
+def tiny_facades(folder: Path) -> Path:
+    """The façades domain with few drawings and two short stages, as a file of its own."""
+    raw = yaml.safe_load((FACADES / "domain.yaml").read_text(encoding="utf-8"))
+    raw["base"] = str(FACADES / "base")
+    raw["source"]["options"] |= {
+        "smallest_class": 4, "largest_class": 16, "validation": 4, "calibration": 10, "test": 5, "unreadable": 0.04
+    }  # fmt: skip
+    raw["samples_per_class"] = 12
+    raw["stages"][0]["epochs"], raw["stages"][1]["epochs"] = 1, 2
+    raw["training"] |= {"per_device_train_batch_size": 24, "disable_tqdm": True}
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory that holds prepared façades only."""
+    run = tmp_path_factory.mktemp("prepared") / "run"
+    prepare(Domain.load(tiny_facades(tmp_path_factory.mktemp("domain"))), run)
+    return run
+
+
+@pytest.fixture(scope="session")
+def run(prepared: Path) -> Path:
+    """A run directory that went through all stages, up to `run / "hub"`. Don't change it."""
+    train.train([str(prepared)])
+    calibrate.calibrate(prepared)
+    build(prepared, examples=3)
+    return prepared
+
+
+@pytest.fixture(scope="session")
+def domain(prepared: Path) -> Domain:
+    return Domain.load(prepared)
+
+
+def shared(name: str) -> Path:
+    """Real photographs or models beside the project; the test skips where they are absent."""
+    path = ROOT.parent / "shared" / name
+    if not path.is_dir():
+        pytest.skip(f"needs {name}, which is not kept in the project")
+    return path

@@ -1,0 +1,159 @@
+"""What is published is what was measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file
+from scipy.special import logsumexp
+
+import calibrate
+import data_prep.__main__
+import model_card.__main__
+import train
+from model_card.build import build
+from nicheclip import NicheClassifier
+from nicheclip.data import load_prepared
+from tests.conftest import ROOT
+
+STOCK = """
+import json, sys
+import numpy as np, torch
+from datasets import load_from_disk
+from transformers import CLIPModel, CLIPProcessor
+hub, data, out = sys.argv[1:]
+model, processor = CLIPModel.from_pretrained(hub), CLIPProcessor.from_pretrained(hub)
+prompts = [prompts[0] for prompts in json.load(open(f"{hub}/nicheclip.json"))["prompts"].values()]
+images = [row["image"].convert("RGB") for row in load_from_disk(data)["test"]]
+inputs = processor(text=prompts, images=images, padding=True, return_tensors="pt")
+with torch.inference_mode():
+    np.save(out, model(**inputs).logits_per_image.softmax(dim=1).numpy())
+"""
+
+
+@pytest.fixture(scope="module")
+def predictions(run: Path) -> Dataset:
+    return Dataset.from_parquet(str(run / "predictions.parquet"), cache_dir=str(run.parent / "cache"))
+
+
+@pytest.fixture(scope="module")
+def test_images(run: Path) -> list[Image.Image]:
+    return [row["image"] for row in load_prepared(run)["test"]]
+
+
+def test_stock_clip_in_a_new_process_gives_the_scorecards_probabilities(run, predictions, tmp_path):
+    arguments = [str(run / "hub"), str(run / "data"), str(tmp_path / "probabilities.npy")]
+    subprocess.run([sys.executable, "-c", STOCK, *arguments], check=True, cwd=tmp_path)
+    assert np.load(arguments[2]) == pytest.approx(np.array(predictions["probabilities"]), abs=1e-5)
+
+
+def test_the_classifier_gives_the_scorecards_probabilities(run, predictions, test_images):
+    classifier = NicheClassifier.from_pretrained(run / "hub")
+    assert classifier.probabilities(test_images) == pytest.approx(np.array(predictions["probabilities"]), abs=1e-5)
+
+
+def test_the_classifier_abstains_below_its_threshold(run, test_images):
+    classifier = NicheClassifier.from_pretrained(run / "hub")
+    for prediction in classifier(test_images):
+        assert sum(prediction.probabilities.values()) == pytest.approx(1, abs=1e-5)
+        assert list(prediction.probabilities.values()) == sorted(prediction.probabilities.values(), reverse=True)
+        assert (prediction.label is None) == (prediction.confidence < classifier.threshold)
+    with pytest.raises(TypeError, match=r"classifier\(\[image\]\)"):
+        classifier(test_images[0])
+
+
+def test_temperature_is_folded_into_logit_scale(run):
+    calibration = json.loads((run / "calibration.json").read_text())
+    scale = load_file(run / "hub" / "model.safetensors")["logit_scale"].item()
+    assert scale == pytest.approx(calibration["trained_logit_scale"] - np.log(calibration["temperature"]), abs=1e-5)
+    assert scale == pytest.approx(calibration["calibrated_logit_scale"], abs=1e-5)
+    assert calibration["nll_after"] <= calibration["nll_before"]
+
+
+def test_the_scorecard_is_of_one_shape_and_judges_six_gates(run, predictions):
+    scorecard = json.loads((run / "scorecard.json").read_text())
+    for measure in scorecard["metrics"].values():
+        assert measure.keys() == {"value", "low", "high", "n", "split", "base"}
+        assert measure["base"].keys() == {"value", "low", "high", "n", "split"}
+        assert measure["low"] <= measure["value"] <= measure["high"] or measure["split"] == "test"
+    assert len(scorecard["gates"]) == 6
+    assert {gate["verdict"] for gate in scorecard["gates"].values()} <= {"pass", "fail"}
+    names = list(json.loads((run / "hub" / "nicheclip.json").read_text())["class_names"])
+    probabilities = np.array(predictions["probabilities"])
+    right = [names[best] == label for best, label in zip(probabilities.argmax(1), predictions["label"], strict=True)]
+    assert scorecard["metrics"]["accuracy"]["value"] == pytest.approx(np.mean(right))
+    assert scorecard["metrics"]["accuracy"]["n"] == len(right)
+    own = probabilities[np.arange(len(right)), [names.index(label) for label in predictions["label"]]]
+    assert scorecard["metrics"]["nll"]["value"] == pytest.approx(-np.log(own).mean(), abs=1e-5)
+    assert logsumexp(np.log(probabilities), axis=1) == pytest.approx(0, abs=1e-5)
+
+
+def test_the_folder_holds_what_it_should_and_no_pickle(run):
+    files = {path.relative_to(run / "hub").as_posix() for path in (run / "hub").rglob("*") if path.is_file()}
+    assert {
+        "README.md", "config.json", "model.safetensors", "nicheclip.json", "prototypes.safetensors", "scorecard.json",
+        "figures/scorecard.png", "figures/confusion.png", "figures/classes.png", "figures/reliability.png",
+    } <= files  # fmt: skip
+    assert not {name for name in files if name.endswith((".bin", ".pt", ".pkl", ".pth"))}
+    assert len([name for name in files if name.startswith("examples/")]) == 3
+
+
+def test_every_figure_is_a_readable_picture(run):
+    for path in (run / "figures").glob("*.png"):
+        width, height = Image.open(path).size
+        assert width > 500
+        assert height > 300
+
+
+def test_the_cards_numbers_are_the_scorecards(run):
+    card = ModelCard.load(run / "hub" / "README.md")
+    scorecard = json.loads((run / "scorecard.json").read_text())
+    for result in card.data.eval_results:
+        assert result.metric_value == scorecard["metrics"][result.metric_type]["value"]
+    for measure in scorecard["metrics"].values():
+        assert f"**{measure['value']:.3f} [{measure['low']:.3f}, {measure['high']:.3f}]**" in card.text
+    assert "{{" not in card.text
+    assert "{%" not in card.text
+
+
+def test_a_model_trained_on_other_data_is_refused(run, tmp_path):
+    for name in ("data", "model"):
+        (tmp_path / name).symlink_to(run / name)
+    (tmp_path / "domain.yaml").write_text((run / "domain.yaml").read_text())
+    training = json.loads((run / "training.json").read_text())
+    (tmp_path / "training.json").write_text(json.dumps(training | {"data_fingerprint": "another"}))
+    with pytest.raises(ValueError, match="was trained on other data"):
+        calibrate.calibrate(tmp_path)
+
+
+def test_a_missing_stage_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="calibrate.py"):
+        build(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("main", "word"),
+    [
+        (calibrate.main, "calibrate.py: no domain file"),
+        (model_card.__main__.main, "model_card: .*run `python calibrate.py"),
+        (data_prep.__main__.main, "data_prep: no domain file"),
+        (train.main, "train.py: no domain file"),
+    ],
+)
+def test_every_command_ends_a_mistake_with_a_sentence(monkeypatch, tmp_path, main, word):
+    monkeypatch.setattr(sys, "argv", ["command", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match=word):
+        main()
+
+
+def test_a_stock_clip_folder_is_no_published_model():
+    with pytest.raises(FileNotFoundError, match="no nicheclip.json"):
+        NicheClassifier.from_pretrained(ROOT / "domains" / "facades" / "base")
