@@ -31,7 +31,8 @@ def main() -> None:
             print(f"pushed: {push(folder, args.push_to_hub, private=not args.public)}")
         else:
             print(
-                f"figures in {args.run / 'figures'}; the next three commands to try, after `source .venv/bin/activate`:\n"
+                f"figures in {args.run / 'figures'}\n"
+                "the next three commands to try, after `source .venv/bin/activate`:\n"
                 f"  python -m space {args.run}\n"
                 f"  python -m model_card {args.run} --push-to-hub YOU/MODEL\n"
                 "  python -m data_prep YOUR_DOMAIN.yaml --images FOLDER"

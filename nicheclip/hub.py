@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from safetensors.torch import save_file
 
 from nicheclip.classifier import PROTOTYPES_FILE, SETTINGS_FILE
@@ -49,13 +49,17 @@ def push(folder: Path, repo_id: str, private: bool) -> str:
     """Uploads the folder as one commit and gives the address of the commit.
 
     Raises:
-        OSError: with the remedy, if the Hub refuses.
+        OSError: with the remedy, if the Hub refuses or the connection is lost.
     """
     api = HfApi()
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    # Not upload_folder: where Xet is installed it repeats and splits commits that fail, so half a model can be public.
+    additions = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in paths]
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="NicheCLIP model").commit_url
-    except HfHubHTTPError as error:
-        raise OSError(
-            f"the Hub refused to take '{repo_id}': {error}; log in with `hf auth login`, with a token that may write there"
-        ) from error
+        return api.create_commit(repo_id, additions, commit_message="NicheCLIP model").commit_url
+    except (HTTPError, RuntimeError) as error:  # the client raises RuntimeError for a file that it could not upload
+        remedy = "try again; a push is one commit, so nothing is half-published"
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+            remedy = "log in with `hf auth login`, with a token that may write there"
+        raise OSError(f"the Hub did not take '{repo_id}': {error}; {remedy}") from error

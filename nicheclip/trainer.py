@@ -18,7 +18,15 @@ import torch
 from datasets import Dataset
 from scipy.special import softmax
 from torch.utils.data import DataLoader
-from transformers import CLIPModel, CLIPProcessor, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    CLIPModel,
+    CLIPProcessor,
+    EarlyStoppingCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
@@ -84,8 +92,8 @@ class StagedTrainingArguments(TrainingArguments):
             raise ValueError(f"--loss is '{self.loss}'; expected one of {', '.join(LOSSES)}")
         if self.save_strategy not in ("epoch", "steps"):
             raise ValueError(
-                f"--save_strategy is '{self.save_strategy}', but a stage starts from the last checkpoint of the one before "
-                "it; use 'epoch' or 'steps'"
+                f"--save_strategy is '{self.save_strategy}', but a stage starts from the last checkpoint of the one "
+                "before it; use 'epoch' or 'steps'"
             )
         super().__post_init__()
 
@@ -96,6 +104,18 @@ class _ClampLogitScale(TrainerCallback):
     def on_optimizer_step(self, args, state, control, model: CLIPModel, **kwargs) -> None:
         with torch.no_grad():
             model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+
+
+class _EpochLines(ProgressCallback):
+    """Progress bars, and one line an epoch instead of the Trainer's dictionaries."""
+
+    def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs) -> None:
+        if state.is_local_process_zero and "eval_accuracy" in logs and self.training_bar is not None:
+            loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), math.nan)
+            self.training_bar.write(
+                f"epoch {math.ceil(state.epoch - 1e-6)}: loss {loss:.3f}, "
+                f"validation accuracy {logs['eval_accuracy']:.1%}"
+            )
 
 
 class StagedTrainer(Trainer):
@@ -148,6 +168,8 @@ class StagedTrainer(Trainer):
                 *(callbacks or []),
             ],
         )
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(_EpochLines())
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
         """Runs the stages in turn; resumes in any of them, from a folder or (True) from the last checkpoint."""

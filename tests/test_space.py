@@ -1,0 +1,103 @@
+"""The app as its visitors meet it: through HTTP, with gradio_client."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from gradio_client import Client, handle_file
+from PIL import Image
+
+from nicheclip import NicheClassifier, Prediction
+from nicheclip.results import Measure, read_json
+from space import __main__ as entry
+from space.app import EMPTY, LAUNCH, TOP_CLASSES, UNREADABLE, answer, build_app
+from space.scorecard import score_table
+
+
+@pytest.fixture(scope="module")
+def client(run: Path) -> Iterator[Client]:
+    app = build_app(run / "hub")
+    _, url, _ = app.launch(prevent_thread_lock=True, quiet=True, **LAUNCH)
+    yield Client(url, verbose=False, analytics_enabled=False)
+    app.close()
+
+
+def classify(client: Client, path: Path) -> tuple[str, dict[str, float]]:
+    sentence, bars = client.predict(handle_file(path), api_name="/classify")
+    return sentence, {bar["label"]: bar["confidence"] for bar in bars.get("confidences") or []}
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+def test_the_app_says_what_the_classifier_says(client: Client, run: Path, tmp_path: Path, suffix: str):
+    """Also for a photo that its camera held upright (EXIF orientation 6)."""
+    photo, exif = tmp_path / f"photo{suffix}", Image.Exif()
+    exif[0x0112] = 6
+    Image.open(next((run / "hub" / "examples").iterdir())).save(photo, exif=exif)
+
+    sentence, bars = classify(client, photo)
+
+    expected = NicheClassifier.from_pretrained(run / "hub")([photo])[0]
+    assert sentence == answer(expected)
+    assert list(bars) == list(expected.probabilities)[:TOP_CLASSES]
+    assert bars == pytest.approx({name: expected.probabilities[name] for name in bars}, abs=1e-5)
+
+
+@pytest.mark.parametrize("content", [b"I am a text.", b"", b"half"])
+def test_a_file_that_is_no_picture_gets_a_sentence(client: Client, run: Path, tmp_path: Path, content: bytes):
+    photo = next((run / "hub" / "examples").iterdir())
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(photo.read_bytes()[:800] if content == b"half" else content)
+
+    assert classify(client, broken) == (UNREADABLE, {})
+    assert classify(client, photo)[0] != UNREADABLE  # the server is still there
+
+
+def test_no_photo_no_answer(client: Client):
+    assert client.predict(None, api_name="/classify")[0] == EMPTY
+
+
+@pytest.mark.parametrize(
+    ("confidence", "threshold", "words"),
+    [
+        (0.831, 0.46, "**Art deco**, 83 %"),
+        (0.46, 0.46, "**Art deco**, 46 %"),
+        (0.9999, 0.46, "**Art deco**, over 99 %"),
+        (0.31, 0.46, "**Not sure.** The best guess is art deco (31 %), below the 46 % under which"),
+        (0.4581, 0.4612, "**Not sure.** The best guess is art deco (45.8 %), below the 46.1 % under which"),
+    ],
+)
+def test_the_answer_in_words(confidence: float, threshold: float, words: str):
+    prediction = Prediction({"art deco": confidence, "gothic": 1 - confidence}, threshold)
+    assert answer(prediction).replace("\N{NO-BREAK SPACE}", " ").startswith(words)
+
+
+def test_the_scorecard_shows_every_metric_and_gate(run: Path):
+    scorecard = read_json(run / "hub" / "scorecard.json", "")
+    measures = {name: Measure.from_dict(fields) for name, fields in scorecard["metrics"].items()}
+    table = score_table(measures, scorecard["gates"]).replace("\N{NO-BREAK SPACE}", " ")
+    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == len(measures)
+    for measure in measures.values():
+        assert f"**{measure.value:.3f}** [{measure.low:.3f}, {measure.high:.3f}]" in table
+    assert len(re.findall("✓ pass|✗ fail", table)) == len(scorecard["gates"])
+    assert all(re.search("pass|fail", row) for row in rows[: len(scorecard["gates"])])
+
+
+def test_a_run_stands_for_its_hub_folder(run: Path):
+    assert entry.published(str(run)) == run / "hub"
+    assert entry.published(str(run / "hub")) == str(run / "hub")
+    assert entry.published("you/your-model") == "you/your-model"
+
+
+def test_wrong_sources_end_with_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    for source, remedy in (
+        (str(tmp_path), rf"holds no published model.*python -m model_card {re.escape(str(tmp_path))}"),
+        ("runs/no-such-run", "no folder here and can't be fetched from the Hub"),
+        ("not a repo id", "no folder here and can't be fetched from the Hub"),
+    ):
+        monkeypatch.setattr("sys.argv", ["space", source])
+        with pytest.raises(SystemExit, match=f"^space: .*{remedy}"):
+            entry.main()
