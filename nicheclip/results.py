@@ -23,9 +23,9 @@ METRIC_TITLES = {
     "ece": "ECE, calibrated",
     "ece_before_calibration": "ECE, before calibration",
     "nll": "NLL, calibrated",
-    "coverage": "Coverage (share answered)",
-    "selective_accuracy": "Accuracy of the answered",
-    "noise_confidence_p95": "Noise confidence p95",
+    "coverage": "Coverage: share answered",
+    "selective_accuracy": "Accuracy of the answers",
+    "noise_confidence_p95": "Confidence on noise, p95",
 }
 LOWER_IS_BETTER = frozenset({"ece", "ece_before_calibration", "nll", "noise_confidence_p95"})
 

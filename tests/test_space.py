@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,6 +54,12 @@ def test_a_file_that_is_no_picture_gets_a_sentence(client: Client, run: Path, tm
 
     assert classify(client, broken) == (UNREADABLE, {})
     assert classify(client, photo)[0] != UNREADABLE  # the server is still there
+
+
+def test_examples_are_shown_where_there_are_any(run: Path, tmp_path: Path):
+    shutil.copytree(run / "hub", tmp_path / "hub", ignore=shutil.ignore_patterns("examples"))
+    for folder, count in ((run / "hub", 1), (tmp_path / "hub", 0)):
+        assert [block.get_block_name() for block in build_app(folder).blocks.values()].count("gallery") == count
 
 
 def test_no_photo_no_answer(client: Client):

@@ -1,0 +1,1 @@
+"""The Gradio app of a published model."""

@@ -1,0 +1,139 @@
+"""The app: a photo in, calibrated probabilities or "not sure" out; the scorecard beside it.
+
+build_app("runs/facades/hub").launch(**LAUNCH)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from PIL import Image
+
+from nicheclip.classifier import NicheClassifier, Prediction
+from space.scorecard import NBSP, percent, scorecard_tab
+
+TOP_CLASSES = 5
+EMPTY = "Add a photo to see what the model makes of it."
+UNREADABLE = "**This file can't be read as a picture.** Try another one: a JPEG, PNG or WebP photo."
+FONT = ["system-ui", "sans-serif"]
+# What `launch` takes instead of `gr.Blocks` since Gradio 6. System fonts: nothing is loaded from the internet.
+LAUNCH: dict[str, Any] = {
+    "theme": gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONT, font_mono=FONT),
+    "css": """
+        .gradio-container { width: 100%; max-width: 1040px !important; margin: 0 auto !important; }
+        .answer p { font-size: 1.35rem; line-height: 1.4; }
+        .scores { overflow-x: auto; }
+        .scores table { width: 100%; font-variant-numeric: tabular-nums; }
+        .scores :is(table, tr) { border: 0 !important; }
+        .scores :is(th, td) { border-width: 0 0 1px !important; border-color: var(--border-color-primary) !important;
+            overflow-wrap: normal; word-break: normal; }
+        @media (max-width: 640px) { .scores :is(th, td) { padding: 0.3rem 0.15rem !important; font-size: 0.7rem; } }
+        .examples .grid-wrap { min-height: 0; max-height: none; }
+        .examples .grid-container { grid-template-columns: repeat(auto-fill, minmax(max(90px, 11%), 1fr)) !important; }
+        .examples .caption-label { left: 0; max-width: 100%; white-space: normal; opacity: 1; }
+    """,
+    "footer_links": ["api", "gradio", "settings"],
+    "run_history": False,
+    "max_file_size": "30mb",
+}
+
+
+def build_app(repo_or_path: str | Path) -> gr.Blocks:
+    """The app of a published folder or of a repository of the Hub; nothing is served before `launch(**LAUNCH)`.
+
+    Raises:
+        FileNotFoundError: if there is no such folder or repository, or it was not published by NicheCLIP.
+    """
+    folder = _fetch(repo_or_path)
+    classifier = NicheClassifier.from_pretrained(folder)
+    settings = classifier.settings
+    # Visitors' photos are deleted after an hour.
+    with gr.Blocks(title=settings["title"], analytics_enabled=False, delete_cache=(600, 3600)) as app:
+        gr.Markdown(
+            f"# {settings['title']}\nThis model knows {len(classifier.class_names)} classes and nothing else: "
+            "a picture of anything else gets one of them, or “not sure”."
+        )
+        with gr.Tab("Classify"):
+            _classify_tab(classifier, sorted((folder / "examples").glob("*.*")))
+        with gr.Tab("Scorecard"):
+            scorecard_tab(folder)
+    return app
+
+
+def _fetch(repo_or_path: str | Path) -> Path:
+    if Path(repo_or_path).is_dir():
+        return Path(repo_or_path)
+    try:
+        patterns = ["*.json", "*.safetensors", "*.txt", "figures/*", "examples/*"]
+        return Path(snapshot_download(str(repo_or_path), allow_patterns=patterns))
+    except (OSError, HFValidationError) as error:
+        absent = isinstance(error, RepositoryNotFoundError)
+        reason = "no such repository, or none that you may read" if absent else str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"'{repo_or_path}' is no folder here and can't be fetched from the Hub either ({reason}); "
+            "expected a run directory, a published folder or a repo id such as you/your-model"
+        ) from error
+
+
+def _classify_tab(classifier: NicheClassifier, examples: list[Path]) -> None:
+    def classify(photo: dict[str, Any] | None) -> tuple[str, dict[str, float] | None]:
+        if photo is None:
+            return EMPTY, None
+        try:
+            image = Image.open(photo["path"])
+            image.load()
+        # What Pillow raises for a broken file depends on its format.
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            return UNREADABLE, None
+        prediction = classifier([image])[0]
+        return answer(prediction), prediction.probabilities
+
+    with gr.Row():
+        with gr.Column():
+            photo = gr.Image(
+                label="Photo", sources=["upload", "webcam", "clipboard"], height=340, buttons=[], alt_text="Your photo"
+            )
+        with gr.Column():
+            sentence = gr.Markdown(EMPTY, elem_classes="answer", label="Answer")
+            shown = min(TOP_CLASSES, len(classifier.class_names))
+            bars = gr.Label(
+                num_top_classes=shown,
+                show_heading=False,
+                label=f"Calibrated probabilities, {shown} most likely classes",
+            )
+    # Not preprocessed: Gradio would decode the photo itself, with an error message of its own, and re-encode it.
+    photo.change(classify, photo, [sentence, bars], preprocess=False, api_name="classify", show_progress="minimal")
+    if examples:
+        gr.Markdown("Or try a test picture, which the model was not trained on. Its true class stands below it.")
+        gallery = gr.Gallery(
+            [(path, path.stem) for path in examples],
+            show_label=False,
+            height="auto",
+            elem_classes="examples",
+            allow_preview=False,
+            interactive=False,
+            buttons=[],
+        )
+
+        # By its place in our own list: the path that comes with the event is the visitor's, who could name any file.
+        def choose(event: gr.SelectData) -> str:
+            return gallery.value[event.index]["image"]["path"]
+
+        gallery.select(choose, None, photo, api_visibility="private")
+
+
+def answer(prediction: Prediction) -> str:
+    """The prediction in words; never "100 %", and two percentages that differ look different."""
+    confidence, threshold = prediction.confidence, prediction.threshold
+    if prediction.label is not None:
+        share = percent(confidence) if confidence < 0.995 else f"over 99{NBSP}%"
+        return f"**{prediction.label[0].upper()}{prediction.label[1:]}**, {share}"
+    digits = int(percent(confidence) == percent(threshold) or threshold > 0.99)
+    return (
+        f"**Not sure.** The best guess is {prediction.best} ({percent(confidence, digits)}), "
+        f"below the {percent(threshold, digits)} under which this model does not answer."
+    )

@@ -1,0 +1,68 @@
+"""The second tab: what calibrate.py measured, as figures and as a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gradio as gr
+
+from nicheclip.results import LOWER_IS_BETTER, METRIC_TITLES, Measure, read_json
+
+NBSP = "\N{NO-BREAK SPACE}"
+# Alternative texts, for those who can't see the figures.
+FIGURES = {
+    "scorecard": "Each metric with a gate, base zero-shot and fine-tuned; the same numbers stand in the table",
+    "classes": "F1 of each class, and a map of the test pictures on which similar ones lie together",
+    "confusion": "Confusion matrix: which class is taken for which, classes of a cluster side by side",
+    "reliability": "Accuracy against confidence, before and after calibration; confidence on pictures and on noise",
+}
+
+
+def scorecard_tab(folder: Path) -> None:
+    """Lays out the tab of a published folder, inside of a `gr.Tab`."""
+    scorecard = read_json(folder / "scorecard.json", "build the folder again with `python -m model_card RUN`")
+    measures = {name: Measure.from_dict(fields) for name, fields in scorecard["metrics"].items()}
+    gates = scorecard["gates"]
+    passed = sum(gate["verdict"] == "pass" for gate in gates.values())
+    accuracy, coverage = measures["accuracy"], measures["coverage"]
+    right = (
+        f", and {percent(measures['selective_accuracy'].value)} of its answers were right" if coverage.value else ""
+    )
+    gr.Markdown(
+        f"**{passed} of {len(gates)} gates passed.** Measured once, on {accuracy.n} {accuracy.split} pictures that "
+        f"took part in nothing else. The model answered {percent(coverage.value)} of them{right}; for the others it "
+        "said “not sure”."
+    )
+    figures = sorted((folder / "figures").glob("*.png"), key=lambda path: (path.stem != "scorecard", path.stem))
+    for path in figures[:1]:
+        _figure(path)
+    gr.Markdown(score_table(measures, gates), elem_classes="scores")
+    for path in figures[1:]:
+        _figure(path)
+
+
+def _figure(path: Path) -> None:
+    alt_text = FIGURES.get(path.stem, path.stem)
+    gr.Image(path, show_label=False, alt_text=alt_text, interactive=False, buttons=["fullscreen"])
+
+
+def score_table(measures: dict[str, Measure], gates: dict[str, dict[str, str]]) -> str:
+    """A Markdown table, metrics with a gate first."""
+    rows = [f"| Metric | Base zero-shot | Fine-tuned [95{NBSP}%] | Gate | Verdict | n |", "|---|---|---|---|---|---|"]
+    for name in sorted(measures, key=lambda name: (name not in gates, list(METRIC_TITLES).index(name))):
+        measure, gate = measures[name], gates.get(name, {"target": "", "verdict": ""})
+        label = METRIC_TITLES[name] + (f"{NBSP}↓" if name in LOWER_IS_BETTER else "")
+        base = f"{measure.base.value:.3f}" if measure.base else ""
+        verdict = {"pass": f"✓{NBSP}pass", "fail": f"✗{NBSP}fail", "": ""}[gate["verdict"]]
+        n = f"{measure.n} {measure.split}"
+        rows.append(
+            f"| {label} | {base} | **{measure.value:.3f}** [{measure.low:.3f},{NBSP}{measure.high:.3f}] "
+            f"| {gate['target'].replace(' ', NBSP)} | {verdict} | {n} |"
+        )
+    return "\n".join(
+        [*rows, "", "↓ lower is better. Base zero-shot: the model before fine-tuning, on the same pictures."]
+    )
+
+
+def percent(share: float, digits: int = 0) -> str:
+    return f"{100 * share:.{digits}f}{NBSP}%"
