@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +19,7 @@ from datasets import Dataset
 from model_card.figures import draw_figures
 from nicheclip.data import load_prepared
 from nicheclip.domain import Domain
-from nicheclip.results import METRIC_TITLES, Measure, format_table, read_json, write_json
+from nicheclip.results import METRIC_TITLES, Measure, format_table, read_json, replaced_folder, write_json
 from nicheclip.scorecard import DomainClassifier, Outputs, beside_base, judge, measure, run_classifier
 from nicheclip.zero_shot import load_clip
 
@@ -102,11 +101,8 @@ def save(
     scorecard: dict,
 ) -> None:
     """Writes all results; the scorecard last, since it says that the others are there."""
-    unfinished = run / "figures.tmp"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    draw_figures(unfinished, domain, labels, tuned, base, scorecard)
-    shutil.rmtree(run / "figures", ignore_errors=True)
-    unfinished.rename(run / "figures")
+    with replaced_folder(run / "figures") as folder:
+        draw_figures(folder, domain, labels, tuned, base, scorecard)
     predictions = {
         "source_id": test["source_id"][:],
         "sha256": test["sha256"][:],

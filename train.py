@@ -7,6 +7,7 @@ embedded façades are trained. `--resume_from_checkpoint True` goes on where a r
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers import HfArgumentParser, set_seed
 from data_prep.prepare import prepare
 from nicheclip.data import TrainingVisits, image_side, load_prepared
 from nicheclip.domain import Domain, DomainError
-from nicheclip.results import format_table, read_json, write_json
+from nicheclip.results import format_table, read_json, replaced_folder, write_json
 from nicheclip.trainer import StagedTrainer, StagedTrainingArguments
 from nicheclip.zero_shot import load_clip
 
@@ -37,9 +38,12 @@ def train(argv: list[str]) -> StagedTrainer:
     target, options = (argv[0], argv[1:]) if argv and not argv[0].startswith("--") else (DEFAULT_DOMAIN, argv)
     domain, run = locate(Path(target))
     args = parse_arguments(domain, run, options)
+    resume = parse_resume(args.resume_from_checkpoint)
     with args.main_process_first(desc="preparing data"):
         if not (run / "data").is_dir():
             prepare(domain, run)
+        if args.process_index == 0 and resume is None:
+            start_afresh(run, Path(args.output_dir))
     splits = load_prepared(run)
     report = read_json(run / "data" / "report.json", f"run `python -m data_prep {target}` again")
     check_unchanged(domain, report, splits["train"].features["label"].names)
@@ -58,11 +62,10 @@ def train(argv: list[str]) -> StagedTrainer:
         eval_dataset=splits["validation"],
     )
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=parse_resume(args.resume_from_checkpoint))
-    trainer.save_model(str(run / "model"))
+    trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
+        save_model(trainer, run, domain)
         record(trainer, run, report["fingerprint"], time.perf_counter() - started)
-        domain.save(run / "domain.yaml")
     return trainer
 
 
@@ -89,6 +92,29 @@ def parse_resume(value: str | None) -> str | bool | None:
     return {"true": True, "false": None}.get((value or "false").lower(), value)
 
 
+def start_afresh(run: Path, checkpoints: Path) -> None:
+    """Clears the checkpoints of a finished training (RUN/training.json is there); those of an unfinished one stay.
+
+    Raises:
+        ValueError: if there are checkpoints of an unfinished training.
+    """
+    if any(checkpoints.glob("checkpoint-*")):
+        if not (run / "training.json").is_file():
+            raise ValueError(
+                f"'{checkpoints}' holds an unfinished training; go on with --resume_from_checkpoint True, or remove it"
+            )
+        shutil.rmtree(checkpoints)
+    (run / "training.json").unlink(missing_ok=True)
+
+
+def save_model(trainer: StagedTrainer, run: Path, domain: Domain) -> None:
+    """Writes RUN/model, and the domain as it was trained; not `Trainer.save_model`, which adds a pickle."""
+    with replaced_folder(run / "model") as folder:
+        trainer.model.save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)
+    domain.save(run / "domain.yaml")
+
+
 def check_unchanged(domain: Domain, report: dict, class_names: list[str]) -> None:
     """Prompts, stages and settings may change after data_prep; classes and base may not."""
     if class_names != domain.class_names or report["base"] != domain.base:
@@ -101,37 +127,19 @@ def check_unchanged(domain: Domain, report: dict, class_names: list[str]) -> Non
 
 def record(trainer: StagedTrainer, run: Path, fingerprint: str, seconds: float) -> None:
     """Writes RUN/training.json and prints the table of epochs."""
-    table = trainer.epoch_table()
-    best = max(table, key=lambda row: row["eval_accuracy"])
-    args = trainer.args
-    write_json(
-        run / "training.json",
-        {
-            "data_fingerprint": fingerprint,
-            "epochs": table,
-            "best_epoch": best["epoch"],
-            "seconds": round(seconds, 1),
-            "processes": args.world_size,
-            "settings": {
-                "seed": args.seed,
-                "loss": args.loss,
-                "batch_size": args.train_batch_size,
-                "cluster_share": args.cluster_share,
-                "label_smoothing": args.label_smoothing_factor,
-                "weight_decay": args.weight_decay,
-            },
-            "versions": {module.__name__: module.__version__ for module in (torch, transformers, accelerate)},
-        },
-    )
+    training = trainer.training_record()
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, accelerate)}
+    written = {"data_fingerprint": fingerprint, **training, "seconds": round(seconds, 1), "versions": versions}
+    write_json(run / "training.json", written)
     rows = [
         [
-            f"{row['epoch']}{' *' if row is best else ''}",
+            f"{row['epoch']}{' *' if row['epoch'] == training['best_epoch'] else ''}",
             f"{row['loss']:.3f}",
             f"{row['eval_accuracy']:.1%}",
             f"{row['eval_macro_f1']:.3f}",
             row["stage"],
         ]
-        for row in table
+        for row in training["epochs"]
     ]
     print(format_table(["epoch", "loss", "val accuracy", "val macro F1", "stage"], rows))
     print(f"* the best on validation, kept in {run / 'model'} ({seconds:.0f} s); next: python calibrate.py {run}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
+import os
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -16,12 +16,12 @@ from scipy.special import softmax
 from data_prep.duplicates import near_duplicate_groups
 from data_prep.quality import choose_drops, visits_per_epoch
 from data_prep.sources.facades import paint_facades
-from data_prep.sources.folders import read_folders
+from data_prep.sources.folders import quiet_datasets, read_folders
 from data_prep.splits import HELD_OUT, assign_splits
 from data_prep.verify import verify_image
 from nicheclip.data import SPLITS, features
 from nicheclip.domain import Domain
-from nicheclip.results import read_json, write_json
+from nicheclip.results import read_json, replaced_folder, write_json
 from nicheclip.zero_shot import encode_images, encode_texts, load_clip, zero_shot_logits
 
 
@@ -44,41 +44,46 @@ def prepare(domain: Domain, run: str | Path, images: str | Path | None = None, s
     read = len(rows) + len(rejected)
 
     rows, unreadable = _verify(rows, domain)
-    rows, duplicates = _group(rows)
-    rejected += unreadable + duplicates
-    splits, leaks = _split(rows, domain)
-    rejected += leaks
-    train, filtered, classes = _filter(splits["train"], domain)
-    splits["train"] = _oversample(train, domain, seed)
-    kept = sum(len(rows) for rows in splits.values())
-    if read != kept + len(rejected) + len(filtered):
-        raise RuntimeError(f"{read} images read, but {kept} kept + {len(rejected)} rejected + {len(filtered)} dropped")
+    with quiet_datasets():
+        rows, duplicates = _group(rows)
+        splits, leaks = _split(rows, domain)
+        train, dropped, filter_counts = _filter(splits["train"], domain)
+        splits["train"] = _oversample(train, domain, seed)
+    rejected += unreadable + duplicates + leaks
 
+    report = _report(domain, splits, read, rejected, dropped, filter_counts)
+    report |= {"images": str(folder), "seed": seed, "fingerprint": fingerprint(splits)}
+    if truth:
+        report["planted_faults"] = _found_faults(truth, splits, rejected, dropped)
+    with quiet_datasets():
+        _save(splits, report, domain, run)
+    return report
+
+
+def _report(
+    domain: Domain, splits: dict[str, datasets.Dataset], read: int, rejected: list, dropped: list, filter_counts: list
+) -> dict[str, Any]:
+    kept = {name: len(rows) for name, rows in splits.items()}
+    if read != sum(kept.values()) + len(rejected) + len(dropped):
+        raise RuntimeError(f"{read} images read, but kept {kept}, {len(rejected)} rejected, {len(dropped)} dropped")
     sizes = {name: Counter(rows["label"]) for name, rows in splits.items()}
-    report = {
+    return {
         "domain": domain.name,
-        "images": str(folder),
         "base": domain.base,
-        "seed": seed,
         "counts": {
             "read": read,
             "rejected": dict(Counter(entry["reason"].split(":")[0] for entry in rejected)),
-            "dropped_by_filter": len(filtered),
-            "kept": {name: len(rows) for name, rows in splits.items()},
+            "dropped_by_filter": len(dropped),
+            "kept": kept,
             "train_visits_per_epoch": int(np.sum(splits["train"]["repeats"])),
         },
         "classes": [
             {"name": name, **{split: sizes[split][index] for split in SPLITS}, "filter": counts}
-            for index, (name, counts) in enumerate(zip(domain.class_names, classes, strict=True))
+            for index, (name, counts) in enumerate(zip(domain.class_names, filter_counts, strict=True))
         ],
         "rejected": rejected,
-        "dropped": filtered,
+        "dropped": dropped,
     }
-    if truth:
-        report["planted_faults"] = _found_faults(truth, splits, rejected, filtered)
-    report["fingerprint"] = fingerprint(splits)
-    _save(splits, report, domain, run)
-    return report
 
 
 def fingerprint(splits: dict[str, datasets.Dataset]) -> str:
@@ -111,7 +116,8 @@ def _verify(rows: datasets.Dataset, domain: Domain) -> tuple[datasets.Dataset, l
             "error": datasets.Value("string"),
         }
     )
-    rows = rows.map(check, features=schema, load_from_cache_file=False, desc="verifying images")
+    processes = min(os.cpu_count() or 1, len(rows) // 500) or None  # a process more pays from some hundred images
+    rows = rows.map(check, features=schema, num_proc=processes, load_from_cache_file=False, desc="verifying images")
     datasets.disable_progress_bars()  # what follows is quick
     errors = rows["error"][:]
     unreadable = [
@@ -237,10 +243,7 @@ def _found_faults(truth: dict[str, Any], splits: dict, rejected: list, filtered:
 
 
 def _save(splits: dict[str, datasets.Dataset], report: dict[str, Any], domain: Domain, run: Path) -> None:
-    unfinished = run / "data.tmp"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    datasets.DatasetDict(splits).save_to_disk(unfinished)
-    write_json(unfinished / "report.json", report)
-    shutil.rmtree(run / "data", ignore_errors=True)
-    unfinished.rename(run / "data")
+    with replaced_folder(run / "data") as folder:
+        datasets.DatasetDict(splits).save_to_disk(folder)
+        write_json(folder / "report.json", report)
     domain.save(run / "domain.yaml")

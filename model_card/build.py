@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from nicheclip.data import load_prepared
 from nicheclip.domain import Domain
 from nicheclip.hub import save_published_model
-from nicheclip.results import METRIC_TITLES, Measure, read_json
+from nicheclip.results import METRIC_TITLES, Measure, read_json, replaced_folder
 
 TEMPLATE = Path(__file__).parent / "template.md"
 REPORTED = ("accuracy", "macro_f1", "ece")
@@ -35,18 +35,13 @@ def build(run: Path, license_name: str = "other", repo_id: str | None = None, ex
     report = read_json(run / "data" / "report.json", "run `python -m data_prep` first")
     domain = Domain.load(run)
 
-    unfinished = run / "hub.tmp"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    save_published_model(run, unfinished, domain, calibration)
-    shutil.copytree(run / "figures", unfinished / "figures")
-    for name in ("scorecard.json", "calibration.json"):
-        shutil.copy(run / name, unfinished / name)
-    save_examples(run, unfinished / "examples", examples)
-    card = make_card(domain, scorecard, calibration, training, report, license_name, repo_id)
-    card.save(unfinished / "README.md")
-    shutil.rmtree(run / "hub", ignore_errors=True)
-    unfinished.rename(run / "hub")
+    with replaced_folder(run / "hub") as folder:
+        save_published_model(run, folder, domain, calibration)
+        shutil.copytree(run / "figures", folder / "figures")
+        for name in ("scorecard.json", "calibration.json"):
+            shutil.copy(run / name, folder / name)
+        save_examples(run, folder / "examples", examples)
+        make_card(domain, scorecard, calibration, training, report, license_name, repo_id).save(folder / "README.md")
     return run / "hub"
 
 

@@ -54,7 +54,6 @@ def draw_figures(
     Args:
         labels: (N,) int, of the test images that `tuned` and `base` speak of.
     """
-    folder.mkdir(parents=True)
     measures = {name: Measure.from_dict(fields) for name, fields in scorecard["metrics"].items()}
     with matplotlib.rc_context(STYLE):
         for name, figure in {

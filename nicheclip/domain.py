@@ -143,7 +143,7 @@ class Domain(_Section):
         return classes
 
     @model_validator(mode="after")
-    def _clusters_cover_classes_once(self) -> Domain:
+    def _clusters_fit_classes_and_gates(self) -> Domain:
         homes: dict[str, str] = {}
         for cluster, members in self.clusters.items():
             for member in members:
@@ -160,6 +160,11 @@ class Domain(_Section):
         if missing:
             raise ValueError(
                 f"clusters: {_quote(missing)} in no cluster; put it with the classes it is confused with, or alone"
+            )
+        if "hard_negative_pass_rate" in self.gates and all(len(members) < 2 for members in self.clusters.values()):
+            raise ValueError(
+                "gates.hard_negative_pass_rate: no class shares its cluster with another, so nothing is a hard "
+                "negative; remove the gate, or put classes that are confused into one cluster"
             )
         return self
 

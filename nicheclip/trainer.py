@@ -28,7 +28,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
 from nicheclip.data import ImageCollator, TrainingCollator, TrainingVisits
 from nicheclip.domain import Stage
@@ -153,7 +153,9 @@ class StagedTrainer(Trainer):
         self.stage = stages[0]
         self.canonical_prompts = canonical_prompts
         self.class_clusters = class_clusters
-        self._metrics = evaluate.combine([Accuracy(), MacroF1(), ExpectedCalibrationError()])
+        self._metrics = evaluate.combine(
+            [metric(keep_in_memory=True) for metric in (Accuracy, MacroF1, ExpectedCalibrationError)]
+        )
         super().__init__(
             model=model,
             args=args,
@@ -192,7 +194,7 @@ class StagedTrainer(Trainer):
             output = super().train(resume_from_checkpoint=checkpoint)
             if self.state.global_step < epochs * updates_per_epoch:  # stopped early
                 break
-            checkpoint = get_last_checkpoint(self.args.output_dir)
+            checkpoint = str(Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         return output
 
     def _enter(self, stage: Stage, last_epoch: int) -> None:
@@ -298,16 +300,28 @@ class StagedTrainer(Trainer):
         probabilities = softmax(np.asarray(prediction.predictions, dtype=np.float64), axis=1)
         return self._metrics.compute(predictions=probabilities, references=prediction.label_ids)
 
-    def epoch_table(self) -> list[dict[str, Any]]:
-        """One row an epoch: epoch, stage, loss, and accuracy, macro F1 and ECE on validation."""
+    def training_record(self) -> dict[str, Any]:
+        """What was trained and how: one row an epoch with its stage, loss and validation metrics; settings."""
         rows: dict[int, dict[str, Any]] = {}
         for entry in self.state.log_history:
             epoch = math.ceil(entry["epoch"] - 1e-6)
             row = rows.setdefault(epoch, {"epoch": epoch, "stage": self.stage_of_epoch(epoch)})
-            row |= {
-                name: entry[name] for name in ("loss", "eval_accuracy", "eval_macro_f1", "eval_ece") if name in entry
-            }
-        return [row for row in rows.values() if "eval_accuracy" in row]
+            logged = ("loss", "eval_accuracy", "eval_macro_f1", "eval_ece")
+            row |= {name: entry[name] for name in logged if name in entry}
+        epochs = [row for row in rows.values() if "eval_accuracy" in row]
+        return {
+            "epochs": epochs,
+            "best_epoch": max(epochs, key=lambda row: row["eval_accuracy"])["epoch"],
+            "processes": self.args.world_size,
+            "settings": {
+                "seed": self.args.seed,
+                "loss": self.args.loss,
+                "batch_size": self.args.train_batch_size,
+                "cluster_share": self.args.cluster_share,
+                "label_smoothing": self.args.label_smoothing_factor,
+                "weight_decay": self.args.weight_decay,
+            },
+        }
 
 
 def _global_step(checkpoint: str | Path) -> int:

@@ -103,3 +103,9 @@ def test_a_missing_file_is_named(tmp_path):
 def test_the_base_may_lie_beside_the_file(tmp_path):
     (tmp_path / "base").mkdir()
     assert load(tmp_path, minimal() | {"base": "base"}).base == str(tmp_path / "base")
+
+
+def test_a_hard_negative_gate_needs_a_cluster_of_two(tmp_path):
+    raw = minimal() | {"clusters": {"a": ["wren"], "b": ["robin"]}, "gates": {"hard_negative_pass_rate": 0.8}}
+    with pytest.raises(DomainError, match="nothing is a hard negative; remove the gate"):
+        load(tmp_path, raw)

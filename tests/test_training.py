@@ -117,6 +117,25 @@ def test_logit_scale_is_clamped(prepared, tmp_path, domain):
     assert trainer.model.logit_scale.item() <= math.log(100) + 1e-6
 
 
+def test_an_unfinished_training_is_not_thrown_away(trained, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    (copy / "training.json").unlink()
+    with pytest.raises(ValueError, match="go on with --resume_from_checkpoint True"):
+        train.train([str(copy)])
+    assert len(checkpoints(copy)) == len(checkpoints(trained))
+
+
+def test_a_finished_training_makes_room_for_a_new_one(trained, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    stale = copy / "checkpoints" / "checkpoint-999999"
+    shutil.copytree(checkpoints(trained)[0], stale)
+    train.train([str(copy), "--save_total_limit", "9", "--early_stopping_patience", "9"])
+    assert not stale.exists()
+    assert not moved(weights(checkpoints(copy)[-1]), weights(checkpoints(trained)[-1])), "same seed, same weights"
+
+
 def test_stage_patterns_that_match_nothing_are_refused(base):
     stage = Stage(name="typo", epochs=1, learning_rate=1e-5, train=["text_modell.*"])
     with pytest.raises(ValueError, match="'text_modell.*' matches no parameter"):

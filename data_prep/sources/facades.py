@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from data_prep.sources.painter import draw
-from nicheclip.results import read_json, write_json
+from nicheclip.results import read_json, replaced_folder, write_json
 
 
 @dataclass(frozen=True)
@@ -59,22 +58,16 @@ def paint_facades(folder: str | Path, clusters: list[list[str]], seed: int, **op
     truth_file = folder / "truth.json"
     if truth_file.is_file() and read_json(truth_file, "")["order"] == order:
         return folder
-    unfinished = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.rmtree(folder, ignore_errors=True)
     jobs, truth = _plan(clusters, chosen, np.random.default_rng(seed))
-    for parent in {Path(job[0]).parent for job in jobs}:
-        (unfinished / parent).mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
-        tasks = (
-            (str(unfinished / name), style, [seed, number], fault, chosen.size) for name, style, number, fault in jobs
-        )
+    with replaced_folder(folder) as unfinished, ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
+        for parent in {Path(job[0]).parent for job in jobs}:
+            (unfinished / parent).mkdir(parents=True)
+        tasks = ((str(unfinished / name), style, [seed, no], fault, chosen.size) for name, style, no, fault in jobs)
         for _ in tqdm(
             pool.map(_paint_file, tasks, chunksize=16), total=len(jobs), desc="painting façades", unit="img"
         ):
             pass
-    write_json(unfinished / "truth.json", {"order": order, **truth})
-    unfinished.rename(folder)
+        write_json(unfinished / "truth.json", {"order": order, **truth})
     return folder
 
 

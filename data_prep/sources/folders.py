@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import glob
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -69,16 +71,23 @@ _FEATURES = datasets.Features(
 )
 
 
-def _imagefolder(folder: Path) -> datasets.Dataset:
-    with_bars = datasets.is_progress_bar_enabled()
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """No progress bars of `datasets` for steps that are quick."""
+    shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        found = datasets.load_dataset(
-            "imagefolder", data_files={"train": [glob.escape(str(folder)) + "/**"]}, drop_labels=False, split="train"
-        )
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _imagefolder(folder: Path) -> datasets.Dataset:
+    files = {"train": [glob.escape(str(folder)) + "/**"]}
+    try:
+        with quiet_datasets():
+            found = datasets.load_dataset("imagefolder", data_files=files, drop_labels=False, split="train")
     except datasets.exceptions.DataFilesNotFoundError as error:
         raise FileNotFoundError(f"'{folder}' holds no image files") from error
-    finally:
-        if with_bars:
-            datasets.enable_progress_bars()
     return found.cast_column("image", datasets.Image(decode=False))
