@@ -1,0 +1,322 @@
+"""The canvas of one picture: chance, light, palette, and the marks and parts that all buildings share."""
+
+import math
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+Colour = tuple[int, int, int]
+Points = list[tuple[float, float]]
+T = TypeVar("T")
+
+UNITS, MARGIN, SUPERSAMPLING = 96, 10, 3
+
+# How likely each cue is, per style. A cue that a style does not list never appears in it.
+CUES: dict[str, dict[str, float]] = {
+    # arches: one hall or church front, or an arcade
+    "gothic": {"gable": 0.7, "rose": 0.5, "spire": 0.7, "towers": 0.6, "pinnacles": 0.55, "buttresses": 0.55,
+               "tracery": 0.75, "crenels": 0.2, "bands": 0.06, "arcade": 0.25},
+    "romanesque": {"gable": 0.6, "rose": 0.25, "spire": 0.1, "towers": 0.6, "pinnacles": 0.05, "buttresses": 0.35,
+                   "corbels": 0.6, "crenels": 0.12, "bands": 0.2, "arcade": 0.3, "dome": 0.08},
+    "moorish": {"gable": 0.15, "rose": 0.1, "towers": 0.45, "buttresses": 0.1, "corbels": 0.15, "crenels": 0.6,
+                "bands": 0.75, "arcade": 0.4, "dome": 0.5, "tiles": 0.5},
+    # classical: one symmetric front, an accent in the middle
+    "greek revival": {"temple": 0.65, "portico": 0.9, "wings": 0.4, "pilasters": 0.4, "dome": 0.1, "chimneys": 0.15,
+                      "parapet": 0.3},
+    "georgian": {"pediment": 0.3, "fanlight": 0.85, "quoins": 0.4, "pilasters": 0.15, "chimneys": 0.75, "wings": 0.12,
+                 "serliana": 0.08, "parapet": 0.5, "portico": 0.12},
+    "palladian": {"pediment": 0.85, "serliana": 0.88, "fanlight": 0.3, "quoins": 0.25, "pilasters": 0.7, "wings": 0.7,
+                  "chimneys": 0.3, "dome": 0.15, "parapet": 0.4, "portico": 0.1},
+    # gables: one steep house of one to three bays
+    "tudor": {"timber": 0.9, "jetty": 0.6, "chimneys": 0.75, "turret": 0.06, "porch": 0.15, "lattice": 0.7,
+              "bay": 0.3},
+    "queen anne": {"timber": 0.08, "gable timber": 0.25, "chimneys": 0.5, "turret": 0.8, "porch": 0.7, "shingles": 0.7,
+                   "bay": 0.4, "lattice": 0.1},
+    "dutch gable": {"stepped": 0.5, "curved": 0.9, "chimneys": 0.3, "shutters": 0.5, "hoist": 0.5, 
+                    "string courses": 0.5, "lattice": 0.3, "turret": 0.04},
+    # modern: one tall block
+    "international style": {"ribbons": 0.8, "stilts": 0.5, "blank wall": 0.45, "penthouse": 0.5, "setbacks": 0.06},
+    "chicago school": {"cornice": 0.8, "shops": 0.8, "piers": 0.3, "arched top": 0.25, "setbacks": 0.04},
+    "art deco": {"setbacks": 0.75, "piers": 0.9, "crown": 0.55, "ornament": 0.6, "shops": 0.3, "cornice": 0.08},
+}  # fmt: skip
+STYLES: tuple[str, ...] = tuple(CUES)
+
+WALLS: dict[str, Colour] = {
+    "white": (234, 230, 222), "cream": (230, 212, 174), "yellow": (222, 188, 114), "sandy": (204, 176, 136),
+    "grey": (166, 166, 164), "brown": (146, 112, 86), "red": (168, 86, 68), "pink": (216, 160, 146),
+    "blue": (136, 158, 182), "green": (152, 170, 138),
+}  # fmt: skip
+ROOFS: dict[str, Colour] = {
+    "slate": (88, 98, 112), "tiled": (170, 88, 64), "brown": (106, 80, 64), "copper": (100, 146, 126),
+    "dark": (68, 64, 70),
+}  # fmt: skip
+FOLIAGE: dict[str, Colour] = {
+    "spring": (138, 176, 92), "summer": (74, 122, 66), "autumn": (198, 122, 52), "winter": (104, 88, 78),
+}  # fmt: skip
+# Sky at the zenith, sky at the horizon, light that falls on everything.
+SKIES: dict[str, tuple[Colour, Colour, tuple[float, float, float]]] = {
+    "clear": ((96, 152, 214), (204, 226, 240), (1.05, 1.03, 0.98)),
+    "cloudy": ((124, 164, 206), (214, 226, 234), (1.0, 1.0, 1.0)),
+    "overcast": ((168, 176, 186), (212, 214, 216), (0.9, 0.92, 0.95)),
+    "rain": ((116, 126, 140), (170, 178, 186), (0.76, 0.8, 0.86)),
+    "fog": ((196, 200, 204), (222, 222, 222), (0.92, 0.93, 0.95)),
+    "snow": ((186, 194, 206), (226, 230, 236), (0.95, 0.97, 1.02)),
+    "dawn": ((150, 160, 204), (250, 204, 178), (1.0, 0.9, 0.86)),
+    "dusk": ((92, 84, 142), (246, 156, 104), (0.84, 0.68, 0.66)),
+    "night": ((14, 20, 48), (48, 58, 98), (0.5, 0.54, 0.74)),
+}
+LAMPLIGHT: Colour = (255, 214, 128)
+
+
+def mix(a: Sequence[float], b: Sequence[float], share: float) -> Colour:
+    return tuple(int(x + (y - x) * share) for x, y in zip(a, b, strict=True))
+
+
+def tone(colour: Colour, factor: float) -> Colour:
+    return tuple(min(255, int(c * factor)) for c in colour)
+
+
+def box(x: float, y: float, w: float, h: float) -> Points:
+    return [(x, y), (x + w, y), (x + w, y + h), (x, y + h)]
+
+
+def opening(x: float, y: float, w: float, h: float, shape: str = "flat", acute: float = 1.0) -> Points:
+    """Outline of a window or door from its left foot over the top to its right foot; (x, y) is the box's top left."""
+    r, foot = w / 2, y + h
+    if shape == "flat":
+        return [(x, foot), (x, y), (x + w, y), (x + w, foot)]
+    if shape == "pointed":  # two arcs of radius w * acute that meet at the apex
+        radius = w * acute
+        rise = math.sqrt(radius**2 - (radius - r) ** 2)
+        left = [(x + radius * (1 - math.cos(a)), y + rise - radius * math.sin(a))
+                for a in np.linspace(0, math.asin(rise / radius), 7).tolist()]  # fmt: skip
+        return [(x, foot), *left, *[(2 * x + w - px, py) for px, py in left[-2::-1]], (x + w, foot)]
+    below = {"round": 0.0, "horseshoe": 0.8}[shape]  # a horseshoe's circle runs on below its centre
+    arc = [
+        (x + r - r * math.cos(a), y + r - r * math.sin(a)) for a in np.linspace(-below, math.pi + below, 15).tolist()
+    ]
+    return [(arc[0][0], foot), *arc, (arc[-1][0], foot)]
+
+
+def _masonry(
+    rng: np.random.Generator, side: int, course: float, length: float, joint: float, spread: float
+) -> np.ndarray:
+    """Brightness factors (side, side) of courses of blocks; `course`, `length` and `joint` in pixels."""
+    pixel = np.arange(side)
+    row = (pixel // course).astype(int)
+    courses = np.empty((row[-1] + 1, side), np.float32)
+    for start in (0, 1):  # every second course is offset by half a block
+        along = pixel + start * length / 2
+        tone = 1 + rng.normal(0, spread, (len(courses[start::2]), int(along[-1] // length) + 1))
+        courses[start::2] = tone[:, (along // length).astype(int)] * np.where(along % length < joint, 0.84, 1.0)
+    return courses[row] * np.where(pixel % course < joint, 0.84, 1.0).astype(np.float32)[:, None]
+
+
+class Scene:
+    """One picture in the making: the canvas, its light and palette, and the attributes painted so far."""
+
+    def __init__(self, style: str, rng: np.random.Generator, size: int) -> None:
+        self.rng, self.size, self.cues = rng, size, CUES[style]
+        self.scale = SUPERSAMPLING * size / UNITS
+        self.side = round((UNITS + 2 * MARGIN) * self.scale)
+        self.image = Image.new("RGB", (self.side, self.side))
+        self.pen = ImageDraw.Draw(self.image)
+
+        self.wall_name, self.roof_name = self.pick(tuple(WALLS)), self.pick(tuple(ROOFS))
+        self.material = self.pick(("brick", "stone", "stucco"))
+        self.weather = self.pick(("clear", "clear", "cloudy", "cloudy", "overcast", "rain", "fog", "snow"))
+        self.time = self.pick(("day",) * 7 + ("dawn", "dusk", "night"))
+        self.season = "winter" if self.weather == "snow" else self.pick(tuple(FOLIAGE))
+        self.zenith, self.horizon, self.light = SKIES[self.weather if self.time == "day" else self.time]
+        jitter = rng.normal(0, 6, 3)
+        self.wall = tuple(int(np.clip(c + j, 30, 245)) for c, j in zip(WALLS[self.wall_name], jitter, strict=True))
+        dark_trim = tone(self.wall, self.u(0.45, 0.7))
+        light_trim = mix(self.wall, (248, 244, 234), self.u(0.5, 0.9))
+        self.trim = dark_trim if self.chance(0.35) else light_trim
+        self.roof = ROOFS[self.roof_name]
+        if self.weather == "snow":
+            self.roof = mix(self.roof, (244, 246, 250), 0.75)
+        self.glass = mix((52, 62, 78), self.horizon, self.u(0.0, 0.45))
+        self.lit_share = {"night": 0.6, "dusk": 0.4, "dawn": 0.12}.get(self.time, 0.0)
+        self.sun = self.pick((-1, 1))  # which side the light comes from
+        self.sunny = self.weather in ("clear", "cloudy") and self.time == "day"
+        self.ground = self.u(80, 87)
+        pixels = self.scale
+        self.textures = {
+            "brick": _masonry(rng, self.side, 2.2 * pixels, 5 * pixels, 0.5 * pixels, 0.05),
+            "stone": _masonry(rng, self.side, self.u(3.5, 5) * pixels, self.u(7, 10) * pixels, 0.45 * pixels, 0.06),
+            "shingle": _masonry(rng, self.side, 1.8 * pixels, 2.4 * pixels, 0.45 * pixels, 0.06),
+            "stucco": _masonry(rng, self.side, 1.7 * pixels, 1.7 * pixels, 0, 0.02),
+        }  # fmt: skip
+        self.middle = 48 + self.u(-4, 4)
+        self.storeys = 1
+        self.features: list[str] = []
+        self.outline: Points = []  # of all that has been built, for the camera to frame
+
+    # Chance
+
+    def u(self, low: float, high: float) -> float:
+        return low + (high - low) * self.rng.random()
+
+    def n(self, low: int, high: int) -> int:
+        return int(self.rng.integers(low, high + 1))
+
+    def chance(self, probability: float) -> bool:
+        return self.rng.random() < probability
+
+    def has(self, cue: str) -> bool:
+        return self.chance(self.cues.get(cue, 0.0))
+
+    def pick(self, options: Sequence[T]) -> T:
+        return options[int(self.rng.integers(len(options)))]
+
+    # Marks on the canvas, in units
+
+    def _pixels(self, points: Points) -> Points:
+        return [((x + MARGIN) * self.scale, (y + MARGIN) * self.scale) for x, y in points]
+
+    def ink(self, colour: Colour) -> Colour:
+        return tuple(min(255, int(c * f)) for c, f in zip(colour, self.light, strict=True))
+
+    def fill(self, points: Points, colour: Colour, glow: bool = False) -> None:
+        self.pen.polygon(self._pixels(points), colour if glow else self.ink(colour))
+
+    def rect(self, x: float, y: float, w: float, h: float, colour: Colour) -> None:
+        self.fill(box(x, y, w, h), colour)
+
+    def oval(self, x: float, y: float, rx: float, ry: float, colour: Colour, glow: bool = False) -> None:
+        box = self._pixels([(x - rx, y - ry), (x + rx, y + ry)])
+        self.pen.ellipse(box, colour if glow else self.ink(colour))
+
+    def line(self, points: Points, colour: Colour, width: float = 0.7) -> None:
+        self.pen.line(self._pixels(points), self.ink(colour), max(1, round(width * self.scale)))
+
+    def _stencil(self, points: Points, strength: int = 255) -> tuple[tuple[int, int, int, int], Image.Image]:
+        pixels = self._pixels(points)
+        xs, ys = [x for x, _ in pixels], [y for _, y in pixels]
+        left, top = max(0, int(min(xs))), max(0, int(min(ys)))
+        right, bottom = max(left + 1, min(self.side, int(max(xs)) + 1)), max(top + 1, min(self.side, int(max(ys)) + 1))
+        mask = Image.new("L", (right - left, bottom - top))
+        ImageDraw.Draw(mask).polygon([(x - left, y - top) for x, y in pixels], strength)
+        return (left, top, right, bottom), mask
+
+    def lay(self, points: Points, colour: Colour, texture: str | None = None) -> None:
+        """Fills a polygon with textured material (the building's own unless `texture` says otherwise)."""
+        box, mask = self._stencil(points)
+        factors = self.textures[texture or self.material][box[1] : box[3], box[0] : box[2], None]
+        pixels = np.minimum(factors * np.array(self.ink(colour), np.float32), 255).astype(np.uint8)
+        self.image.paste(Image.fromarray(pixels), box[:2], mask)
+        self.outline += points
+
+    def shade(self, points: Points, factor: float) -> None:
+        """Darkens (factor < 1) or lightens a polygon: shadows, and light on round things."""
+        box, mask = self._stencil(points, int(abs(factor - 1) * 255))
+        self.image.paste((0, 0, 0) if factor < 1 else (255, 255, 255), box, mask)
+
+    # Parts of buildings
+
+    def round_off(self, x: float, y: float, w: float, h: float) -> None:
+        """Shades a box as a cylinder lit from the sun's side."""
+        for i, factor in enumerate((1.08, 1.0, 0.86, 0.7)):
+            at = x + w * (i if self.sun < 0 else 3 - i) / 4
+            self.shade(box(at, y, w / 4, h), factor)
+
+    def window(self, x: float, y: float, w: float, h: float, shape: str = "flat", panes: tuple[int, int] = (2, 2),
+               frame: float = 0.6, acute: float = 1.0) -> None:  # fmt: skip
+        """A framed window with glazing bars; `panes` counts columns and rows."""
+        if frame:
+            self.fill(opening(x - frame, y - frame, w + 2 * frame, h + frame, shape, acute), self.trim)
+            self.rect(x - frame - 0.4, y + h, w + 2 * frame + 0.8, 0.8, self.trim)
+        lit = self.chance(self.lit_share)
+        outline = opening(x, y, w, h, shape, acute)
+        self.fill(outline, LAMPLIGHT if lit else tone(self.glass, self.u(0.8, 1.2)), glow=lit)
+        if not lit:
+            self.line([(px + 0.2, py + 0.3) for px, py in outline[:-1]], tone(self.glass, 0.5), 0.5)
+        bars = mix(self.trim, self.glass, 0.25)
+        for i in range(1, panes[0]):
+            self.line(
+                [(x + w * i / panes[0], y + (w * 0.3 if shape != "flat" else 0)), (x + w * i / panes[0], y + h)],
+                bars,
+                0.4,
+            )
+        for i in range(1, panes[1]):
+            self.line([(x, y + h * i / panes[1]), (x + w, y + h * i / panes[1])], bars, 0.4)
+
+    def ring(
+        self, x: float, y: float, w: float, h: float, thick: float, shape: str, acute: float, banded: bool
+    ) -> None:
+        """The voussoirs of an arch: one band of trim, or stones of two colours in turn."""
+        outer = opening(x - thick, y - thick, w + 2 * thick, h + thick, shape, acute)
+        inner = opening(x, y, w, h, shape, acute)
+        self.fill(outer, self.trim)
+        if banded:
+            other = (176, 76, 58) if self.wall_name != "red" else (240, 226, 200)
+            for i in range(0, len(outer) - 1, 2):
+                self.fill([outer[i], outer[i + 1], inner[i + 1], inner[i]], other)
+
+    def door(self, x: float, w: float, h: float, shape: str = "flat", acute: float = 1.0) -> None:
+        colour = self.pick(((74, 50, 38), (42, 64, 56), (110, 40, 36), (40, 50, 78), (60, 56, 54)))
+        self.fill(opening(x, self.ground - h, w, h, shape, acute), colour)
+        self.line([(x + w / 2, self.ground - h * 0.8), (x + w / 2, self.ground)], tone(colour, 0.6), 0.4)
+
+    def column(self, x: float, y: float, w: float, h: float) -> None:
+        stone = mix(self.trim, (240, 236, 226), 0.4)
+        self.rect(x, y, w, h, stone)
+        self.round_off(x, y, w, h)
+        self.rect(x - w * 0.25, y, w * 1.5, w * 0.5, stone)
+        self.rect(x - w * 0.25, y + h - w * 0.4, w * 1.5, w * 0.4, stone)
+
+    def pediment(self, x: float, y: float, w: float, rise: float) -> None:
+        """A low triangle above (x, y) … (x + w, y), framed by mouldings."""
+        self.fill([(x - 1.5, y), (x + w / 2, y - rise), (x + w + 1.5, y)], mix(self.trim, self.wall, 0.2))
+        self.fill(
+            [(x + 2.5, y - 1), (x + w / 2, y - rise + 1.7), (x + w - 2.5, y - 1)],
+            tone(mix(self.wall, self.trim, 0.5), 0.82),
+        )
+        self.rect(x - 1.5, y - 0.6, w + 3, 1.8, self.trim)
+        self.shade(box(x, y + 1.2, w, 1.2), 0.75)
+
+    def cornice(self, x: float, y: float, w: float, thick: float = 1.6, out: float = 1.2) -> None:
+        self.rect(x - out, y - thick, w + 2 * out, thick, self.trim)
+        self.shade(box(x, y, w, 1.4), 0.74)
+
+    def chimney(self, x: float, y: float, h: float) -> None:
+        self.lay(box(x, y - h, 3.2, h + 4), tone(self.wall, 0.85), "brick")
+        self.rect(x - 0.4, y - h, 4, 1, tone(self.wall, 0.6))
+        self.rect(x + 0.3, y - h - 1.4, 1, 1.4, (150, 92, 70))
+        self.rect(x + 1.8, y - h - 1.4, 1, 1.4, (150, 92, 70))
+
+    def dome(self, x: float, y: float, r: float, bulge: float) -> None:
+        """A dome on a drum centred on (x, y); `bulge` > 0 (radians) runs its circle on below the centre."""
+        self.rect(x - r * 0.85, y - r * 0.4, r * 1.7, r * 0.4 + 1, self.trim)
+        angles = np.linspace(-bulge, math.pi + bulge, 21).tolist()
+        foot = y - r * 0.35 - r * math.sin(bulge)
+        points = [(x - r * math.cos(a), foot - r * math.sin(a)) for a in angles]
+        self.fill(points, self.roof)
+        for i, factor in enumerate((1.14, 1.0, 0.8)):
+            low = x - r + 2 * r * (i if self.sun < 0 else 2 - i) / 3
+            self.shade([(min(max(px, low), low + 2 * r / 3), py) for px, py in points], factor)
+        self.line([(x, foot - r), (x, foot - r - 3.5)], self.trim, 0.6)
+
+    def cone(self, x: float, y: float, w: float, rise: float) -> None:
+        """A pointed roof on (x, y) … (x + w, y)."""
+        peak, shady = (x + w / 2, y - rise), x + (w + 0.8 if self.sun < 0 else -0.8)
+        self.lay([(x - 0.8, y), peak, (x + w + 0.8, y)], self.roof, "shingle")
+        self.shade([(x + w / 2, y), peak, (shady, y)], 0.76)
+        self.line([peak, (peak[0], peak[1] - 2.5)], self.trim, 0.5)
+
+    def crenels(self, x: float, y: float, w: float) -> None:
+        count = max(3, round(w / 4))
+        step = w / (count - 0.4)
+        for i in range(count):
+            self.lay(box(x + i * step, y - 2.4, step * 0.6, 2.6), self.wall)
+
+    def flank(self, x: float, y: float, w: float, h: float, depth: float) -> None:
+        """The side wall of a block, receding, on the side that has room."""
+        factor = 1.06 if self.sun == (1 if depth > 0 else -1) else 0.68
+        at = x + w if depth > 0 else x
+        points = [(at, y), (at + depth, y + abs(depth) * 0.35), (at + depth, y + h - 0.8), (at, y + h)]
+        self.lay(points, self.wall)
+        self.shade(points, factor)
