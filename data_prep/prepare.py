@@ -118,7 +118,6 @@ def _verify(rows: datasets.Dataset, domain: Domain) -> tuple[datasets.Dataset, l
     )
     processes = min(os.cpu_count() or 1, len(rows) // 500) or None  # a process more pays from some hundred images
     rows = rows.map(check, features=schema, num_proc=processes, load_from_cache_file=False, desc="verifying images")
-    datasets.disable_progress_bars()  # what follows is quick
     errors = rows["error"][:]
     unreadable = [
         {"source_id": source_id, "reason": f"unreadable: {error}"}

@@ -151,6 +151,7 @@ class StagedTrainer(Trainer):
             trainable_names((name for name, _ in model.named_parameters()), stage)
         self.stages = stages
         self.stage = stages[0]
+        self._stage_start = 0  # the global step at which the stage begins
         self.canonical_prompts = canonical_prompts
         self.class_clusters = class_clusters
         self._metrics = evaluate.combine(
