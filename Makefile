@@ -25,8 +25,9 @@ install: .venv/installed
 	@touch $@
 
 demo: .venv/installed
+	rm -rf runs/facades/checkpoints
 	$(BIN)/python -m data_prep domains/facades/domain.yaml
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train.py
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --gpu_ids 0 --mixed_precision no --dynamo_backend no train.py
 	$(BIN)/python calibrate.py runs/facades
 	$(BIN)/python -m model_card runs/facades --examples 8 --license apache-2.0
 

@@ -19,7 +19,8 @@ from datasets import Dataset
 from model_card.figures import draw_figures
 from nicheclip.data import load_prepared
 from nicheclip.domain import Domain
-from nicheclip.results import METRIC_TITLES, Measure, format_table, read_json, replaced_folder, write_json
+from nicheclip.results import METRIC_TITLES, Measure, format_table, replaced_folder, write_json
+from nicheclip.run import check_trained_on
 from nicheclip.scorecard import DomainClassifier, Outputs, beside_base, judge, measure, run_classifier
 from nicheclip.zero_shot import load_clip
 
@@ -64,7 +65,7 @@ def calibrate(run: Path) -> None:
 
     scorecard = {
         "domain": domain.name,
-        "base": domain.base,
+        "base": Path(domain.base).name if Path(domain.base).is_dir() else domain.base,
         "metrics": {name: result.to_dict() for name, result in measures.items()},
         "gates": gates,
     }
@@ -77,17 +78,6 @@ def calibrate(run: Path) -> None:
         f"'not sure' (aim: {abstention.target_accuracy:.0%} right among the answers, {aim} on calibration)"
     )
     print(f"figures in {run / 'figures'}; next: python -m model_card {run}")
-
-
-def check_trained_on(run: Path) -> None:
-    """Raises: ValueError if the model was trained on other data than the run holds now."""
-    trained_on = read_json(run / "training.json", f"run `accelerate launch train.py {run}` first")["data_fingerprint"]
-    prepared = read_json(run / "data" / "report.json", "run `python -m data_prep` again")["fingerprint"]
-    if trained_on != prepared:
-        raise ValueError(
-            f"'{run / 'model'}' was trained on other data than '{run / 'data'}' holds now (so test images may "
-            f"have been trained on); run `accelerate launch train.py {run}` again"
-        )
 
 
 def save(

@@ -7,7 +7,6 @@ embedded façades are trained. `--resume_from_checkpoint True` goes on where a r
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from data_prep.prepare import prepare
 from nicheclip.data import TrainingVisits, image_side, load_prepared
 from nicheclip.domain import Domain, DomainError
 from nicheclip.results import format_table, read_json, replaced_folder, write_json
+from nicheclip.run import check_same_data, start_afresh
 from nicheclip.trainer import StagedTrainer, StagedTrainingArguments
 from nicheclip.zero_shot import load_clip
 
@@ -42,11 +42,13 @@ def train(argv: list[str]) -> StagedTrainer:
     with args.main_process_first(desc="preparing data"):
         if not (run / "data").is_dir():
             prepare(domain, run)
-        if args.process_index == 0 and resume is None:
-            start_afresh(run, Path(args.output_dir))
-    splits = load_prepared(run)
-    report = read_json(run / "data" / "report.json", f"run `python -m data_prep {target}` again")
-    check_unchanged(domain, report, splits["train"].features["label"].names)
+        splits = load_prepared(run)
+        report = read_json(run / "data" / "report.json", f"run `python -m data_prep {target}` again")
+        check_unchanged(domain, report, splits["train"].features["label"].names)
+        if resume is not None:
+            check_same_data(Path(args.output_dir), report["fingerprint"])
+        elif args.process_index == 0:
+            start_afresh(run, Path(args.output_dir), report["fingerprint"])
 
     set_seed(args.seed)
     model, processor = load_clip(domain.base)
@@ -72,7 +74,7 @@ def train(argv: list[str]) -> StagedTrainer:
 def locate(target: Path) -> tuple[Domain, Path]:
     """The domain and its run directory, from either of them."""
     domain = Domain.load(target)
-    is_run = target.is_dir() and (target / "data").is_dir()
+    is_run = target.is_dir() and (target / "data" / "dataset_dict.json").is_file()
     return domain, target if is_run else Path("runs") / domain.name
 
 
@@ -90,21 +92,6 @@ def parse_arguments(domain: Domain, run: Path, options: list[str]) -> StagedTrai
 def parse_resume(value: str | None) -> str | bool | None:
     """TrainingArguments has a path; True and False are meant as such."""
     return {"true": True, "false": None}.get((value or "false").lower(), value)
-
-
-def start_afresh(run: Path, checkpoints: Path) -> None:
-    """Clears the checkpoints of a finished training (RUN/training.json is there); those of an unfinished one stay.
-
-    Raises:
-        ValueError: if there are checkpoints of an unfinished training.
-    """
-    if any(checkpoints.glob("checkpoint-*")):
-        if not (run / "training.json").is_file():
-            raise ValueError(
-                f"'{checkpoints}' holds an unfinished training; go on with --resume_from_checkpoint True, or remove it"
-            )
-        shutil.rmtree(checkpoints)
-    (run / "training.json").unlink(missing_ok=True)
 
 
 def save_model(trainer: StagedTrainer, run: Path, domain: Domain) -> None:

@@ -39,6 +39,8 @@ def prepare(domain: Domain, run: str | Path, images: str | Path | None = None, s
         ValueError: if a split would have no image of a class, or the images don't fit the domain.
     """
     run = Path(run)
+    if (run / "data").exists() and not (run / "data" / "dataset_dict.json").is_file():
+        raise ValueError(f"'{run / 'data'}' is not prepared data and would be overwritten; choose another --run")
     folder, truth = _source_folder(domain, run, images, seed)
     rows, rejected = read_folders(folder, domain.class_names)
     read = len(rows) + len(rejected)

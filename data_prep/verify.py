@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import struct
 from pathlib import Path
 from typing import Any
 
 import imagehash
-from PIL import Image, ImageOps, UnidentifiedImageError
+import numpy as np
+from PIL import Image, ImageOps
 
 JPEG_QUALITY = 95
 HASH_SIDE = 12  # coefficients a side: 64 bits did not tell cropped copies from other drawings of one style, 144 did
@@ -21,13 +23,17 @@ def verify_image(row: dict[str, Any], stored_short_side: int) -> dict[str, Any]:
         image (encoded bytes for `datasets.Image`), sha256 of the file, phash (144-bit perceptual hash as hex), and
         error: None, or why the file can't be used.
     """
-    content = Path(row["path"]).read_bytes()
+    content = b""
     try:
+        content = Path(row["path"]).read_bytes()
         with Image.open(io.BytesIO(content)) as opened:
             as_is = opened.format == "JPEG" and opened.mode == "RGB" and not opened.getexif()
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "empty file" if not content else f"does not decode: {str(error).splitlines()[0]}"
+            eight_bits = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8)) if "16" in opened.mode else opened
+            image = ImageOps.exif_transpose(eight_bits).convert("RGB")
+    # What Pillow raises for a broken file depends on its format.
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        reason = "empty file" if not content and not isinstance(error, PermissionError) else first_line
         return {"image": None, "sha256": None, "phash": None, "error": reason}
     if min(image.size) > stored_short_side:
         scale = stored_short_side / min(image.size)

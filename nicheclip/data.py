@@ -75,6 +75,10 @@ def augment(image: Image.Image, side: int, how: Augmentation, rng: np.random.Gen
     if rng.random() < how.horizontal_flip:
         corners = corners[[3, 2, 1, 0]]
     corners = np.clip(centre + corners, 0, [width, height])
+    if (shrink := side / box.min()) < 1:  # a quadrilateral is sampled without a low-pass, so shrink the image first
+        smaller = [max(1, round(width * shrink)), max(1, round(height * shrink))]
+        corners *= np.array(smaller) / [width, height]
+        image = image.resize(smaller, Image.Resampling.BICUBIC)
     view = image.transform((side, side), Image.Transform.QUAD, corners.ravel().tolist(), Image.Resampling.BICUBIC)
 
     for enhance, strength in (

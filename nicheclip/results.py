@@ -64,21 +64,33 @@ class Measure:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def proportion(hits: np.ndarray, split: str) -> Measure:
-    """The share of hits (N,) bool, with Wilson's interval, which does not collapse at 0 or 1."""
+def proportion(hits: np.ndarray, groups: np.ndarray, split: str) -> Measure:
+    """The share of hits (N,) bool, with Wilson's interval, which does not collapse at 0 or 1.
+
+    Where near-duplicates share a group (N,), the images are not independent and the groups are resampled instead.
+    """
+    if len(np.unique(groups)) < len(groups):
+        return bootstrap(lambda chosen: hits[chosen].mean(), groups, split)
     test = binomtest(int(hits.sum()), len(hits))
     interval = test.proportion_ci(confidence_level=0.95, method="wilson")
     return Measure(float(test.statistic), float(interval.low), float(interval.high), len(hits), split)
 
 
 def bootstrap(
-    statistic: Callable[[np.ndarray], float], groups: np.ndarray, split: str, resamples: int = 1000, seed: int = 0
+    statistic: Callable[[np.ndarray], float],
+    groups: np.ndarray,
+    split: str,
+    biased: bool = False,
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> Measure:
     """A statistic with its percentile bootstrap interval, resampling whole groups of near-duplicates.
 
     Args:
         statistic: takes the indices of the chosen images (M,) int, gives the value.
         groups: the group of each image (N,), any comparable type.
+        biased: of a statistic that grows with noise, as the ECE does, resamples lie above the value; the basic
+            bootstrap (the percentiles mirrored at the value, cut off at 0) takes that off.
     """
     _, group_of_image = np.unique(groups, return_inverse=True)
     order = np.argsort(group_of_image, kind="stable")
@@ -88,8 +100,11 @@ def bootstrap(
         statistic(np.concatenate([members[pick] for pick in rng.integers(len(members), size=len(members))]))
         for _ in range(resamples)
     ]
+    value = float(statistic(np.arange(len(groups))))
     low, high = np.percentile(values, [2.5, 97.5])
-    return Measure(float(statistic(np.arange(len(groups)))), float(low), float(high), len(groups), split)
+    if biased:
+        low, high = max(0.0, 2 * value - high), max(value, 2 * value - low)
+    return Measure(value, float(low), float(high), len(groups), split)
 
 
 def gate_verdict(metric: str, value: float, target: float) -> str:

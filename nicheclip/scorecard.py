@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from datasets import Dataset
 from PIL import Image
-from scipy.special import softmax
+from scipy.special import log_softmax, softmax
 from transformers import CLIPModel, CLIPProcessor
 
 from nicheclip import metrics
@@ -69,6 +69,7 @@ class Outputs:
     similarity: np.ndarray  # (N, P) cosine with every prompt of the bank
     raw: np.ndarray  # (N, C) probabilities before calibration
     calibrated: np.ndarray  # (N, C)
+    log_calibrated: np.ndarray  # (N, C) its logarithm, finite where the probability underflows
     noise: np.ndarray  # (M,) calibrated confidence on noise
     threshold: float  # of abstention
 
@@ -82,6 +83,7 @@ def run_classifier(classifier: DomainClassifier, rows: Dataset, description: str
         image_embeds @ classifier.prompt_embeds.T,
         softmax(logits, axis=1),
         softmax(logits / classifier.temperature, axis=1),
+        log_softmax(logits / classifier.temperature, axis=1),
         classifier.noise_confidence(),
         classifier.abstention.threshold,
     )
@@ -102,31 +104,35 @@ def measure(
     rank = metrics.semantic_rank(outputs.similarity, prompt_classes, labels)
     right = metrics.correct(calibrated, labels)
     answered = calibrated.max(axis=1) >= outputs.threshold
-    losses = -np.log(calibrated[np.arange(len(labels)), labels])
+    losses = -outputs.log_calibrated[np.arange(len(labels)), labels]
 
     measures = {
-        "accuracy": proportion(right, split),
+        "accuracy": proportion(right, groups, split),
         "macro_f1": bootstrap(lambda chosen: metrics.macro_f1(calibrated[chosen], labels[chosen]), groups, split),
-        "semantic_recall_at_1": proportion(rank <= 1, split),
-        "semantic_recall_at_3": proportion(rank <= 3, split),
-        "semantic_recall_at_5": proportion(rank <= 5, split),
+        "semantic_recall_at_1": proportion(rank <= 1, groups, split),
+        "semantic_recall_at_3": proportion(rank <= 3, groups, split),
+        "semantic_recall_at_5": proportion(rank <= 5, groups, split),
         "semantic_mrr": bootstrap(lambda chosen: (1 / rank[chosen]).mean(), groups, split),
         "ece_before_calibration": bootstrap(
-            lambda chosen: metrics.expected_calibration_error(raw[chosen], labels[chosen]), groups, split
+            lambda chosen: metrics.expected_calibration_error(raw[chosen], labels[chosen]), groups, split, biased=True
         ),
         "ece": bootstrap(
-            lambda chosen: metrics.expected_calibration_error(calibrated[chosen], labels[chosen]), groups, split
+            lambda chosen: metrics.expected_calibration_error(calibrated[chosen], labels[chosen]),
+            groups,
+            split,
+            biased=True,
         ),
         "nll": bootstrap(lambda chosen: losses[chosen].mean(), groups, split),
-        "coverage": proportion(answered, split),
+        "coverage": proportion(answered, groups, split),
         "noise_confidence_p95": bootstrap(
             lambda chosen: np.percentile(outputs.noise[chosen], 95), np.arange(len(outputs.noise)), "noise"
         ),
     }
-    if np.isfinite(margin).any():  # else no class shares its cluster with another
-        measures["hard_negative_pass_rate"] = proportion(margin[np.isfinite(margin)] > 0, split)
+    judged = np.isfinite(margin)
+    if judged.any():  # else no class shares its cluster with another
+        measures["hard_negative_pass_rate"] = proportion(margin[judged] > 0, groups[judged], split)
     if answered.any():
-        measures["selective_accuracy"] = proportion(right[answered], split)
+        measures["selective_accuracy"] = proportion(right[answered], groups[answered], split)
     return measures
 
 

@@ -7,6 +7,7 @@ trainer.train()
 from __future__ import annotations
 
 import json
+import logging
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,8 @@ from nicheclip.metrics import Accuracy, ExpectedCalibrationError, MacroF1
 from nicheclip.sampler import ClusterBatchSampler
 from nicheclip.stages import set_trainable, trainable_names
 from nicheclip.zero_shot import encode_texts
+
+logger = logging.getLogger(__name__)
 
 MAX_LOGIT_SCALE = math.log(100)
 
@@ -95,6 +98,12 @@ class StagedTrainingArguments(TrainingArguments):
                 f"--save_strategy is '{self.save_strategy}', but a stage starts from the last checkpoint of the one "
                 "before it; use 'epoch' or 'steps'"
             )
+        if self.eval_on_start or (self.eval_strategy, self.logging_strategy) != ("epoch", "epoch"):
+            raise ValueError(
+                "--eval_strategy and --logging_strategy must be 'epoch', without --eval_on_start: epochs are compared"
+            )
+        if not self.load_best_model_at_end:
+            raise ValueError("--load_best_model_at_end must be True: the best epoch on validation is kept")
         super().__post_init__()
 
 
@@ -149,6 +158,10 @@ class StagedTrainer(Trainer):
     ):
         for stage in stages:
             trainable_names((name for name, _ in model.named_parameters()), stage)
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {args.n_gpu} GPUs; start one a GPU: accelerate launch --num_processes {args.n_gpu}"
+            )
         self.stages = stages
         self.stage = stages[0]
         self._stage_start = 0  # the global step at which the stage begins
@@ -171,6 +184,7 @@ class StagedTrainer(Trainer):
                 *(callbacks or []),
             ],
         )
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch: accumulation must divide it
         if self.pop_callback(ProgressCallback):
             self.add_callback(_EpochLines())
 
@@ -193,7 +207,11 @@ class StagedTrainer(Trainer):
                 continue
             self._enter(stage, epochs)
             output = super().train(resume_from_checkpoint=checkpoint)
-            if self.state.global_step < epochs * updates_per_epoch:  # stopped early
+            if self.state.global_step < epochs * updates_per_epoch:
+                logger.warning(
+                    f"stopped early in stage '{stage.name}': {self.args.early_stopping_patience} epochs without a "
+                    "better validation accuracy; later stages are left out"
+                )
                 break
             checkpoint = str(Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         return output
@@ -312,7 +330,7 @@ class StagedTrainer(Trainer):
         epochs = [row for row in rows.values() if "eval_accuracy" in row]
         return {
             "epochs": epochs,
-            "best_epoch": max(epochs, key=lambda row: row["eval_accuracy"])["epoch"],
+            "best_epoch": round(self.state.best_global_step * self.state.num_train_epochs / self.state.max_steps),
             "processes": self.args.world_size,
             "settings": {
                 "seed": self.args.seed,

@@ -29,9 +29,9 @@ def scorecard_tab(folder: Path) -> None:
         f", and {percent(measures['selective_accuracy'].value)} of its answers were right" if coverage.value else ""
     )
     gr.Markdown(
-        f"**{passed} of {len(gates)} gates passed.** Measured once, on {accuracy.n} {accuracy.split} pictures that "
-        f"took part in nothing else. The model answered {percent(coverage.value)} of them{right}; for the others it "
-        "said “not sure”."
+        f"**{passed} of {len(gates)} gates passed.** On {accuracy.n} {accuracy.split} pictures that took no part in "
+        "training, choice of the epoch, or calibration. "
+        f"The model answered {percent(coverage.value)} of them{right}; for the others it said “not sure”."
     )
     figures = sorted((folder / "figures").glob("*.png"), key=lambda path: (path.stem != "scorecard", path.stem))
     for path in figures[:1]:

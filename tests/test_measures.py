@@ -92,14 +92,15 @@ def test_abstention_says_when_the_aim_is_out_of_reach():
 
 
 def test_intervals_cover_and_do_not_collapse():
-    perfect = proportion(np.ones(60, dtype=bool), "test")
+    perfect = proportion(np.ones(60, dtype=bool), np.arange(60), "test")
     assert perfect.value == 1 and perfect.low < 0.95  # noqa: PT018
     hits = np.random.default_rng(0).random(500) < 0.7
     resampled = bootstrap(lambda chosen: hits[chosen].mean(), np.arange(500), "test")
-    assert resampled.low == pytest.approx(proportion(hits, "test").low, abs=0.01)
-    assert resampled.high == pytest.approx(proportion(hits, "test").high, abs=0.01)
+    assert resampled.low == pytest.approx(proportion(hits, np.arange(500), "test").low, abs=0.01)
+    assert resampled.high == pytest.approx(proportion(hits, np.arange(500), "test").high, abs=0.01)
     grouped = bootstrap(lambda chosen: hits[chosen].mean(), np.repeat(np.arange(50), 10), "test")
     assert grouped.n == 500
+    assert proportion(hits, np.repeat(np.arange(50), 10), "test") == grouped
 
 
 def test_a_measure_survives_json():

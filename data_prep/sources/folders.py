@@ -40,17 +40,19 @@ def read_folders(folder: str | Path, class_names: list[str]) -> tuple[datasets.D
     for row in found:
         path = Path(row["image"]["path"])
         inside = path.relative_to(folder)
-        class_name = names.get(path.parent.name.casefold())
+        split = split_of_folder.get(inside.parts[0])
+        class_folder = inside.parts[0 if split is None else 1]
+        class_name = names.get(class_folder.casefold())
         if class_name is None:
-            close = difflib.get_close_matches(path.parent.name.casefold(), list(names), n=1)
+            close = difflib.get_close_matches(class_folder.casefold(), list(names), n=1)
             raise ValueError(
-                f"folder '{path.parent}' is no class of the domain"
+                f"'{class_folder}' in '{folder}' is no class of the domain"
                 + (f"; did you mean '{names[close[0]]}'?" if close else "; add it to classes, or move it away")
             )
         rows["path"].append(str(path))
         rows["source_id"].append(inside.as_posix())
         rows["class_name"].append(class_name)
-        rows["split"].append(split_of_folder.get(inside.parts[0]))
+        rows["split"].append(split)
         rows["attribution"].append(row.get("attribution"))
     empty = sorted(set(class_names) - set(rows["class_name"]))
     if empty:

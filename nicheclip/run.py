@@ -1,0 +1,46 @@
+"""What keeps the files of a run directory together: no result may speak of another model or other data."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from nicheclip.results import read_json, write_json
+
+
+def start_afresh(run: Path, checkpoints: Path, fingerprint: str) -> None:
+    """Clears the checkpoints of a finished training (RUN/training.json is there); those of an unfinished one stay.
+
+    Raises:
+        ValueError: if there are checkpoints of an unfinished training.
+    """
+    if any(checkpoints.glob("checkpoint-*")):
+        if not (run / "training.json").is_file():
+            raise ValueError(
+                f"'{checkpoints}' holds an unfinished training; go on with --resume_from_checkpoint True, or remove it"
+            )
+        for checkpoint in checkpoints.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+    for name in ("training.json", "calibration.json", "scorecard.json"):  # they speak of the model that goes
+        (run / name).unlink(missing_ok=True)
+    write_json(checkpoints / "data.json", {"fingerprint": fingerprint})
+
+
+def check_same_data(checkpoints: Path, fingerprint: str) -> None:
+    """Raises: ValueError if the checkpoints are of a training on other data, or on other splits of it."""
+    begun_with = read_json(checkpoints / "data.json", "there is no training to resume")["fingerprint"]
+    if begun_with != fingerprint:
+        raise ValueError(
+            f"the data has been prepared anew since '{checkpoints}' was begun; remove it and train afresh"
+        )
+
+
+def check_trained_on(run: Path) -> None:
+    """Raises: ValueError if the model was trained on other data than the run holds now."""
+    trained_on = read_json(run / "training.json", f"run `accelerate launch train.py {run}` first")["data_fingerprint"]
+    prepared = read_json(run / "data" / "report.json", "run `python -m data_prep` again")["fingerprint"]
+    if trained_on != prepared:
+        raise ValueError(
+            f"'{run / 'model'}' was trained on other data than '{run / 'data'}' holds now (so test images may "
+            f"have been trained on); run `accelerate launch train.py {run}` again"
+        )
