@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
+from data_prep.sources.folders import quiet_datasets
 from model_card.figures import draw_figures
 from nicheclip.data import load_prepared
 from nicheclip.domain import Domain
@@ -100,7 +101,8 @@ def save(
         "probabilities": tuned.calibrated.tolist(),
         "base_probabilities": base.calibrated.tolist(),
     }
-    Dataset.from_dict(predictions).to_parquet(run / "predictions.parquet.tmp")
+    with quiet_datasets():
+        Dataset.from_dict(predictions).to_parquet(run / "predictions.parquet.tmp")
     (run / "predictions.parquet.tmp").rename(run / "predictions.parquet")
     write_json(run / "calibration.json", calibration)
     write_json(run / "scorecard.json", scorecard)

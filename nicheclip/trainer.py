@@ -56,7 +56,7 @@ class StagedTrainingArguments(TrainingArguments):
         default=0.5, metadata={"help": "Share of each batch that comes from one cluster of confusable classes."}
     )
     early_stopping_patience: int = field(
-        default=5, metadata={"help": "Stop after this many epochs without a better validation accuracy."}
+        default=5, metadata={"help": "Stop after this many epochs of a stage without a better validation accuracy."}
     )
     # The recipe's optimiser: CLIP's betas and eps, strong decay, short warm-up, cosine.
     per_device_train_batch_size: int = 16
@@ -167,6 +167,7 @@ class StagedTrainer(Trainer):
         self._stage_start = 0  # the global step at which the stage begins
         self.canonical_prompts = canonical_prompts
         self.class_clusters = class_clusters
+        self._early_stopping = EarlyStoppingCallback(args.early_stopping_patience)
         self._metrics = evaluate.combine(
             [metric(keep_in_memory=True) for metric in (Accuracy, MacroF1, ExpectedCalibrationError)]
         )
@@ -180,7 +181,7 @@ class StagedTrainer(Trainer):
             compute_metrics=self._compute_metrics,
             callbacks=[
                 _ClampLogitScale(),
-                EarlyStoppingCallback(args.early_stopping_patience),
+                self._early_stopping,
                 *(callbacks or []),
             ],
         )
@@ -224,6 +225,7 @@ class StagedTrainer(Trainer):
         self.model_wrapped = self.model  # wrapped anew: DDP only reduces what trained when it wrapped the model
         self.optimizer = None  # created anew: it only holds what trained when it was created
         self.lr_scheduler = None
+        self._early_stopping.early_stopping_patience_counter = 0  # a plateau of one stage says nothing about the next
 
     def stage_of_epoch(self, epoch: float) -> str:
         """The name of the stage in which an epoch (counted from 1) was trained."""

@@ -164,6 +164,30 @@ def test_wrong_folders_are_explained(tmp_path, two_styles):
         prepare(Domain.load("domains/architecture"), tmp_path / "run")
 
 
+def test_photos_in_a_folder_called_data_are_not_overwritten(tmp_path, two_styles):
+    folder = photo_folders(tmp_path / "data", per_class=12)
+    with pytest.raises(ValueError, match="choose another --run"):
+        prepare(two_styles, tmp_path, images=folder)
+    assert len(list(folder.rglob("*.png"))) == 24
+
+
+def test_classes_may_hold_folders(tmp_path, two_styles):
+    folder = photo_folders(tmp_path / "photos", per_class=12)
+    (folder / STYLES[0] / "paris").mkdir()
+    (folder / STYLES[0] / "0 (1)%2C.png").rename(folder / STYLES[0] / "paris" / "0.png")
+    rows, others = read_folders(folder, two_styles.class_names)
+    assert (len(rows), others) == (24, [])
+    assert rows["class_name"][:].count(STYLES[0]) == 12
+
+
+def test_sixteen_bit_pictures_keep_their_tones(tmp_path):
+    tones = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    Image.fromarray(tones).save(tmp_path / "deep.png")
+    stored = verify_image({"path": str(tmp_path / "deep.png")}, stored_short_side=64)
+    values = np.asarray(Image.open(io.BytesIO(stored["image"]["bytes"])).convert("L"), dtype=int)
+    assert np.abs(values - (tones >> 8)).mean() < 2
+
+
 def test_a_split_without_images_of_a_class_is_refused(tmp_path, two_styles):
     with pytest.raises(ValueError, match="the train split has no image of"):
         prepare(two_styles, tmp_path / "run", images=photo_folders(tmp_path / "photos", per_class=6))
