@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 from matplotlib.figure import Figure
+from PIL import Image
 
 from nicheclip.data import load_prepared
 from nicheclip.domain import Domain
@@ -41,7 +42,9 @@ def main(run: Path) -> None:
             colour = UNSURE if unsure else RIGHT if domain.class_names[best] == name else WRONG
             text = f"{who}: {answer} {probabilities[best]:.0%}"
             axes.text(0.5, height, text, color=colour, ha="center", fontsize=9, transform=axes.transAxes)
-    figure.savefig(Path(__file__).parent / "images" / "overview.png")
+    path = Path(__file__).parent / "images" / "overview.png"
+    figure.savefig(path)
+    Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
 
 
 if __name__ == "__main__":
