@@ -43,7 +43,7 @@ def calibrate(run: Path) -> None:
     base = DomainClassifier(*load_clip(domain.base), domain)
 
     tuned_fit = tuned.fit(splits["calibration"], "calibration split, fine-tuned")
-    base_fit = base.fit(splits["calibration"], "calibration split, base")
+    base_fit = base.fit(splits["calibration"], "calibration split, base", reference=True)
     calibration = {
         "split": "calibration",
         "n": len(splits["calibration"]),

@@ -97,7 +97,7 @@ def make_card(
         title=title,
         domain=domain,
         repo_id=repo_id or f"YOU/{domain.name}",
-        base_name=Path(domain.base).name if base_is_local else domain.base,
+        base_name="a CLIP model kept with its domain file" if base_is_local else f"`{domain.base}`",
         measures=measures,
         titles=METRIC_TITLES,
         gates=scorecard["gates"],

@@ -44,11 +44,23 @@ class DomainClassifier:
         """Uncalibrated logits: (N, D) -> (N, C)."""
         return zero_shot_logits(self.model, image_embeds, self.prototypes)
 
-    def fit(self, calibration: Dataset, description: str) -> dict[str, float]:
-        """Fits temperature and abstention on the calibration split; gives the NLL before and after."""
+    def fit(self, calibration: Dataset, description: str, reference: bool = False) -> dict[str, float]:
+        """Fits temperature and abstention on the calibration split; gives the NLL before and after.
+
+        Args:
+            reference: only measured beside another model: if the images can't identify its temperature, it keeps 1.
+
+        Raises:
+            ValueError: if the images can't identify a temperature.
+        """
         logits = self.logits(self.embed((row["image"] for row in calibration), len(calibration), description))
         labels = np.array(calibration["label"])
-        self.temperature = fit_temperature(logits, labels)
+        try:
+            self.temperature = fit_temperature(logits, labels)
+        except ValueError:
+            if not reference:
+                raise
+            self.temperature = 1.0
         self.abstention: Abstention = fit_abstention(logits, labels, self.temperature, self.domain.selective_accuracy)
         return {"nll_before": nll(logits, labels), "nll_after": nll(logits / self.temperature, labels)}
 

@@ -32,7 +32,7 @@ LAUNCH: dict[str, Any] = {
         .scores :is(th, td) { border-width: 0 0 1px !important; border-color: var(--border-color-primary) !important;
             overflow-wrap: normal; word-break: normal; }
         @media (max-width: 640px) { .scores :is(th, td) { padding: 0.3rem 0.15rem !important; font-size: 0.7rem; } }
-        .examples .grid-wrap { min-height: 0; max-height: none; }
+        .examples .grid-wrap { min-height: 0; max-height: none; overflow: visible; }
         .examples .grid-container { grid-template-columns: repeat(auto-fill, minmax(max(90px, 11%), 1fr)) !important; }
         .examples .caption-label { left: 0; max-width: 100%; white-space: normal; opacity: 1; }
     """,
