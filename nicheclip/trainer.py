@@ -154,7 +154,6 @@ class StagedTrainer(Trainer):
         processor: CLIPProcessor,
         train_dataset: TrainingVisits,
         eval_dataset: Dataset,
-        callbacks: list[TrainerCallback] | None = None,
     ):
         for stage in stages:
             trainable_names((name for name, _ in model.named_parameters()), stage)
@@ -182,7 +181,6 @@ class StagedTrainer(Trainer):
             callbacks=[
                 _ClampLogitScale(),
                 self._early_stopping,
-                *(callbacks or []),
             ],
         )
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch: accumulation must divide it
