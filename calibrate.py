@@ -16,9 +16,8 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from data_prep.sources.folders import quiet_datasets
 from model_card.figures import draw_figures
-from nicheclip.data import load_prepared
+from nicheclip.data import load_prepared, quiet_datasets
 from nicheclip.domain import Domain
 from nicheclip.results import METRIC_TITLES, Measure, format_table, replaced_folder, write_json
 from nicheclip.run import check_trained_on

@@ -17,6 +17,7 @@ import transformers
 from transformers import HfArgumentParser, set_seed
 
 from data_prep.prepare import prepare
+from data_prep.shards import processes
 from nicheclip.data import TrainingVisits, image_side, load_prepared
 from nicheclip.domain import Domain, DomainError
 from nicheclip.results import format_table, read_json, replaced_folder, write_json
@@ -39,9 +40,11 @@ def train(argv: list[str]) -> StagedTrainer:
     domain, run = locate(Path(target))
     args = parse_arguments(domain, run, options)
     resume = parse_resume(args.resume_from_checkpoint)
+    unprepared = not (run / "data").is_dir()
+    processes().wait_for_everyone()  # so that all have looked before one of them writes
+    if unprepared:
+        prepare(domain, run)
     with args.main_process_first(desc="preparing data"):
-        if not (run / "data").is_dir():
-            prepare(domain, run)
         splits = load_prepared(run)
         report = read_json(run / "data" / "report.json", f"run `python -m data_prep {target}` again")
         check_unchanged(domain, report, splits["train"].features["label"].names)

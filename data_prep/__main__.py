@@ -1,7 +1,9 @@
-"""python -m data_prep DOMAIN [--images FOLDER] [--base MODEL] [--run RUN]
+"""python -m data_prep DOMAIN [--images FOLDER_OR_DATASET] [--base MODEL] [--run RUN]
 
-Reads class folders (or paints the embedded façades), checks that each file decodes, groups near-duplicates, makes the
-four splits, lets the base model filter train, and writes RUN/data with its report.json.
+Reads class folders, a dataset or Wikimedia Commons (or paints the embedded façades), verifies each image, groups
+near-duplicates, makes the four splits, suspects wrong labels in train, and writes RUN/data with report.html, and
+RUN/review.csv for a person to decide on the suspects. A killed run goes on where it was. On several processes:
+accelerate launch -m data_prep DOMAIN.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from data_prep.prepare import prepare
 from nicheclip.domain import Domain
@@ -18,38 +21,37 @@ from nicheclip.results import format_table
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m data_prep", description=__doc__.split("\n", 1)[1])
     parser.add_argument("domain", help="a domain file, or the folder that holds it as domain.yaml")
-    parser.add_argument("--images", help="class folders to read instead of the domain's own source")
+    parser.add_argument("--images", help="class folders or a dataset to read instead of the domain's own source")
     parser.add_argument("--base", help="a Hub id or a folder, instead of the domain's own base model")
     parser.add_argument("--run", type=Path, help="where the run lives (default: runs/<domain name>)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--contact", help="your e-mail or web address, which Wikimedia Commons asks for")
     args = parser.parse_args()
     try:
         domain = Domain.load(args.domain, base=args.base)
         run = args.run or Path("runs") / domain.name
-        report = prepare(domain, run, args.images, args.seed)
+        report = prepare(domain, run, args.images, args.seed, args.contact)
     except (ValueError, OSError) as error:
         sys.exit(f"data_prep: {error}")
-    print(summary(report))
-    print(f"\nwritten to {run / 'data'}; next: accelerate launch train.py {run}")
+    if report:
+        print(summary(report))
+        print(f"\nwritten to {run / 'data'}: look at report.html, decide in {run / 'review.csv'}")
+        print(f"next: accelerate launch train.py {run}")
 
 
-def summary(report: dict) -> str:
+def summary(report: dict[str, Any]) -> str:
     """What was read, what became of it, and the classes, in plain text."""
     counts = report["counts"]
-    rejected = ", ".join(f"{number} {reason}" for reason, number in counts["rejected"].items()) or "none"
+    quarantined = ", ".join(f"{number} {reason}" for reason, number in counts["quarantined"].items()) or "none"
     kept = ", ".join(f"{number} {split}" for split, number in counts["kept"].items())
+    dropped = counts["dropped_by_filter"]
     lines = [
-        f"{counts['read']} images read; rejected: {rejected}; dropped by the filter: {counts['dropped_by_filter']}",
+        f"{counts['read']} images read; quarantined: {quarantined}; dropped by the filter: {dropped}",
         f"kept: {kept}; an epoch visits {counts['train_visits_per_epoch']} training views",
     ]
     for fault, found in report.get("planted_faults", {}).items():
         lines.append(f"planted {fault.replace('_', ' ')}: " + ", ".join(f"{n} {what}" for what, n in found.items()))
-    capped = [entry["name"] for entry in report["classes"] if entry["filter"]["wanted"] > entry["filter"]["dropped"]]
-    if capped:
-        lines.append(
-            f"the filter wanted more than its cap allows of: {', '.join(capped)}. "
-            "That many are hardly wrong labels: the base model does not know these classes."
-        )
+    lines += report["warnings"]
     rows = [
         [entry["name"], *(str(entry[split]) for split in counts["kept"]), f"{entry['filter']['dropped']}"]
         for entry in report["classes"]

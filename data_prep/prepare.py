@@ -1,91 +1,276 @@
-"""The way from images to `RUN/data`: every image read is kept, rejected or dropped, and counted."""
+"""The way from images to `RUN/data`: every image read is kept, quarantined or dropped, and counted."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+from accelerate.utils import broadcast_object_list
+from PIL import Image
 from scipy.special import softmax
 
-from data_prep.duplicates import near_duplicate_groups
-from data_prep.quality import choose_drops, visits_per_epoch
-from data_prep.sources.facades import paint_facades
-from data_prep.sources.folders import quiet_datasets, read_folders
-from data_prep.splits import HELD_OUT, assign_splits
-from data_prep.verify import verify_image
-from nicheclip.data import SPLITS, features
+from data_prep.divide import Catalogue, Division, divide
+from data_prep.duplicates import Fingerprints
+from data_prep.encode import encode_rows, fast_dtype
+from data_prep.quality import Verdict, judge, out_of_fold_probabilities, visits_per_epoch
+from data_prep.report import write_report
+from data_prep.review import Suspicion, read_decisions, write_review
+from data_prep.shards import map_shards, processes
+from data_prep.sources import fetch_images, planted_faults, read_source
+from data_prep.sources.facades import found_faults
+from data_prep.verify import verify_rows
+from nicheclip.data import SPLITS, features, quiet_datasets
 from nicheclip.domain import Domain
-from nicheclip.results import read_json, replaced_folder, write_json
+from nicheclip.results import replaced_folder, write_json
 from nicheclip.zero_shot import encode_images, encode_texts, load_clip, zero_shot_logits
 
+SMALL_EXAM = 10  # test images of a class; with fewer, its own accuracy says next to nothing
 
-def prepare(domain: Domain, run: str | Path, images: str | Path | None = None, seed: int = 0) -> dict[str, Any]:
-    """Makes `run`/data (a DatasetDict and report.json) and `run`/domain.yaml.
+
+def prepare(
+    domain: Domain, run: str | Path, images: str | Path | None = None, seed: int = 0, contact: str | None = None
+) -> dict[str, Any] | None:
+    """Makes `run`/data (a DatasetDict, report.json and report.html), `run`/review.csv and `run`/domain.yaml.
+
+    A killed run goes on where it was: finished shards of verified and encoded images lie in `run`/cache, which also
+    makes the next run quick and may be removed. Under `accelerate launch` the processes share the shards.
 
     Args:
-        images: class folders to read instead of the domain's own source.
-        seed: of the painter and of the choice of the images that are oversampled once more.
+        images: class folders or a dataset to read instead of the domain's own source.
+        seed: of the painter and of all random choices.
+        contact: how to reach who runs this, for Wikimedia Commons.
 
     Returns:
-        the report, as in report.json.
+        the report, as in report.json; None in all processes but the main one.
 
     Raises:
         ValueError: if a split would have no image of a class, or the images don't fit the domain.
+        RuntimeError: if after all a picture lies on both sides of a split.
     """
     run = Path(run)
     if (run / "data").exists() and not (run / "data" / "dataset_dict.json").is_file():
         raise ValueError(f"'{run / 'data'}' is not prepared data and would be overwritten; choose another --run")
-    folder, truth = _source_folder(domain, run, images, seed)
-    rows, rejected = read_folders(folder, domain.class_names)
-    read = len(rows) + len(rejected)
-
-    rows, unreadable = _verify(rows, domain)
+    state = processes()
+    decided = read_decisions(run / "review.csv")
+    fetched = [fetch_images(domain, run, images, seed, contact) if state.is_main_process else None]
+    location = broadcast_object_list(fetched)[0]
     with quiet_datasets():
-        rows, duplicates = _group(rows)
-        splits, leaks = _split(rows, domain)
-        train, dropped, filter_counts = _filter(splits["train"], domain)
-        splits["train"] = _oversample(train, domain, seed)
-    rejected += unreadable + duplicates + leaks
+        listed, unplaced = read_source(domain, location, own=images is None)
+        rows, unreadable = _verify(listed, domain, run / "cache" / "verified")
+        model, processor = load_clip(domain.base)
+        image_embeds = encode_rows(model, processor, rows, run / "cache" / "encoded", "encoding with the base model")
+        if not state.is_main_process:
+            return None
+        pictures = rows.select_columns("image").cast_column("image", datasets.Image())
+        catalogue = Catalogue.of(rows)
+        fingerprints = Fingerprints.make(
+            rows["phash"][:],
+            image_embeds,
+            picture=lambda index: pictures[index]["image"],
+            encode=lambda copies: encode_images(
+                model, processor, copies, len(copies), dtype=fast_dtype(model.device), progress=False
+            ),
+        )
+        decisions = {key: line.decision for key, line in decided.items()}
+        division = divide(catalogue, fingerprints, domain, decisions, seed)
 
-    report = _report(domain, splits, read, rejected, dropped, filter_counts)
-    report |= {"images": str(folder), "seed": seed, "fingerprint": fingerprint(splits)}
-    if truth:
-        report["planted_faults"] = _found_faults(truth, splits, rejected, dropped)
-    with quiet_datasets():
-        _save(splits, report, domain, run)
+        text_embeds = encode_texts(model, processor, domain.canonical_prompts)
+        zero_shot = softmax(zero_shot_logits(model, image_embeds, text_embeds), axis=1)  # (N, C)
+        train = np.flatnonzero(division.parts == "train")
+        verdict = _judge_train(domain, catalogue, division, train, image_embeds, zero_shot, seed)
+        suspects = _suspects(domain, catalogue, train, verdict, decisions)
+        dropped = {entry["source_id"] for entry in suspects if entry["outcome"] == "dropped"}
+        splits = _splits(rows, domain, catalogue, division, dropped, zero_shot, seed)
+
+        aside = [
+            {"source_id": catalogue.source_ids[index], "label": catalogue.class_names[index], "reason": reason}
+            for index, reason in sorted(division.reasons.items())
+        ]
+        report = {
+            "domain": domain.name,
+            "base": domain.base,
+            "images": str(location),
+            "seed": seed,
+            "fingerprint": fingerprint(splits),
+            "near_duplicate_cosines": [round(cosine, 4) for cosine in fingerprints.cosines],
+            **_counts(domain, splits, unplaced + unreadable + aside, suspects, verdict, len(listed) + len(unplaced)),
+            "mended": dict(Counter(what for note in rows["mended"][:] if note for what in note.split("; "))),
+            "quarantined": unplaced + unreadable + aside,
+            "suspects": suspects,
+            "least_likely_kept": _least_likely_kept(domain, catalogue, train, verdict, dropped),
+            "near_duplicates": _near_duplicates(splits),
+            "alike_across_splits": _alike_across_splits(catalogue, division, fingerprints),
+        }
+        if truth := planted_faults(location):
+            report["planted_faults"] = found_faults(
+                truth, report, dict(zip(catalogue.source_ids, division.groups.tolist(), strict=True))
+            )
+        index_of = {source_id: index for index, source_id in enumerate(catalogue.source_ids)}
+        _save(splits, report, domain, run, lambda source_id: pictures[index_of[source_id]]["image"])
+        write_review(run / "review.csv", _suspicions(report), decided)
     return report
 
 
-def _report(
-    domain: Domain, splits: dict[str, datasets.Dataset], read: int, rejected: list, dropped: list, filter_counts: list
+def _verify(listed: datasets.Dataset, domain: Domain, cache: Path) -> tuple[datasets.Dataset, list[dict[str, str]]]:
+    """The readable rows with their stored image, hashes and what was mended; and why the others are not."""
+    sides = {"stored_short_side": domain.stored_short_side, "smallest_side": domain.smallest_side}
+    identity = [" ".join(pair) for pair in zip(listed["source_id"], listed["version"], strict=True)]
+    verified = map_shards(
+        listed, partial(verify_rows, **sides), identity, f"1 {sides}", cache, "verifying images", parallel=True
+    )
+    rows = datasets.concatenate_datasets([listed.remove_columns(["image", "version"]), verified], axis=1)
+    errors = rows["error"][:]
+    unreadable = [
+        {"source_id": source_id, "label": label, "reason": error}
+        for source_id, label, error in zip(rows["source_id"], rows["class_name"], errors, strict=True)
+        if error is not None
+    ]
+    return rows.select([index for index, error in enumerate(errors) if error is None]), unreadable
+
+
+def _judge_train(
+    domain: Domain,
+    catalogue: Catalogue,
+    division: Division,
+    train: np.ndarray,
+    image_embeds: np.ndarray,
+    zero_shot: np.ndarray,
+    seed: int,
+) -> Verdict:
+    labels = domain.indices(catalogue.class_names)[train]
+    if domain.quality_filter.mode == "linear_probe":
+        probabilities = out_of_fold_probabilities(
+            image_embeds[train], labels, division.groups[train], len(domain.classes), seed
+        )
+    else:
+        probabilities = zero_shot[train]
+    return judge(probabilities, labels, domain.quality_filter)
+
+
+def _suspects(
+    domain: Domain, catalogue: Catalogue, train: np.ndarray, verdict: Verdict, decisions: dict[tuple[str, str], str]
+) -> list[dict[str, Any]]:
+    """The suspected training images, the most suspect first, and what becomes of each."""
+    suspects = []
+    for position in np.flatnonzero(verdict.suspect)[np.argsort(verdict.scores[verdict.suspect], kind="stable")]:
+        entry = _judged(domain, catalogue, train, verdict, position)
+        by_hand = decisions.get((entry["source_id"], entry["label"])) == "keep"
+        drop = domain.quality_filter.action == "drop"
+        suspects.append(entry | {"outcome": "kept by hand" if by_hand else "dropped" if drop else "flagged"})
+    return suspects
+
+
+def _judged(
+    domain: Domain, catalogue: Catalogue, train: np.ndarray, verdict: Verdict, position: int
 ) -> dict[str, Any]:
-    kept = {name: len(rows) for name, rows in splits.items()}
-    if read != sum(kept.values()) + len(rejected) + len(dropped):
-        raise RuntimeError(f"{read} images read, but kept {kept}, {len(rejected)} rejected, {len(dropped)} dropped")
-    sizes = {name: Counter(rows["label"]) for name, rows in splits.items()}
     return {
-        "domain": domain.name,
-        "base": domain.base,
+        "source_id": catalogue.source_ids[train[position]],
+        "label": catalogue.class_names[train[position]],
+        "suspected_label": domain.class_names[verdict.suspected_labels[position]],
+        "score": round(float(verdict.scores[position]), 5),
+    }
+
+
+def _least_likely_kept(
+    domain: Domain, catalogue: Catalogue, train: np.ndarray, verdict: Verdict, dropped: set[str], count: int = 24
+) -> list[dict[str, Any]]:
+    order = np.argsort(verdict.scores, kind="stable")
+    kept = [position for position in order if catalogue.source_ids[train[position]] not in dropped]
+    return [_judged(domain, catalogue, train, verdict, position) for position in kept[:count]]
+
+
+def _splits(
+    rows: datasets.Dataset,
+    domain: Domain,
+    catalogue: Catalogue,
+    division: Division,
+    dropped: set[str],
+    zero_shot: np.ndarray,
+    seed: int,
+) -> dict[str, datasets.Dataset]:
+    schema = features(domain.class_names)
+    labels = domain.indices(catalogue.class_names)
+    rows = rows.select_columns(["image", "source_id", "sha256", "attribution"])
+    splits = {}
+    for name in SPLITS:
+        own = np.flatnonzero(division.parts == name)
+        if name == "train":
+            own = np.array([index for index in own if catalogue.source_ids[index] not in dropped])
+            repeats = visits_per_epoch(labels[own], domain.samples_per_class, np.random.default_rng(seed))
+        added = {
+            "label": labels[own],
+            "group_id": division.groups[own],
+            "zero_shot_score": zero_shot[own, labels[own]] if name == "train" else [None] * len(own),
+            "repeats": repeats if name == "train" else np.ones(len(own)),
+        }
+        columns = datasets.Dataset.from_dict(added, features=datasets.Features({key: schema[key] for key in added}))
+        split = datasets.concatenate_datasets([rows.select(own), columns], axis=1)
+        splits[name] = split.select_columns(list(schema)).cast(schema)
+    return splits
+
+
+def _counts(
+    domain: Domain,
+    splits: dict[str, datasets.Dataset],
+    quarantined: list[dict[str, str]],
+    suspects: list[dict[str, Any]],
+    verdict: Verdict,
+    read: int,
+) -> dict[str, Any]:
+    """How many images went which way, in all and of each class.
+
+    Raises:
+        RuntimeError: if any image is unaccounted for.
+    """
+    kept = {name: len(rows) for name, rows in splits.items()}
+    dropped = Counter(entry["label"] for entry in suspects if entry["outcome"] == "dropped")
+    if read != sum(kept.values()) + len(quarantined) + dropped.total():
+        raise RuntimeError(f"{read} images read; {kept} kept, {len(quarantined)} aside, {dropped.total()} dropped")
+    sizes = {name: Counter(rows["label"][:]) for name, rows in splits.items()}
+    aside = Counter(entry.get("label") for entry in quarantined)
+    train = splits["train"]
+    visits = np.bincount(train["label"][:], train["repeats"][:], len(domain.classes)).astype(int).tolist()
+    classes = []
+    for index, name in enumerate(domain.class_names):
+        entry = {"name": name, **{split: sizes[split][index] for split in SPLITS}}
+        entry |= {"quarantined": aside[name], "visits": visits[index]}
+        classes.append(entry | {"filter": verdict.classes[index] | {"dropped": dropped[name]}})
+    return {
         "counts": {
             "read": read,
-            "rejected": dict(Counter(entry["reason"].split(":")[0] for entry in rejected)),
-            "dropped_by_filter": len(dropped),
+            "quarantined": dict(Counter(entry["reason"].split(":")[0] for entry in quarantined)),
+            "dropped_by_filter": dropped.total(),
             "kept": kept,
-            "train_visits_per_epoch": int(np.sum(splits["train"]["repeats"])),
+            "train_visits_per_epoch": sum(visits),
         },
-        "classes": [
-            {"name": name, **{split: sizes[split][index] for split in SPLITS}, "filter": counts}
-            for index, (name, counts) in enumerate(zip(domain.class_names, filter_counts, strict=True))
-        ],
-        "rejected": rejected,
-        "dropped": dropped,
+        "filter": domain.quality_filter.model_dump(),
+        "classes": classes,
+        "warnings": _warnings(classes),
     }
+
+
+def _warnings(classes: list[dict[str, Any]]) -> list[str]:
+    """What a person should know before training, in words."""
+    warnings = []
+    for entry in classes:
+        wanted, images = entry["filter"]["wanted"], entry["filter"]["images"]
+        if wanted > entry["filter"]["suspect"]:
+            warnings.append(
+                f"{entry['name']}: the filter wanted {wanted / images:.0%} of it; that is a class which the base "
+                "model does not know, not noise, so the cap held it back"
+            )
+        if entry["test"] < SMALL_EXAM:
+            warnings.append(
+                f"{entry['name']}: only {entry['test']} test images, so its own accuracy will say next to nothing; "
+                "add images, or merge it with a class that it is like"
+            )
+    return warnings
 
 
 def fingerprint(splits: dict[str, datasets.Dataset]) -> str:
@@ -97,154 +282,53 @@ def fingerprint(splits: dict[str, datasets.Dataset]) -> str:
     return digest.hexdigest()
 
 
-def _source_folder(domain: Domain, run: Path, images: str | Path | None, seed: int) -> tuple[Path, dict[str, Any]]:
-    if images is None and domain.source.kind == "facades":
-        clusters = list(domain.clusters.values())
-        folder = paint_facades(run / "images", clusters, seed, **domain.source.options)
-        return folder, read_json(folder / "truth.json", "remove the folder and run data_prep again")
-    if images is None and domain.source.path is None:
-        raise ValueError(f"domain '{domain.name}' names no images; pass --images FOLDER, one folder a class inside")
-    return Path(images or domain.source.path), {}
+def _near_duplicates(splits: dict[str, datasets.Dataset]) -> list[list[str]]:
+    """The source_ids of each group of near-duplicates that are kept, the largest group first."""
+    members = defaultdict(list)
+    for rows in splits.values():
+        for group, source_id in zip(rows["group_id"], rows["source_id"], strict=True):
+            members[group].append(source_id)
+    return sorted((group for group in members.values() if len(group) > 1), key=len, reverse=True)
 
 
-def _verify(rows: datasets.Dataset, domain: Domain) -> tuple[datasets.Dataset, list[dict[str, str]]]:
-    check = partial(verify_image, stored_short_side=domain.stored_short_side)
-    schema = datasets.Features(
+def _alike_across_splits(
+    catalogue: Catalogue, division: Division, fingerprints: Fingerprints, count: int = 12
+) -> list[dict[str, Any]]:
+    """The pairs of pictures in different splits that the base model finds most alike."""
+    used = np.flatnonzero(division.parts != "")
+    pairs = fingerprints.take(used).most_alike_across(np.unique(division.parts[used], return_inverse=True)[1], count)
+    return [
         {
-            **rows.features,
-            "image": datasets.Image(decode=False),
-            "sha256": datasets.Value("string"),
-            "phash": datasets.Value("string"),
-            "error": datasets.Value("string"),
+            "source_ids": [catalogue.source_ids[used[index]] for index in pair],
+            "splits": [str(division.parts[used[index]]) for index in pair],
+            "cosine": round(cosine, 4),
         }
-    )
-    processes = min(os.cpu_count() or 1, len(rows) // 500) or None  # a process more pays from some hundred images
-    rows = rows.map(check, features=schema, num_proc=processes, load_from_cache_file=False, desc="verifying images")
-    errors = rows["error"][:]
-    unreadable = [
-        {"source_id": source_id, "reason": f"unreadable: {error}"}
-        for source_id, error in zip(rows["source_id"], errors, strict=True)
-        if error is not None
+        for *pair, cosine in pairs
     ]
-    return rows.select([index for index, error in enumerate(errors) if error is None]), unreadable
 
 
-def _group(rows: datasets.Dataset) -> tuple[datasets.Dataset, list[dict[str, str]]]:
-    """Drops exact copies and contradicting labels; names the group of near-duplicates of the rest."""
-    first: dict[str, int] = {}
-    labels_of: dict[str, set[str]] = {}
-    hashes, class_names, source_ids, given = (rows[name][:] for name in ("sha256", "class_name", "source_id", "split"))
-    # A held-out image is kept rather than its copy in the train pool.
-    for index in sorted(range(len(rows)), key=lambda index: given[index] in (None, "train")):
-        first.setdefault(hashes[index], index)
-        labels_of.setdefault(hashes[index], set()).add(class_names[index])
-    keep, rejected = [], []
-    for index, sha256 in enumerate(hashes):
-        if len(labels_of[sha256]) > 1:
-            reason = f"conflict: the same file under {' and '.join(sorted(labels_of[sha256]))}"
-        elif first[sha256] != index:
-            reason = f"exact duplicate: of {source_ids[first[sha256]]}"
-        else:
-            keep.append(index)
-            continue
-        rejected.append({"source_id": source_ids[index], "reason": reason})
-    rows = rows.select(keep)
-    groups = near_duplicate_groups(rows["phash"][:])
-    name_of: dict[int, str] = {}
-    for group, sha256 in zip(groups, rows["sha256"], strict=True):
-        name_of[group] = min(sha256[:16], name_of.get(group, sha256))
-    return rows.add_column("group_id", [name_of[group] for group in groups]), rejected
-
-
-def _split(rows: datasets.Dataset, domain: Domain) -> tuple[dict[str, datasets.Dataset], list[dict[str, str]]]:
-    """Keeps the splits that the source decides, deals out the others, and lets no group cross two of them."""
-    index_of = {name: index for index, name in enumerate(domain.class_names)}
-    labels = np.array([index_of[name] for name in rows["class_name"]])
-    groups, given, source_ids = (rows[name][:] for name in ("group_id", "split", "source_id"))
-    assigned = np.array([split or "train" for split in given], dtype=object)
-    to_fill = tuple(name for name in HELD_OUT if name not in assigned)
-    pool = np.flatnonzero(assigned == "train")
-    if to_fill:
-        assigned[pool] = assign_splits(labels[pool], [groups[index] for index in pool], domain.splits, to_fill)
-    owner: dict[str, str] = {}
-    for name in (*HELD_OUT, "train"):
-        for index in np.flatnonzero(assigned == name):
-            owner.setdefault(groups[index], name)
-    leaked = np.array([owner[group] != split for group, split in zip(groups, assigned, strict=True)])
-    rejected = [
-        {"source_id": source_ids[index], "reason": f"leak: near-duplicate of an image in {owner[groups[index]]}"}
-        for index in np.flatnonzero(leaked)
+def _suspicions(report: dict[str, Any]) -> list[Suspicion]:
+    conflicts = [
+        Suspicion(entry["source_id"], entry["label"], entry["reason"], outcome="set aside")
+        for entry in report["quarantined"]
+        if entry["reason"].startswith("conflict")
     ]
-    schema = features(domain.class_names)
-    rows = rows.add_column("label", labels).add_column("repeats", np.ones(len(rows), dtype=np.int32))
-    rows = rows.add_column("zero_shot_score", [None] * len(rows)).select_columns(list(schema)).cast(schema)
-    splits = {name: rows.select(np.flatnonzero((assigned == name) & ~leaked)) for name in SPLITS}
-    for name, split in splits.items():
-        empty = sorted(set(range(len(index_of))) - set(split["label"]))
-        if empty:
-            raise ValueError(
-                f"the {name} split has no image of: {', '.join(domain.class_names[index] for index in empty)}; "
-                "add images, merge classes, or change splits in the domain file"
-            )
-    return splits, rejected
-
-
-def _filter(train: datasets.Dataset, domain: Domain) -> tuple[datasets.Dataset, list[dict[str, Any]], list]:
-    model, processor = load_clip(domain.base)
-    text_embeds = encode_texts(model, processor, domain.canonical_prompts)
-    image_embeds = encode_images(
-        model, processor, (row["image"] for row in train), len(train), description="scoring train with the base model"
-    )
-    labels = np.array(train["label"])
-    scores = softmax(zero_shot_logits(model, image_embeds, text_embeds), axis=1)[np.arange(len(labels)), labels]
-    drop, classes = choose_drops(scores, labels, domain.quality_filter, len(domain.classes))
-    train = train.remove_columns("zero_shot_score").add_column("zero_shot_score", scores.astype(np.float32))
-    source_ids = train["source_id"][:]
-    dropped = [
-        {"source_id": source_ids[index], "label": domain.class_names[labels[index]], "score": float(scores[index])}
-        for index in np.flatnonzero(drop)
+    wrong = [
+        Suspicion(**entry | {"score": f"{entry['score']:.5f}", "reason": "wrong label?"})
+        for entry in report["suspects"]
     ]
-    return train.select(np.flatnonzero(~drop)), dropped, classes
+    return conflicts + wrong
 
 
-def _oversample(train: datasets.Dataset, domain: Domain, seed: int) -> datasets.Dataset:
-    visits = visits_per_epoch(np.array(train["label"]), domain.samples_per_class, np.random.default_rng(seed))
-    schema = features(domain.class_names)
-    return train.remove_columns("repeats").add_column("repeats", visits).select_columns(list(schema)).cast(schema)
-
-
-def _found_faults(truth: dict[str, Any], splits: dict, rejected: list, filtered: list) -> dict[str, Any]:
-    """How many of the painter's faults were found. A leak is a train copy of a held-out drawing."""
-    reasons = {entry["source_id"]: entry["reason"].split(":")[0] for entry in rejected}
-    dropped = {entry["source_id"] for entry in filtered}
-    wrong = set(truth["wrong_labels"]) - set(reasons)
-    leaks = {copy for copy, original in truth["near_duplicates"].items() if not original.startswith("train/")}
-    group_of = {
-        source: group
-        for rows in splits.values()
-        for source, group in zip(rows["source_id"], rows["group_id"], strict=True)
-    }
-    copies = {
-        copy: original
-        for copy, original in truth["near_duplicates"].items()
-        if copy in group_of and original in group_of
-    }
-    return {
-        "wrong_labels": {"planted": len(wrong), "dropped": len(wrong & dropped), "dropped_in_all": len(dropped)},
-        "leaks": {"planted": len(leaks), "found": sum(reasons.get(leak) == "leak" for leak in leaks)},
-        "near_duplicates_in_train": {
-            "planted": len(copies),
-            "grouped": sum(group_of[copy] == group_of[original] for copy, original in copies.items()),
-        },
-        "unreadable": {
-            "planted": len(truth["unreadable"]),
-            "found": sum(reasons.get(name) == "unreadable" for name in truth["unreadable"]),
-        },
-    }
-
-
-def _save(splits: dict[str, datasets.Dataset], report: dict[str, Any], domain: Domain, run: Path) -> None:
+def _save(
+    splits: dict[str, datasets.Dataset],
+    report: dict[str, Any],
+    domain: Domain,
+    run: Path,
+    picture: Callable[[str], Image.Image],
+) -> None:
     with replaced_folder(run / "data") as folder:
         datasets.DatasetDict(splits).save_to_disk(folder)
         write_json(folder / "report.json", report)
+        write_report(folder / "report.html", report, domain, picture)
     domain.save(run / "domain.yaml")

@@ -1,35 +1,109 @@
-"""Lets the base model filter train, and train only."""
+"""Which training images are suspected of a wrong label, and how often an epoch visits the others."""
 
 from __future__ import annotations
 
 import math
+import warnings
+from dataclasses import dataclass
 
 import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedGroupKFold
 
 from nicheclip.domain import QualityFilter
 
+REGULARIZATIONS = (0.3, 1.0, 3.0, 10.0, 30.0)  # sklearn's C, the inverse strength; the out-of-fold NLL picks one
+DEFAULT_THRESHOLDS = {"linear_probe": 0.2, "zero_shot": 0.05, "none": 0.0}
 
-def choose_drops(scores: np.ndarray, labels: np.ndarray, how: QualityFilter, classes: int) -> tuple[np.ndarray, list]:
-    """Which training images to drop.
+
+def out_of_fold_probabilities(
+    image_embeds: np.ndarray, labels: np.ndarray, groups: np.ndarray, classes: int, seed: int = 0
+) -> np.ndarray:
+    """What a linear probe says of each image that has not seen it, nor a near-duplicate of it.
 
     Args:
-        scores: (N,) the base model's probability for each image's own label.
-        labels: (N,) int.
+        image_embeds: (N, D) of unit length.
+        labels: (N,) int; they may be wrong.
+        groups: (N,) near-duplicates share one.
 
     Returns:
-        (N,) bool, True to drop; and for each class how many images the threshold wanted to drop, how many the cap
-        let it, and the images in all: {"images", "wanted", "dropped"}.
+        (N, C) float, rows add up to 1. A class that a fold's training part lacks has probability 0 there.
     """
-    drop = np.zeros(len(scores), dtype=bool)
+    few = np.random.default_rng(seed).permutation(len(labels))[:4000]  # enough to choose the regularisation
+    losses = []
+    for strength in REGULARIZATIONS:
+        own = _out_of_fold(image_embeds[few], labels[few], groups[few], classes, strength, seed)
+        losses.append(-np.log(np.maximum(own[np.arange(len(few)), labels[few]], 1e-6)).mean())
+    return _out_of_fold(image_embeds, labels, groups, classes, REGULARIZATIONS[int(np.argmin(losses))], seed)
+
+
+def _out_of_fold(
+    image_embeds: np.ndarray, labels: np.ndarray, groups: np.ndarray, classes: int, strength: float, seed: int
+) -> np.ndarray:
+    probabilities = np.zeros((len(labels), classes))
+    folds = StratifiedGroupKFold(min(5, len(np.unique(groups))), shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        # A class may be smaller than the number of folds, and a probe that is nearly converged is as good here.
+        warnings.filterwarnings("ignore", "The least populated class", UserWarning)
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        for others, fold in folds.split(image_embeds, labels, groups):
+            known = np.unique(labels[others])
+            if len(known) == 1:
+                probabilities[fold, known[0]] = 1.0
+                continue
+            probe = LogisticRegression(C=strength, max_iter=500).fit(image_embeds[others], labels[others])
+            probabilities[np.ix_(fold, known)] = probe.predict_proba(image_embeds[fold])
+    return probabilities
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the filter makes of the training images.
+
+    Attributes:
+        scores: (N,) how well the own label fits: the lower, the more suspect. For `linear_probe` the probability of
+            the own label over its mean in the class, for `zero_shot` the probability itself.
+        suspected_labels: (N,) the likeliest other class.
+        suspect: (N,) bool, below the threshold and within the cap.
+        classes: for each class how many `images` it has, how many the threshold `wanted`, and how many are `suspect`.
+    """
+
+    scores: np.ndarray
+    suspected_labels: np.ndarray
+    suspect: np.ndarray
+    classes: list[dict[str, int]]
+
+
+def judge(probabilities: np.ndarray, labels: np.ndarray, how: QualityFilter) -> Verdict:
+    """Finds the images whose own label is unlikely, at most `how.max_drop_share` of a class, the least likely first.
+
+    A threshold relative to the class keeps it from deleting a class of which the base model knows little: where all
+    images of a class have a low probability, a low one is nothing suspicious.
+
+    Args:
+        probabilities: (N, C), out of fold for `linear_probe`, zero-shot for `zero_shot` and `none`.
+        labels: (N,) int.
+    """
+    everyone = np.arange(len(labels))
+    scores = probabilities[everyone, labels]
+    others = probabilities.copy()
+    others[everyone, labels] = -1
+    if how.mode == "linear_probe":
+        sizes = np.bincount(labels, minlength=probabilities.shape[1])
+        mean = np.bincount(labels, scores, len(sizes)) / np.maximum(sizes, 1)
+        # A class without any probability can't be judged: all of it is as good as its mean.
+        scores = np.divide(scores, mean[labels], out=np.ones_like(scores), where=mean[labels] > 0)
+    threshold = DEFAULT_THRESHOLDS[how.mode] if how.threshold is None else how.threshold
+    suspect = np.zeros(len(labels), dtype=bool)
     counts = []
-    for label in range(classes):
+    for label in range(probabilities.shape[1]):
         own = np.flatnonzero(labels == label)
-        below = own[scores[own] < how.threshold] if how.mode == "zero_shot" else own[:0]
-        allowed = math.floor(how.max_drop_share * len(own))
-        chosen = below[np.argsort(scores[below], kind="stable")][:allowed]
-        drop[chosen] = True
-        counts.append({"images": len(own), "wanted": len(below), "dropped": len(chosen)})
-    return drop, counts
+        below = own[scores[own] < threshold] if how.mode != "none" else own[:0]
+        chosen = below[np.argsort(scores[below], kind="stable")][: math.floor(how.max_drop_share * len(own))]
+        suspect[chosen] = True
+        counts.append({"images": len(own), "wanted": len(below), "suspect": len(chosen)})
+    return Verdict(scores, others.argmax(axis=1), suspect, counts)
 
 
 def visits_per_epoch(labels: np.ndarray, samples_per_class: int, rng: np.random.Generator) -> np.ndarray:

@@ -5,46 +5,131 @@ from __future__ import annotations
 import hashlib
 import io
 import struct
-from pathlib import Path
+import warnings
 from typing import Any
 
+import datasets
 import imagehash
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 JPEG_QUALITY = 95
 HASH_SIDE = 12  # coefficients a side: 64 bits did not tell cropped copies from other drawings of one style, 144 did
+BROKEN = "unreadable"  # the reasons of quarantine, each followed by the particulars
+TINY = "too small"
+BLANK = "blank"
+
+VERIFIED_FEATURES = datasets.Features(
+    {
+        "image": datasets.Image(decode=False),
+        **{name: datasets.Value("string") for name in ("sha256", "phash", "mended", "error")},
+    }
+)
 
 
-def verify_image(row: dict[str, Any], stored_short_side: int) -> dict[str, Any]:
-    """Reads, checks and shrinks one file.
+def verify_rows(rows: datasets.Dataset, stored_short_side: int, smallest_side: int) -> datasets.Dataset:
+    """`verify_image` for each row of a source; the columns of `VERIFIED_FEATURES`."""
+    verified = [verify_image(row["image"], stored_short_side, smallest_side) for row in rows]
+    return datasets.Dataset.from_list(verified, features=VERIFIED_FEATURES)
+
+
+def verify_image(source: dict[str, Any], stored_short_side: int, smallest_side: int = 1) -> dict[str, Any]:
+    """Reads, checks and shrinks one image.
+
+    The first frame of an animation is taken, EXIF orientation is applied, transparent pixels are put on white, 16 bits
+    become 8, and any colour model becomes RGB.
+
+    Args:
+        source: `path` or `bytes`, as `datasets.Image(decode=False)` gives them.
+        stored_short_side: in pixels; a larger image is shrunk to it.
+        smallest_side: in pixels; a smaller image is an error.
 
     Returns:
-        image (encoded bytes for `datasets.Image`), sha256 of the file, phash (144-bit perceptual hash as hex), and
-        error: None, or why the file can't be used.
+        image (encoded bytes for `datasets.Image`), sha256 of the file, phash (144-bit perceptual hash as hex), mended
+        (what had to be done to read it, or None) and error: None, or why the file can't be used.
     """
-    content = b""
+    digest = None
     try:
-        content = Path(row["path"]).read_bytes()
-        with Image.open(io.BytesIO(content)) as opened:
-            as_is = opened.format == "JPEG" and opened.mode == "RGB" and not opened.getexif()
-            eight_bits = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8)) if "16" in opened.mode else opened
-            image = ImageOps.exif_transpose(eight_bits).convert("RGB")
+        file = io.BytesIO(source["bytes"]) if source["bytes"] is not None else open(source["path"], "rb")  # noqa: SIM115
+        with file, warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as large is an error
+            if not file.read(1):
+                return _quarantined(f"{BROKEN}: empty file")
+            file.seek(0)
+            with Image.open(file) as opened:
+                image, mended, as_is = _read(opened, stored_short_side, smallest_side)
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(0)
+            content = file.read() if as_is else None
+    except UnidentifiedImageError:
+        return _quarantined(f"{BROKEN}: not an image")
+    except Image.DecompressionBombError as error:
+        return _quarantined(f"{BROKEN}: {error}")
+    except _UnusableError as error:
+        return _quarantined(str(error))
     # What Pillow raises for a broken file depends on its format.
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        first_line = (str(error) or type(error).__name__).splitlines()[0]
-        reason = "empty file" if not content and not isinstance(error, PermissionError) else first_line
-        return {"image": None, "sha256": None, "phash": None, "error": reason}
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, TypeError, KeyError) as error:
+        return _quarantined(f"{BROKEN}: {(str(error) or type(error).__name__).splitlines()[0]}")
+    return {
+        "image": {"bytes": content or _encode(image), "path": None},
+        "sha256": digest,
+        "phash": str(imagehash.phash(image, hash_size=HASH_SIDE)),
+        "mended": "; ".join(mended) or None,
+        "error": None,
+    }
+
+
+class _UnusableError(Exception):
+    """The file decodes, and is still of no use; the message is the reason."""
+
+
+def _quarantined(reason: str) -> dict[str, Any]:
+    return {"image": None, "sha256": None, "phash": None, "mended": None, "error": reason}
+
+
+def _read(opened: Image.Image, stored_short_side: int, smallest_side: int) -> tuple[Image.Image, list[str], bool]:
+    """The image as it is stored, what was mended, and whether the file can be stored as it is."""
+    mended = []
+    if min(opened.size) < smallest_side:
+        width, height = opened.size
+        raise _UnusableError(f"{TINY}: {width} x {height} px, expected at least {smallest_side} on the short side")
+    if getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO":  # of an MPO the others are previews
+        mended.append("first frame of an animation")
+    as_is = opened.format == "JPEG" and opened.mode == "RGB" and min(opened.size) <= stored_short_side
+    opened.draft("RGB", [side * stored_short_side // min(opened.size) + 1 for side in opened.size])
+    image = opened
+    if image.mode.startswith("I"):
+        image = _eight_bits(image)
+        mended.append("16 bits to 8")
+    elif image.mode == "F":
+        raise _UnusableError(f"{BROKEN}: floating-point pixels, whose range is not known")
+    image.load()
+    if image.getexif().get(0x0112, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+        mended.append("EXIF orientation")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if image.getextrema()[3][0] < 255:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            mended.append("transparency on white")
+    elif image.mode not in ("RGB", "L"):
+        mended.append(f"{image.mode} to RGB")
+    as_is = as_is and not mended and not image.getexif()  # which may tell where and by whom it was taken
+    image = image.convert("RGB")
     if min(image.size) > stored_short_side:
         scale = stored_short_side / min(image.size)
         image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
-        as_is = False
-    return {
-        "image": {"bytes": content if as_is else _encode(image), "path": None},
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "phash": str(imagehash.phash(image, hash_size=HASH_SIDE)),
-        "error": None,
-    }
+    if all(low == high for low, high in image.getextrema()):
+        raise _UnusableError(f"{BLANK}: every pixel has the same colour")
+    return image, mended, as_is
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 0xFFFF:
+        raise _UnusableError(f"{BROKEN}: 32-bit pixels, whose range is not known")
+    return Image.fromarray((values >> 8).astype(np.uint8))
 
 
 def _encode(image: Image.Image) -> bytes:

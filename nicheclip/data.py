@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,18 @@ def features(class_names: list[str]) -> datasets.Features:
             "attribution": datasets.Value("string"),
         }
     )
+
+
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """No progress bars of `datasets`; the steps that take long have their own."""
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def load_prepared(run: str | Path) -> datasets.DatasetDict:

@@ -6,9 +6,11 @@ domain = Domain.load("domains/facades/domain.yaml")
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -28,10 +30,10 @@ class _Section(BaseModel):
 
 
 class Source(_Section):
-    """Where the images come from: class folders on disk, or the façade painter."""
+    """Where the images come from: class folders, a dataset (Hub id, Parquet or Arrow), Wikimedia Commons, façades."""
 
-    kind: Literal["folder", "facades"] = "folder"
-    path: str | None = None  # of the class folders; `--images` overrides it
+    kind: Literal["folder", "dataset", "commons", "facades"] = "folder"
+    path: str | None = None  # of the folders, or the id or path of the dataset; `--images` overrides it
     options: dict[str, Any] = {}  # passed on to the source, see `data_prep.sources`
 
 
@@ -58,14 +60,18 @@ class Splits(_Section):
 
 
 class QualityFilter(_Section):
-    """Drops training images to whose own label base CLIP gives a probability below `threshold`.
+    """Which training images are suspected of a wrong label, and what becomes of them.
 
-    `max_drop_share` caps what one class may lose: a class that the base model does not know must not be deleted.
+    `linear_probe`: the out-of-fold probability of the own label, from a linear probe on the base's image_embeds, is
+    below `threshold` times the mean of the class. `zero_shot` (the article's): base CLIP's probability of the own
+    label is below `threshold`. `max_drop_share` caps what one class may lose: a class that the base model does not
+    know must not be deleted. `flag` drops nothing; either way the suspects are listed in RUN/review.csv.
     """
 
-    mode: Literal["zero_shot", "none"] = "zero_shot"
-    threshold: Share = 0.05
+    mode: Literal["linear_probe", "zero_shot", "none"] = "linear_probe"
+    threshold: Share | None = None  # default: 0.2 for linear_probe, 0.05 for zero_shot
     max_drop_share: Share = 0.3
+    action: Literal["drop", "flag"] = "drop"
 
 
 class Augmentation(_Section):
@@ -112,13 +118,14 @@ class Domain(_Section):
     description: Text
     base: Text  # a Hub id, or a folder relative to the domain file
     classes: dict[Text, list[Text]]
-    clusters: dict[Text, list[Text]]
+    clusters: dict[Text, list[Text]] = {}  # none: all classes are one cluster; `data_prep.clusters` proposes some
     stages: list[Stage] = Field(min_length=1)
     gates: dict[GatedMetric, float]  # the target of each gated metric of the scorecard
     source: Source = Source()
     splits: Splits = Splits()
     quality_filter: QualityFilter = QualityFilter()
     samples_per_class: int = Field(280, ge=1)
+    smallest_side: int = Field(32, ge=1)  # pixels; smaller images are quarantined
     stored_short_side: int = Field(288, ge=32)  # pixels; images are stored shrunk to this
     augmentation: Augmentation = Augmentation()
     training: dict[str, Any] = {}  # any field of StagedTrainingArguments
@@ -141,6 +148,13 @@ class Domain(_Section):
             if folded.setdefault(name.strip().casefold(), name) != name:
                 raise ValueError(f"duplicate class: '{folded[name.strip().casefold()]}' and '{name}'; remove one")
         return classes
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_cluster_if_none(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and not raw.get("clusters") and isinstance(raw.get("classes"), dict):
+            return raw | {"clusters": {"all": list(raw["classes"])}}
+        return raw
 
     @model_validator(mode="after")
     def _clusters_fit_classes_and_gates(self) -> Domain:
@@ -208,6 +222,11 @@ class Domain(_Section):
     @property
     def class_names(self) -> list[str]:
         return list(self.classes)
+
+    def indices(self, class_names: Iterable[str]) -> np.ndarray:
+        """The index of each class name, (N,) int."""
+        index_of = {name: index for index, name in enumerate(self.classes)}
+        return np.array([index_of[name] for name in class_names])
 
     @property
     def canonical_prompts(self) -> list[str]:

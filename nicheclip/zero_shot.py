@@ -48,15 +48,23 @@ def encode_images(
     total: int,
     batch_size: int = 64,
     description: str = "encoding",
+    dtype: torch.dtype = torch.float32,
+    progress: bool = True,
 ) -> np.ndarray:
-    """Unit-length image_embeds (N, D) float32 of `total` images, read batch by batch, with a progress bar."""
+    """Unit-length image_embeds (N, D) float32 of `total` images, read batch by batch.
+
+    Args:
+        dtype: of the arithmetic; bfloat16 goes through autocast.
+        progress: whether to show a progress bar.
+    """
     batches = []
-    with tqdm(total=total, desc=description, unit="img", leave=False) as progress:
+    with tqdm(total=total, desc=description, unit="img", leave=False, disable=not progress) as bar:
         for batch in _batched(images, batch_size):
             pixel_values = processor.image_processor([image.convert("RGB") for image in batch], return_tensors="pt")
-            image_embeds = model.get_image_features(pixel_values["pixel_values"].to(model.device)).pooler_output
+            with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+                image_embeds = model.get_image_features(pixel_values["pixel_values"].to(model.device)).pooler_output
             batches.append(torch.nn.functional.normalize(image_embeds.float(), dim=-1).cpu().numpy())
-            progress.update(len(batch))
+            bar.update(len(batch))
     return np.concatenate(batches)
 
 

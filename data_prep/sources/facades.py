@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import io
 import os
+from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -69,6 +71,44 @@ def paint_facades(folder: str | Path, clusters: list[list[str]], seed: int, **op
             pass
         write_json(unfinished / "truth.json", {"order": order, **truth})
     return folder
+
+
+def found_faults(truth: dict[str, Any], report: dict[str, Any], group_of: dict[str, str]) -> dict[str, Any]:
+    """How many of the painter's faults data_prep has found, and how often it was wrong.
+
+    Args:
+        truth: truth.json. A leak is a train copy of a held-out drawing.
+        report: report.json, of which quarantined and suspects count.
+        group_of: the group of each readable image.
+
+    Returns:
+        for each fault how many were `planted` among the images that could show it, `found`, and found `falsely`.
+    """
+    reasons = {entry["source_id"]: entry["reason"].split(":")[0] for entry in report["quarantined"]}
+    suspected = {entry["source_id"] for entry in report["suspects"]}
+    wrong = set(truth["wrong_labels"]) - set(reasons)
+    originals = {
+        copy: original for copy, original in truth["near_duplicates"].items() if {copy, original} <= set(group_of)
+    }
+    members = defaultdict(set)
+    for source_id, group in group_of.items():
+        members[group].add(originals.get(source_id, source_id))
+    leaks = {copy for copy, original in originals.items() if not original.startswith("train/")}
+    unreadable, named = set(truth["unreadable"]), {name for name, reason in reasons.items() if reason == "unreadable"}
+    return {
+        "wrong_labels": _score(wrong, suspected),
+        "near_duplicates": {
+            "planted": len(originals),
+            "found": sum(group_of[copy] == group_of[original] for copy, original in originals.items()),
+            "falsely": sum(len(drawings) - 1 for drawings in members.values()),
+        },
+        "leaks": _score(leaks, {name for name, reason in reasons.items() if reason == "leak"}),
+        "unreadable": _score(unreadable, named),
+    }
+
+
+def _score(planted: set[str], named: set[str]) -> dict[str, int]:
+    return {"planted": len(planted), "found": len(planted & named), "falsely": len(named - planted)}
 
 
 def _plan(clusters: list[list[str]], options: FacadeOptions, rng: np.random.Generator) -> tuple[list[tuple], dict]:

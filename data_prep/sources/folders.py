@@ -1,95 +1,84 @@
-"""Class folders: FOLDER/<class>/<image>, or FOLDER/<split>/<class>/<image> where the split is already decided."""
+"""Class folders: FOLDER/<class>/<image>, or FOLDER/<split>/<class>/<image> where the split is already decided.
+
+A `metadata.jsonl` or `metadata.csv` beside the images, as `datasets`' imagefolder knows it, may give each file_name an
+attribution, or its author, license and source_url.
+"""
 
 from __future__ import annotations
 
-import difflib
-import glob
+import csv
+import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
 
+from data_prep.sources.rows import SOURCE_FEATURES, check_classes
 from nicheclip.data import SPLITS
+
+SIDECARS = frozenset({"metadata.jsonl", "metadata.csv", "skipped.jsonl", "truth.json"})
 
 
 def read_folders(folder: str | Path, class_names: list[str]) -> tuple[datasets.Dataset, list[dict[str, str]]]:
-    """Lists the images of class folders with `datasets`' imagefolder; decodes none of them.
+    """Lists the files of class folders, in the order of their names; opens none of them.
 
     Args:
         folder: holds one folder a class, or folders named train, validation, calibration, test that do.
         class_names: the classes of the domain; upper and lower case are alike.
 
     Returns:
-        rows with columns path, source_id (the path inside the folder), class_name, split (None: to be decided),
-        attribution; and the files that are no images, as source_id and reason.
+        rows as `data_prep.sources` describes them; and the files outside of a class, as source_id and reason.
 
     Raises:
-        FileNotFoundError: if the folder or a class has no images.
+        FileNotFoundError: if the folder or a class has no files.
         ValueError: if a folder is no class of the domain.
     """
     folder = Path(folder).resolve()
     if not folder.is_dir():
         raise FileNotFoundError(f"no image folder at '{folder}'; expected one folder a class, e.g. {folder}/gothic")
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    names = {name.casefold(): name for name in class_names}
-    split_of_folder = {path.name: path.name for path in folder.iterdir() if path.is_dir() and path.name in SPLITS}
-
-    found = _imagefolder(folder)
-    rows = {"path": [], "source_id": [], "class_name": [], "split": [], "attribution": []}
-    for row in found:
-        path = Path(row["image"]["path"])
+    names = {name.casefold() for name in class_names}
+    attributions = dict(_attributions(folder))
+    rows, outside = [], []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         inside = path.relative_to(folder)
-        split = split_of_folder.get(inside.parts[0])
-        class_folder = inside.parts[0 if split is None else 1]
-        class_name = names.get(class_folder.casefold())
-        if class_name is None:
-            close = difflib.get_close_matches(class_folder.casefold(), list(names), n=1)
-            raise ValueError(
-                f"'{class_folder}' in '{folder}' is no class of the domain"
-                + (f"; did you mean '{names[close[0]]}'?" if close else "; add it to classes, or move it away")
-            )
-        rows["path"].append(str(path))
-        rows["source_id"].append(inside.as_posix())
-        rows["class_name"].append(class_name)
-        rows["split"].append(split)
-        rows["attribution"].append(row.get("attribution"))
-    empty = sorted(set(class_names) - set(rows["class_name"]))
-    if empty:
-        raise FileNotFoundError(
-            f"no images in '{folder}' for: {', '.join(empty)}; add them, or take the classes out of the domain file"
+        if path.name in SIDECARS or any(part.startswith(".") for part in inside.parts):
+            continue
+        split = inside.parts[0] if inside.parts[0] in SPLITS and inside.parts[0].casefold() not in names else None
+        within = inside.parts[1 if split else 0 : -1]
+        if not within:
+            outside.append({"source_id": inside.as_posix(), "reason": "not in a class folder"})
+            continue
+        status = path.stat()
+        rows.append(
+            {
+                "image": {"path": str(path), "bytes": None},
+                "source_id": inside.as_posix(),
+                "version": f"{status.st_size} {status.st_mtime_ns}",
+                "class_name": within[0],
+                "split": split,
+                "attribution": attributions.get(path),
+            }
         )
-    listed = set(rows["path"])
-    others = [
-        {"source_id": path.relative_to(folder).as_posix(), "reason": "not an image file"}
-        for path in files
-        if str(path) not in listed and path.name not in ("metadata.jsonl", "metadata.csv", "truth.json")
-    ]
-    return datasets.Dataset.from_dict(rows, features=_FEATURES), others
+    canonical = check_classes({row["class_name"] for row in rows}, class_names, folder)
+    for row in rows:
+        row["class_name"] = canonical[row["class_name"]]
+    return datasets.Dataset.from_list(rows, features=SOURCE_FEATURES), outside
 
 
-_FEATURES = datasets.Features(
-    {name: datasets.Value("string") for name in ("path", "source_id", "class_name", "split", "attribution")}
-)
-
-
-@contextmanager
-def quiet_datasets() -> Iterator[None]:
-    """No progress bars of `datasets` for steps that are quick."""
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
-
-
-def _imagefolder(folder: Path) -> datasets.Dataset:
-    files = {"train": [glob.escape(str(folder)) + "/**"]}
-    try:
-        with quiet_datasets():
-            found = datasets.load_dataset("imagefolder", data_files=files, drop_labels=False, split="train")
-    except datasets.exceptions.DataFilesNotFoundError as error:
-        raise FileNotFoundError(f"'{folder}' holds no image files") from error
-    return found.cast_column("image", datasets.Image(decode=False))
+def _attributions(folder: Path) -> Iterator[tuple[Path, str]]:
+    for path in folder.rglob("metadata.*"):
+        if path.name == "metadata.jsonl":
+            lines = path.read_text(encoding="utf-8").splitlines()
+            entries = [json.loads(line) for line in lines if line.strip()]
+        elif path.name == "metadata.csv":
+            with path.open(encoding="utf-8", newline="") as file:
+                entries = list(csv.DictReader(file))
+        else:
+            continue
+        for entry in entries:
+            parts = [entry.get(key) for key in ("author", "license", "source_url")]
+            text = entry.get("attribution") or ", ".join(part for part in parts if part)
+            if "file_name" not in entry:
+                raise ValueError(f"'{path}': an entry has no file_name; expected one in each")
+            if text:
+                yield path.parent / entry["file_name"], text

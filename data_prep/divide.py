@@ -1,0 +1,159 @@
+"""Which image goes where: copies and contradictions are set aside, and near-duplicates stay in one split."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+
+from data_prep.duplicates import Fingerprints, connected_groups
+from data_prep.splits import HELD_OUT, assign_splits
+from nicheclip.domain import Domain
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """The columns of the readable images that decide where they go; all (N,)."""
+
+    source_ids: list[str]
+    class_names: list[str]
+    sha256: list[str]
+    given: list[str | None]  # the split that the source decides
+
+    @classmethod
+    def of(cls, rows: datasets.Dataset) -> Catalogue:
+        return cls(*(rows[name][:] for name in ("source_id", "class_name", "sha256", "split")))
+
+    def __len__(self) -> int:
+        return len(self.source_ids)
+
+    def is_held_out(self, index: int) -> bool:
+        return self.given[index] in HELD_OUT
+
+
+@dataclass(frozen=True)
+class Division:
+    """Where each image went.
+
+    Attributes:
+        parts: (N,) the split, or "" for an image that is set aside.
+        groups: (N,) the name of its group of near-duplicates.
+        reasons: why images are set aside, by index.
+    """
+
+    parts: np.ndarray
+    groups: np.ndarray
+    reasons: dict[int, str]
+
+
+def divide(
+    catalogue: Catalogue,
+    fingerprints: Fingerprints,
+    domain: Domain,
+    decisions: dict[tuple[str, str], str],
+    seed: int = 0,
+) -> Division:
+    """Sets copies and contradictions aside, groups the near-duplicates, and deals the groups out to the splits.
+
+    Args:
+        decisions: "keep" or "drop" by source_id and class name, for images that a person has looked at.
+
+    Raises:
+        ValueError: if a split would have no image of a class.
+        RuntimeError: if the final audit, which compares all pairs of splits, finds a picture on both sides.
+    """
+    decided = [decisions.get(key, "") for key in zip(catalogue.source_ids, catalogue.class_names, strict=True)]
+    reasons = {index: "dropped by hand" for index, decision in enumerate(decided) if decision == "drop"}
+    _set_copies_aside(catalogue, decided, reasons)
+    pairs = fingerprints.near_duplicates(seed)
+    for _ in range(2):  # what the search has missed and the audit finds is grouped in a second round
+        division = _place(catalogue, pairs, domain, decided, dict(reasons))
+        used = np.flatnonzero(division.parts != "")
+        missed = fingerprints.take(used).across(np.unique(division.parts[used], return_inverse=True)[1])
+        if not len(missed):
+            _check_every_class(catalogue, division.parts, domain.class_names)
+            return division
+        pairs = np.concatenate([pairs, used[missed]])
+    first, second = (catalogue.source_ids[index] for index in used[missed[0]])
+    raise RuntimeError(
+        f"{len(missed)} pictures lie on both sides of a split, the first is '{first}', which is a near-duplicate of "
+        f"'{second}'; remove one of each pair, and please report this"
+    )
+
+
+def _set_copies_aside(catalogue: Catalogue, decided: list[str], reasons: dict[int, str]) -> None:
+    """The same file twice is used once; under two labels not at all, unless a person has kept one of them."""
+    members = defaultdict(list)
+    for index, sha256 in enumerate(catalogue.sha256):
+        if index not in reasons:
+            members[sha256].append(index)
+    for same in members.values():
+        labels = sorted({catalogue.class_names[index] for index in same})
+        chosen = {catalogue.class_names[index] for index in same if decided[index] == "keep"}
+        right = labels if len(labels) == 1 else sorted(chosen) if len(chosen) == 1 else []
+        # A held-out image is used rather than its copy in train.
+        usable = [index for index in same if catalogue.class_names[index] in right]
+        first = min(usable, key=lambda index: (not catalogue.is_held_out(index), index), default=None)
+        for index in same:
+            if catalogue.class_names[index] not in right:
+                reasons[index] = f"conflict: the same file under {' and '.join(labels)}"
+            elif index != first:
+                reasons[index] = f"exact duplicate: of {catalogue.source_ids[first]}"
+
+
+def _place(
+    catalogue: Catalogue, pairs: np.ndarray, domain: Domain, decided: list[str], reasons: dict[int, str]
+) -> Division:
+    groups = _group_names(catalogue.sha256, pairs)
+    for first, second in pairs.tolist():
+        if catalogue.class_names[first] != catalogue.class_names[second]:
+            _set_contradiction_aside(catalogue, first, second, decided, reasons)
+            _set_contradiction_aside(catalogue, second, first, decided, reasons)
+    labels = domain.indices(catalogue.class_names)
+    parts = np.array([split or "train" for split in catalogue.given], dtype="<U11")
+    parts[list(reasons)] = ""
+    to_fill = tuple(name for name in HELD_OUT if name not in catalogue.given)
+    pool = np.flatnonzero(parts == "train")
+    if to_fill and len(pool):
+        parts[pool] = assign_splits(labels[pool], groups[pool].tolist(), domain.splits, to_fill)
+    owner: dict[str, str] = {}
+    for name in (*HELD_OUT, "train"):
+        for index in np.flatnonzero(parts == name):
+            if owner.setdefault(groups[index], name) != name:
+                reasons[int(index)] = f"leak: near-duplicate of an image in {owner[groups[index]]}"
+    parts[list(reasons)] = ""
+    return Division(parts, groups, reasons)
+
+
+def _group_names(sha256: list[str], pairs: np.ndarray) -> np.ndarray:
+    """A group is called after the smallest hash among its files, which stays when most others come or go."""
+    smallest: dict[int, str] = {}
+    numbers = connected_groups(pairs, len(sha256)).tolist()
+    for number, name in zip(numbers, sha256, strict=True):
+        smallest[number] = min(name[:16], smallest.get(number, name))
+    return np.array([smallest[number] for number in numbers])
+
+
+def _set_contradiction_aside(
+    catalogue: Catalogue, index: int, other: int, decided: list[str], reasons: dict[int, str]
+) -> None:
+    """The same picture under two labels tells nothing; that of an exam is believed rather than that of train."""
+    if decided[index] == "keep" or catalogue.is_held_out(index) > catalogue.is_held_out(other):
+        return
+    if index not in reasons and not reasons.get(other, "").startswith(("dropped by hand", "exact")):
+        reasons[index] = (
+            f"conflict: near-duplicate of {catalogue.source_ids[other]}, which is under {catalogue.class_names[other]}"
+        )
+
+
+def _check_every_class(catalogue: Catalogue, parts: np.ndarray, class_names: list[str]) -> None:
+    for split in (*HELD_OUT, "train"):
+        present = {catalogue.class_names[index] for index in np.flatnonzero(parts == split)}
+        empty = [name for name in class_names if name not in present]
+        if empty:
+            raise ValueError(
+                f"the {split} split has no image of: {', '.join(empty)}; add images, merge classes, or change "
+                "splits in the domain file"
+            )

@@ -1,0 +1,154 @@
+"""RUN/data/report.html: one page with pictures that shows in a minute whether the data is sane.
+
+The page needs nothing but itself, and the same report and pictures give the same bytes. The markup, and which pictures
+are shown, is in report.html.jinja.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from PIL import Image
+
+from data_prep.quality import DEFAULT_THRESHOLDS
+from nicheclip.domain import Domain
+from nicheclip.results import detectable_difference
+
+SMALL_EXAM = 10  # test images of a class; with fewer, its own accuracy says next to nothing
+SHOWN = 60  # entries of a gallery
+SHORT_SIDE, LONG_SIDE = 112, 160  # pixels, of a thumbnail at most
+JPEG_QUALITY = 80
+
+# The kinds of reasons for the quarantine, those worth a look first: after which step of the funnel they are missing,
+# and what they mean. Other kinds count as lost on reading.
+READING, COPIES, LEAKS = "readable, with a label", "unique and uncontradicted", "in one split only"
+KINDS = {
+    "conflict": (COPIES, "The same picture under two labels: at least one of them is wrong."),
+    "leak": (LEAKS, "It is nearly the same as a held-out image, which would make that image too easy."),
+    "exact duplicate": (COPIES, "The same file again, under the same label. It is used once."),
+    "dropped by hand": (COPIES, "Someone wrote “drop” into review.csv."),
+    "unreadable": (READING, "The file does not decode, or not to its end."),
+    "too small": (READING, "Below smallest_side of the domain file."),
+    "blank": (READING, "Every pixel has the same colour."),
+    "no label": (READING, "The dataset gives it no class."),
+    "not in a class folder": (READING, "The file lies beside the class folders, so it has no label."),
+}
+
+ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+def write_report(path: Path, report: dict[str, Any], domain: Domain, picture: Callable[[str], Image.Image]) -> None:
+    """Writes the page.
+
+    Args:
+        report: as in report.json.
+        picture: gives the stored image of a source_id; raises KeyError for an image that can't be read.
+    """
+    thumbnails = Thumbnails(picture)
+    how = report["filter"]
+    page = ENVIRONMENT.get_template("report.html.jinja").render(
+        report=report,
+        domain=domain,
+        thumbnails=thumbnails,
+        funnel=_funnel(report["counts"]),
+        kinds=_quarantine(report["quarantined"]),
+        confusions=_confusions(report["suspects"]),
+        threshold=DEFAULT_THRESHOLDS[how["mode"]] if how["threshold"] is None else how["threshold"],
+        detectable_difference=detectable_difference,
+        small_exam=SMALL_EXAM,
+        shown=SHOWN,
+    )
+    path.write_text(page, encoding="utf-8", newline="\n")
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """One small picture of the page: `uri` holds its JPEG, `number` is its place."""
+
+    number: int
+    uri: str
+    width: int
+    height: int
+
+
+@dataclass
+class Thumbnails:
+    """The pictures that the page asks for, each of them once."""
+
+    picture: Callable[[str], Image.Image]
+    made: dict[str, Thumbnail | None] = field(default_factory=dict)  # by source_id
+    distinct: dict[str, Thumbnail] = field(default_factory=dict)  # by uri
+
+    def __call__(self, source_id: str) -> Thumbnail | None:
+        """None if there is no picture."""
+        if source_id not in self.made:
+            try:
+                self.made[source_id] = self._add(self.picture(source_id))
+            except KeyError:
+                self.made[source_id] = None
+        return self.made[source_id]
+
+    def _add(self, image: Image.Image) -> Thumbnail:
+        scale = min(1, SHORT_SIDE / min(image.size), LONG_SIDE / max(image.size))
+        size = [max(1, round(side * scale)) for side in image.size]
+        encoded = io.BytesIO()
+        image.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(encoded, "JPEG", quality=JPEG_QUALITY)
+        uri = f"data:image/jpeg;base64,{base64.b64encode(encoded.getvalue()).decode()}"
+        return self.distinct.setdefault(uri, Thumbnail(len(self.distinct), uri, *size))
+
+
+def _funnel(counts: dict[str, Any]) -> list[dict[str, Any]]:
+    """The steps from reading to the filter: how many images are left, and what was lost by kind."""
+    left = counts["read"]
+    steps = [{"title": "read", "left": left, "lost": {}}]
+    for title in (READING, COPIES, LEAKS):
+        lost = {
+            kind: number for kind, number in counts["quarantined"].items() if KINDS.get(kind, (READING,))[0] == title
+        }
+        left -= sum(lost.values())
+        steps.append({"title": title, "left": left, "lost": lost})
+    lost = {"dropped by the filter": counts["dropped_by_filter"]} if counts["dropped_by_filter"] else {}
+    return [*steps, {"title": "kept", "left": left - sum(lost.values()), "lost": lost}]
+
+
+def _quarantine(quarantined: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The entries by kind of reason, and how many of each are shown: few kinds get more room than many."""
+    kinds = dict.fromkeys(KINDS, ()) | dict.fromkeys((entry["reason"].split(":")[0] for entry in quarantined), ())
+    for kind in kinds:
+        kinds[kind] = [_explained(entry) for entry in quarantined if entry["reason"].split(":")[0] == kind]
+    filled = [kind for kind in kinds if kinds[kind]]
+    shown, room = {}, SHOWN
+    for remaining, kind in zip(range(len(filled), 0, -1), sorted(filled, key=lambda kind: len(kinds[kind]))):
+        shown[kind] = min(len(kinds[kind]), room // remaining)
+        room -= shown[kind]
+    return [
+        {"name": kind, "meaning": KINDS.get(kind, ("", ""))[1], "entries": kinds[kind], "shown": shown[kind]}
+        for kind in filled
+    ]
+
+
+def _explained(entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry with the particulars of its reason, and the other picture if they name one."""
+    particulars = entry["reason"].partition(": ")[2]
+    other = re.fullmatch(r"near-duplicate of (.+?)(?:, which is under .+)?", particulars)
+    return entry | {"particulars": particulars, "other": other and other[1]}
+
+
+def _confusions(suspects: list[dict[str, Any]]) -> list[tuple[tuple[str, str], int]]:
+    """The pairs of label and suspected label that come up most, if they come up more than once."""
+    pairs = Counter((entry["label"], entry["suspected_label"]) for entry in suspects)
+    return [(pair, number) for pair, number in pairs.most_common(5) if number > 1]

@@ -1,0 +1,96 @@
+"""Long work in shards: each is written once, in one piece, so that a killed run goes on where it was.
+
+Under `accelerate launch` the shards are dealt out to the processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from datetime import timedelta
+from pathlib import Path
+
+import datasets
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+from nicheclip.results import replaced_folder
+
+SHARD_ROWS = 256
+Step = Callable[[datasets.Dataset], datasets.Dataset]
+
+
+def processes() -> PartialState:
+    """This process among those of `accelerate launch`; they may wait long for each other."""
+    return PartialState(timeout=timedelta(days=1))
+
+
+def map_shards(
+    rows: datasets.Dataset,
+    step: Step,
+    identity: Sequence[str],
+    settings: str,
+    cache: Path,
+    description: str,
+    parallel: bool = False,
+) -> datasets.Dataset:
+    """`step` of all rows, a shard of `SHARD_ROWS` at a time; finished shards are read from `cache`.
+
+    Args:
+        step: gives a dataset of as many rows; with `parallel` it is pickled.
+        identity: (N,) what a row's result depends on, beside `settings`.
+        parallel: whether the shards of one process are spread over the CPU cores.
+
+    Returns:
+        the results in the order of the rows, memory-mapped; the same in every process.
+    """
+    state = processes()
+    shards = []
+    for start in range(0, len(rows), SHARD_ROWS):
+        span = range(start, min(start + SHARD_ROWS, len(rows)))
+        key = hashlib.sha256("\n".join([settings, *(identity[index] for index in span)]).encode()).hexdigest()
+        shards.append((span, cache / key[:24]))
+    mine = [shard for shard in shards[state.process_index :: state.num_processes] if not shard[1].is_dir()]
+    workers = min((os.cpu_count() or 1) // state.num_processes, len(mine)) if parallel else 1
+    with tqdm(
+        total=len(rows), desc=description, unit="img", leave=False, disable=not state.is_local_main_process
+    ) as progress:
+        progress.update(len(rows) - state.num_processes * sum(len(span) for span, _ in mine))
+        for done in _finished(rows, step, mine, workers):
+            progress.update(state.num_processes * done)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        wanted = {folder.name for _, folder in shards}
+        for folder in cache.iterdir():
+            if folder.name not in wanted:
+                shutil.rmtree(folder)
+    return datasets.concatenate_datasets([datasets.load_from_disk(folder) for _, folder in shards])
+
+
+def _finished(rows: datasets.Dataset, step: Step, shards: list[tuple[range, Path]], workers: int):
+    """Works off the shards; the number of rows of each one that is done."""
+    if workers <= 1:
+        for span, folder in shards:
+            yield _finish(rows.select(span), step, folder)
+        return
+    with ProcessPoolExecutor(workers) as pool:
+        futures = [pool.submit(_finish, rows.select(span), step, folder) for span, folder in shards]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _finish(rows: datasets.Dataset, step: Step, folder: Path) -> int:
+    progress_bars = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    with replaced_folder(folder) as unfinished:
+        step(rows).save_to_disk(unfinished)
+    if progress_bars:
+        datasets.enable_progress_bars()
+    return len(rows)

@@ -1,0 +1,41 @@
+"""What the rows of every source have in common."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+import datasets
+
+SOURCE_FEATURES = datasets.Features(
+    {
+        "image": datasets.Image(decode=False),
+        **{name: datasets.Value("string") for name in ("source_id", "version", "class_name", "split", "attribution")},
+    }
+)
+
+
+def check_classes(found: Iterable[str], class_names: list[str], where: str | Path) -> dict[str, str]:
+    """The class of the domain for each label that was found; upper and lower case are alike.
+
+    Raises:
+        ValueError: if a label is no class of the domain.
+        FileNotFoundError: if a class has no image.
+    """
+    names = {name.casefold(): name for name in class_names}
+    canonical = {}
+    for label in found:
+        if label.casefold() not in names:
+            close = difflib.get_close_matches(label.casefold(), list(names), n=1)
+            raise ValueError(
+                f"'{label}' in '{where}' is no class of the domain"
+                + (f"; did you mean '{names[close[0]]}'?" if close else "; add it to classes, or take it out")
+            )
+        canonical[label] = names[label.casefold()]
+    empty = sorted(set(class_names) - set(canonical.values()))
+    if empty:
+        raise FileNotFoundError(
+            f"no images in '{where}' for: {', '.join(empty)}; add them, or take the classes out of the domain file"
+        )
+    return canonical

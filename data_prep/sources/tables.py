@@ -1,0 +1,121 @@
+"""A `datasets` dataset with an image and a label column: a Hub id, a Parquet or Arrow file, or a saved folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+
+from data_prep.sources.rows import SOURCE_FEATURES, check_classes
+from nicheclip.data import SPLITS
+
+_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    """Which columns to read, and what the splits of the dataset are here."""
+
+    image_column: str = "image"
+    label_column: str = "label"
+    attribution_column: str | None = None
+    config: str | None = None  # of a Hub dataset
+    revision: str | None = None
+    splits: dict[str, str | None] = field(default_factory=dict)  # e.g. {valid: validation, full: null}; others by name
+
+
+def is_table(location: str | Path) -> bool:
+    """Whether `location` is for `read_table`: everything but a folder of folders is."""
+    path = Path(location)
+    saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    return not path.is_dir() or saved or any(any(path.rglob(f"*{suffix}")) for suffix in _SUFFIXES)
+
+
+def read_table(
+    location: str | Path, class_names: list[str], **options: object
+) -> tuple[datasets.Dataset, list[dict[str, str]]]:
+    """Opens a dataset; images stay undecoded and on disk.
+
+    Args:
+        location: a Hub id, a .parquet or .arrow file, a folder of them, or one written by `save_to_disk`.
+        class_names: the classes of the domain; labels are ClassLabel or strings, upper and lower case are alike.
+        options: the fields of `TableOptions`.
+
+    Returns:
+        rows as `data_prep.sources` describes them; and the rows without a label, as source_id and reason. A split
+        that is not train, validation, calibration or test is dealt out.
+
+    Raises:
+        ValueError: for an unknown option, column, split or label.
+        FileNotFoundError: if there is no such dataset, or a class has no image.
+    """
+    try:
+        chosen = TableOptions(**options)
+    except TypeError as error:
+        known = ", ".join(TableOptions.__dataclass_fields__)
+        raise ValueError(f"source.options of a dataset: {error}; known options are {known}") from error
+    parts, unlabelled = [], []
+    for name, table in _load(location, chosen).items():
+        split = chosen.splits.get(name, name if name in SPLITS else None)
+        if split not in (*SPLITS, None):
+            raise ValueError(f"source.options.splits: '{split}' is no split; expected {', '.join(SPLITS)} or null")
+        labels = _labels(table, chosen, location)
+        source_ids = [f"{name}/{index:07d}" for index in range(len(table))]
+        columns = {
+            "source_id": source_ids,
+            "version": [f"{table._fingerprint} {index}" for index in range(len(table))],
+            "class_name": labels,
+            "split": [split] * len(table),
+            "attribution": table[chosen.attribution_column][:] if chosen.attribution_column else [None] * len(table),
+        }
+        rows = table.select_columns([chosen.image_column]).rename_columns({chosen.image_column: "image"})
+        rows = datasets.concatenate_datasets([rows, datasets.Dataset.from_dict(columns)], axis=1)
+        parts.append(rows.select([index for index, label in enumerate(labels) if label is not None]))
+        unlabelled += [
+            {"source_id": source_id, "reason": "no label"}
+            for source_id, label in zip(source_ids, labels, strict=True)
+            if label is None
+        ]
+    rows = datasets.concatenate_datasets([part.cast(SOURCE_FEATURES) for part in parts])
+    found = rows["class_name"][:]
+    canonical = check_classes(sorted(set(found)), class_names, location)
+    names = datasets.Dataset.from_dict({"class_name": [canonical[name] for name in found]})
+    rows = datasets.concatenate_datasets([rows.remove_columns("class_name"), names], axis=1)
+    return rows.select_columns(list(SOURCE_FEATURES)), unlabelled
+
+
+def _load(location: str | Path, options: TableOptions) -> datasets.DatasetDict:
+    path = Path(location)
+    if path.suffix in _SUFFIXES and path.is_file():
+        loaded = datasets.load_dataset(_SUFFIXES[path.suffix], data_files={"table": str(path)})
+    elif any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        loaded = datasets.load_from_disk(path)
+    else:
+        try:
+            loaded = datasets.load_dataset(str(location), options.config, revision=options.revision)
+        except (FileNotFoundError, ConnectionError) as error:
+            raise FileNotFoundError(
+                f"no folder and no dataset '{location}': {error}; check the path, or the id and the network"
+            ) from error
+    return loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict({"table": loaded})
+
+
+def _labels(table: datasets.Dataset, options: TableOptions, location: str | Path) -> list[str | None]:
+    for key in ("image_column", "label_column", "attribution_column"):
+        column = getattr(options, key)
+        if column is not None and column not in table.column_names:
+            raise ValueError(
+                f"'{location}' has no column '{column}'; set source.options.{key} to one of "
+                f"{', '.join(table.column_names)}"
+            )
+    kind = table.features[options.label_column]
+    labels = table[options.label_column][:]
+    if isinstance(kind, datasets.ClassLabel):
+        return [None if label in (None, -1) else kind.names[label] for label in labels]
+    if any(not isinstance(label, str) for label in labels if label is not None):
+        raise ValueError(
+            f"the labels in column '{options.label_column}' of '{location}' are {kind.dtype}, and nothing says what "
+            "they mean; expected a ClassLabel or strings"
+        )
+    return labels

@@ -1,0 +1,288 @@
+"""A polite client of Wikimedia Commons: what the API lists, and the thumbnails.
+
+API requests go one at a time, each names a way of contact, and all threads wait when the site says so.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import re
+import struct
+import threading
+import time
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from email.utils import parsedate_to_datetime
+from html import unescape
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import httpx
+from PIL import Image
+
+logger = logging.getLogger(__name__)
+
+TRIES = 6
+PHOTOS = ("image/jpeg", "image/png", "image/webp", "image/tiff")
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+LATER = "run the same command again later, it goes on where it stopped"
+
+
+@dataclass(frozen=True)
+class CommonsFile:
+    """A file as it was listed; `reason` says why it can't be used, None if it can."""
+
+    title: str
+    category: str
+    reason: str | None = None
+    page_id: int = 0
+    url: str = ""  # of the thumbnail
+    author: str = ""
+    license: str = ""
+    license_url: str = ""
+    source_url: str = ""  # the description page
+    sha1: str = ""  # of the original
+
+    def stem(self, width: int) -> str:
+        """The file's name without extension: another width, or a new version on Commons, is another file."""
+        ascii_title = unicodedata.normalize("NFKD", Path(self.title).stem).encode("ascii", "ignore").decode().lower()
+        slug = "_".join(re.findall("[a-z0-9]+", ascii_title))[:60].strip("_")
+        return "_".join(filter(None, [str(self.page_id), slug, f"{width}px", self.sha1[:8]]))
+
+    def metadata(self, file_name: str) -> dict[str, Any]:
+        licence = f"{self.license} ({self.license_url})" if self.license_url else self.license
+        fields = asdict(self)
+        del fields["reason"], fields["url"]
+        attribution = f"{self.title}, {self.author}, {licence}, {self.source_url}"
+        return {"file_name": file_name, "attribution": attribution, **fields}
+
+
+class _Broken(ConnectionError):
+    """One address does not give what it should, however often it is asked."""
+
+
+class _Refused(ConnectionError):
+    """The API answers a query with an error."""
+
+    def __init__(self, code: str, info: str):
+        super().__init__(f"the API refuses ({code}): {info}")
+        self.code = code
+
+
+class Commons:
+    """The client of the API and of the thumbnails.
+
+    Args:
+        contact: an e-mail address or a web page, for Wikimedia's operators.
+        width: of the thumbnails, in pixels.
+        first_wait: seconds before the second try, doubled before each further one.
+    """
+
+    def __init__(self, contact: str | None, api: str, width: int, first_wait: float):
+        self.contact = (contact or "").strip()
+        agent = f"NicheCLIP/{version('nicheclip')} ({self.contact}) python-httpx/{httpx.__version__}"
+        self.client = httpx.Client(headers={"User-Agent": agent}, timeout=60, follow_redirects=True)
+        self.api = api
+        self.width = width
+        self.first_wait = first_wait
+        self.stopped = threading.Event()
+        self.lock = threading.Lock()
+        self.resume_at = 0.0  # on the monotonic clock; what one thread is told to wait, all wait
+
+    def get(self, url: str, **params: Any) -> httpx.Response:
+        """Asks again, after a while, where that may help.
+
+        Raises:
+            ValueError: without a contact.
+            _Broken: if every try fails.
+            ConnectionError: if the site can't be reached, or asks to wait at every try.
+            PermissionError: if it refuses.
+        """
+        if not self.contact:
+            raise ValueError(
+                "Wikimedia asks whoever downloads for a way of contact; "
+                "pass --contact you@example.org, or the address of a page about you"
+            )
+        next_try = 0.0
+        for attempt in range(TRIES):
+            if self.stopped.wait(max(0.0, max(next_try, self.resume_at) - time.monotonic())):
+                raise _Broken("the run was stopped")
+            asked = 0.0
+            try:
+                response = self.client.get(url, params=params or None)
+            except httpx.TransportError as error:  # also for a body that is shorter than announced
+                problem = f"{type(error).__name__}: {error}"
+                whole_site = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+            else:
+                if response.status_code == 403:
+                    raise PermissionError(f"{url} is refused (HTTP 403); check that --contact really reaches you")
+                problem, whole_site = _passing_problem(response), response.status_code == 429
+                if problem is None:
+                    return response
+                asked = _retry_after(response)
+            if asked > 30:
+                logger.warning("%s asks to wait %.0f seconds (%s)", httpx.URL(url).host, asked, problem)
+            now = time.monotonic()
+            next_try = now + self.first_wait * 2**attempt
+            with self.lock:
+                self.resume_at = max(self.resume_at, now + asked)
+        if whole_site:
+            raise ConnectionError(f"{url}: {problem} in each of {TRIES} tries; {LATER}")
+        raise _Broken(f"{problem} in each of {TRIES} tries")
+
+    def answers(self, **params: Any) -> Iterator[dict[str, Any]]:
+        """The answers to one query, following `continue` to its end."""
+        params |= {"action": "query", "format": "json", "formatversion": 2, "maxlag": 5}
+        more: dict[str, Any] | None = {}
+        while more is not None:
+            try:
+                answer = self.get(self.api, **params, **more).raise_for_status().json()
+            except (_Broken, httpx.HTTPStatusError, json.JSONDecodeError) as error:
+                raise ConnectionError(f"{self.api}: {error}; {LATER}") from error
+            if "error" in answer:
+                raise _Refused(answer["error"]["code"], answer["error"]["info"])
+            yield answer
+            more = answer.get("continue")
+
+    def empty(self, categories: list[str]) -> list[str]:
+        """Those that don't exist, or hold neither files nor subcategories, as a renamed one does."""
+        filled = set()
+        for start in range(0, len(categories), 50):
+            titles = "|".join(f"Category:{name}" for name in categories[start : start + 50])
+            for answer in self.answers(prop="categoryinfo", titles=titles):
+                for page in answer["query"]["pages"]:
+                    info = page.get("categoryinfo", {})
+                    if info.get("files") or info.get("subcats"):
+                        filled.add(page["title"].removeprefix("Category:"))
+        return [name for name in categories if name not in filled]
+
+    def subcategories(self, category: str) -> list[str]:
+        query = {"list": "categorymembers", "cmtitle": f"Category:{category}", "cmtype": "subcat", "cmlimit": 500}
+        return [
+            member["title"].removeprefix("Category:")
+            for answer in self.answers(**query)
+            for member in answer["query"]["categorymembers"]
+        ]
+
+    def files(self, category: str, enough: int) -> list[CommonsFile]:
+        """Whole batches of the category's files, until `enough` of them can be used."""
+        query = {
+            "generator": "categorymembers",
+            "gcmtitle": f"Category:{category}",
+            "gcmtype": "file",
+            "gcmlimit": 50,  # the API scales at most 50 images an answer
+            "prop": "imageinfo",
+            "iiprop": "url|mime|size|sha1|extmetadata",
+            "iiurlwidth": self.width,
+            "iiextmetadatafilter": "Artist|Attribution|License|LicenseShortName|LicenseUrl|NonFree",
+        }
+        files: list[CommonsFile] = []
+        batch: dict[str, dict[str, Any]] = {}
+        try:
+            for answer in self.answers(**query):
+                # A page comes in several answers where its imageinfo did not fit into the first.
+                for page in answer.get("query", {}).get("pages", []):
+                    batch.setdefault(page["title"], {}).update(page)
+                if "batchcomplete" in answer:
+                    files += [_read_page(batch[title], category) for title in sorted(batch)]
+                    batch = {}
+                    if sum(file.reason is None for file in files) >= enough:
+                        break
+        except _Refused as error:
+            if error.code != "urlparamnormal":
+                raise
+            # One file that can't be scaled spoils the answer for its whole batch, and hides what comes after it.
+            titles = [*(title.removeprefix("File:") for title in sorted(batch)), f"Category:{category}"]
+            files += [CommonsFile(title, category, f"not listed to the end: {error}") for title in titles]
+        return files
+
+    def store(self, url: str, stem: Path) -> str | None:
+        """Downloads one image to `stem` with the extension of its type, or tells why it can't."""
+        try:
+            response = self.get(url)
+        except _Broken as error:
+            return str(error)
+        if response.status_code != 200:
+            return f"HTTP {response.status_code}"
+        try:
+            with Image.open(io.BytesIO(response.content), formats=["JPEG", "PNG", "WEBP"]) as image:
+                extension = EXTENSIONS[image.format]
+                image.verify()
+        except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+            return f"what came is no image: {str(error).splitlines()[0]}"
+        temporary = stem.with_name(f".{stem.name}.tmp")
+        temporary.write_bytes(response.content)
+        temporary.replace(stem.with_name(f"{stem.name}.{extension}"))
+        return None
+
+
+def _passing_problem(response: httpx.Response) -> str | None:
+    if response.status_code == 429 or response.status_code >= 500:
+        return f"HTTP {response.status_code}"
+    if response.headers.get("content-type", "").startswith("application/json"):
+        code = response.json().get("error", {}).get("code")
+        return code if code in ("maxlag", "ratelimited") else None
+    return None
+
+
+def _retry_after(response: httpx.Response) -> float:
+    """Seconds; the header gives them, or a date."""
+    value = response.headers.get("retry-after", "")
+    if value.isdigit():
+        return float(value)
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return 0.0
+
+
+def _read_page(page: dict[str, Any], category: str) -> CommonsFile:
+    """A file as the API describes it; its texts may be HTML."""
+    info = page.get("imageinfo", [{}])[0]
+    texts = {name: plain_text(str(entry["value"])) for name, entry in (info.get("extmetadata") or {}).items()}
+    author, licence = texts.get("Artist") or texts.get("Attribution") or "", texts.get("LicenseShortName", "")
+    if re.fullmatch(r"(unknown|unidentified)( (author|artist|photographer))?", author.casefold()):
+        author = ""
+    free, owes_credit = _rights(texts)
+    obstacles = {
+        "the page has no file": not info,
+        f"no photo: {info.get('mime')}": info.get("mime") not in PHOTOS,
+        f"not freely licensed: {licence or 'no licence named'}": not free,
+        f"{licence} asks for the author's name, and none is given": owes_credit and not author,
+        "no thumbnail": not info.get("thumburl"),
+    }
+    return CommonsFile(
+        title=page["title"].removeprefix("File:"),
+        category=category,
+        reason=next((reason for reason, applies in obstacles.items() if applies), None),
+        page_id=page["pageid"],
+        url=info.get("thumburl", ""),
+        author=author or "unknown",
+        license=licence,
+        license_url=texts.get("LicenseUrl", ""),
+        source_url=info.get("descriptionurl", ""),
+        sha1=info.get("sha1", ""),
+    )
+
+
+def _rights(texts: dict[str, str]) -> tuple[bool, bool]:
+    """Is the licence one of the free ones, and does it ask for the author's name?"""
+    codes = [texts.get(name, "").casefold().replace(" ", "-") for name in ("License", "LicenseShortName")]
+    if texts.get("NonFree") or any(re.search(r"-(nc|nd)\b", code) for code in codes):
+        return False, True
+    if any(re.match(r"(cc0|cc-zero|cc-pd|pd|public-domain)\b", code) for code in codes):
+        return True, False
+    return any(re.match(r"(cc-by(-sa)?|gfdl|fal|free-art(-license)?)\b", code) for code in codes), True
+
+
+def plain_text(html: str) -> str:
+    """The text that a reader of the HTML sees, on one line."""
+    html = re.sub(
+        r"<(\w+)[^>]*display:\s*none.*?</\1>", "", html, flags=re.DOTALL
+    )  # such as a second 'Unknown author'
+    html = re.sub(r"<(br|p|div|li|td|tr)\b", r" <\1", html)
+    return " ".join(unescape(re.sub(r"<[^>]*>", "", html)).split())

@@ -1,0 +1,174 @@
+"""Class folders, tables and their provenance; the same images give the same rows whatever they lie in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.prepare import prepare
+from data_prep.sources.folders import read_folders
+from data_prep.sources.painter import STYLES, draw
+from data_prep.sources.tables import is_table, read_table
+from nicheclip.data import load_prepared
+from nicheclip.domain import Domain, QualityFilter, Source, Splits
+
+CLASSES = list(STYLES[:2])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Two classes of twelve drawings, as a user's photos lie."""
+    folder = tmp_path_factory.mktemp("photos")
+    for number, style in enumerate(CLASSES):
+        (folder / style).mkdir()
+        for index in range(12):
+            picture = draw(style, np.random.default_rng([number, index]), size=96)
+            picture.save(folder / style / f"{index:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table(folder: Path) -> datasets.Dataset:
+    paths = sorted(folder.rglob("*.png"))
+    schema = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)})
+    rows = {"image": [str(path) for path in paths], "label": [path.parent.name for path in paths]}
+    return datasets.Dataset.from_dict(rows, features=schema)
+
+
+@pytest.fixture
+def two_styles(domain: Domain) -> Domain:
+    return domain.model_copy(
+        update={
+            "classes": {style: domain.classes[style] for style in CLASSES},
+            "clusters": {"both": CLASSES},
+            "source": Source(),
+            "splits": Splits(validation=2, calibration=2, test=3),
+            "quality_filter": QualityFilter(mode="none"),
+        }
+    )
+
+
+def save(table: datasets.Dataset, tmp_path: Path, kind: str) -> Path:
+    if kind == "parquet":
+        table.to_parquet(tmp_path / "table.parquet")
+        return tmp_path / "table.parquet"
+    table.save_to_disk(tmp_path / "saved")
+    return next((tmp_path / "saved").glob("*.arrow")) if kind == "arrow" else tmp_path / "saved"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "saved"])
+def test_a_table_gives_the_same_dataset_as_the_folders(folder, table, two_styles, tmp_path, kind):
+    expected = prepare(two_styles, tmp_path / "from_folders", images=folder)
+    report = prepare(two_styles, tmp_path / "from_table", images=save(table, tmp_path, kind))
+    assert report["fingerprint"] == expected["fingerprint"]
+    again = (
+        prepare(two_styles, tmp_path / "from_table", images=tmp_path / "table.parquet")
+        if kind == "parquet"
+        else report
+    )
+    assert again["fingerprint"] == expected["fingerprint"]
+
+
+def test_a_table_may_have_other_columns_splits_and_words(table, tmp_path):
+    labels = [CLASSES[label].upper() for label in table["label"]]
+    renamed = datasets.Dataset.from_dict({"photo": table["image"], "style": labels, "by": ["me"] * len(table)})
+    renamed = renamed.cast_column("photo", datasets.Image())
+    parts = datasets.DatasetDict({"train": renamed.select(range(0, 24, 2)), "valid": renamed.select(range(1, 24, 2))})
+    parts.save_to_disk(tmp_path / "saved")
+    rows, unlabelled = read_table(
+        tmp_path / "saved", CLASSES, image_column="photo", label_column="style", attribution_column="by",
+        splits={"valid": "validation"},
+    )  # fmt: skip
+    assert unlabelled == []
+    assert set(rows["class_name"]) == set(CLASSES)
+    assert {split: rows["split"][:].count(split) for split in set(rows["split"])} == {"train": 12, "validation": 12}
+    assert set(rows["attribution"]) == {"me"}
+    assert len(set(rows["source_id"])) == 24
+
+
+def test_rows_without_a_label_are_named(table, tmp_path):
+    labels = [CLASSES[label] for label in table["label"]]
+    labels[3] = None
+    datasets.Dataset.from_dict({"image": table["image"], "label": labels}).to_parquet(tmp_path / "table.parquet")
+    rows, unlabelled = read_table(tmp_path / "table.parquet", CLASSES)
+    assert len(rows) == 23
+    assert unlabelled == [{"source_id": "table/0000003", "reason": "no label"}]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_column": "photo"}, "no column 'photo'; set source.options.image_column to one of image, label"),
+        ({"colour": "red"}, "known options are image_column, label_column"),
+        ({"splits": {"table": "exam"}}, "'exam' is no split; expected train, validation"),
+    ],
+)
+def test_wrong_options_of_a_table_are_explained(table, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        read_table(save(table, tmp_path, "parquet"), CLASSES, **options)
+
+
+def test_numbers_without_names_are_no_labels(table, tmp_path):
+    table.cast_column("label", datasets.Value("int64")).to_parquet(tmp_path / "table.parquet")
+    with pytest.raises(ValueError, match="nothing says what they mean; expected a ClassLabel or strings"):
+        read_table(tmp_path / "table.parquet", CLASSES)
+
+
+def test_a_dataset_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder and no dataset 'nobody/nothing'"):
+        read_table("nobody/nothing", CLASSES)
+
+
+def test_folders_and_tables_are_told_apart(folder, table, tmp_path):
+    assert not is_table(folder)
+    assert is_table(save(table, tmp_path, "parquet"))
+    assert is_table(save(table, tmp_path, "saved"))
+    assert is_table("someone/some-dataset")
+
+
+def test_attributions_come_from_metadata(tmp_path):
+    (tmp_path / "photos" / "gothic").mkdir(parents=True)
+    for name in ("a.png", "b.png", "c.png"):
+        draw("gothic", np.random.default_rng(0)).save(tmp_path / "photos" / "gothic" / name)
+    lines = [
+        {"file_name": "gothic/a.png", "attribution": "A, Ann, CC BY 4.0"},
+        {"file_name": "gothic/b.png", "author": "Ben", "license": "CC0", "source_url": "https://example.org/b"},
+    ]
+    (tmp_path / "photos" / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    rows, outside = read_folders(tmp_path / "photos", ["gothic"])
+    assert rows["attribution"][:] == ["A, Ann, CC BY 4.0", "Ben, CC0, https://example.org/b", None]
+    assert outside == []
+
+
+def test_attributions_reach_the_prepared_dataset(folder, table, two_styles, tmp_path):
+    credited = table.add_column("attribution", [f"photographer {index}" for index in range(len(table))])
+    credited.to_parquet(tmp_path / "table.parquet")
+    source = Source(
+        kind="dataset", path=str(tmp_path / "table.parquet"), options={"attribution_column": "attribution"}
+    )
+    prepare(two_styles.model_copy(update={"source": source}), tmp_path / "run")
+    credits = {row["attribution"] for rows in load_prepared(tmp_path / "run").values() for row in rows}
+    assert credits == {f"photographer {index}" for index in range(24)}
+
+
+def test_files_outside_of_a_class_are_named(folder, tmp_path):
+    for style in CLASSES:
+        (tmp_path / style).mkdir()
+        Image.open(folder / style / "00.png").save(tmp_path / style / "00.png")
+    (tmp_path / "stray.png").write_bytes((folder / CLASSES[0] / "01.png").read_bytes())
+    rows, outside = read_folders(tmp_path, CLASSES)
+    assert len(rows) == 2
+    assert outside == [{"source_id": "stray.png", "reason": "not in a class folder"}]
+
+
+def test_a_class_may_be_called_like_a_split(tmp_path):
+    for name in ("train", "boat"):
+        (tmp_path / name).mkdir()
+        draw("tudor", np.random.default_rng(0)).save(tmp_path / name / "a.png")
+    rows, _ = read_folders(tmp_path, ["train", "boat"])
+    assert sorted(zip(rows["class_name"], rows["split"], strict=True)) == [("boat", None), ("train", None)]
