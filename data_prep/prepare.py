@@ -24,6 +24,7 @@ from data_prep.review import Suspicion, read_decisions, write_review
 from data_prep.shards import map_shards, processes
 from data_prep.sources import fetch_images, planted_faults, read_source
 from data_prep.sources.facades import found_faults
+from data_prep.sources.rows import check_classes
 from data_prep.verify import verify_rows
 from nicheclip.data import SPLITS, features, quiet_datasets
 from nicheclip.domain import Domain
@@ -131,7 +132,9 @@ def _verify(listed: datasets.Dataset, domain: Domain, cache: Path) -> tuple[data
         for source_id, label, error in zip(rows["source_id"], rows["class_name"], errors, strict=True)
         if error is not None
     ]
-    return rows.select([index for index, error in enumerate(errors) if error is None]), unreadable
+    readable = rows.select([index for index, error in enumerate(errors) if error is None])
+    check_classes(set(readable["class_name"]), domain.class_names, f"the {len(readable)} readable images")
+    return readable, unreadable
 
 
 def _judge_train(

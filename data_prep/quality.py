@@ -10,10 +10,12 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
+from threadpoolctl import threadpool_limits
+from tqdm.auto import tqdm
 
 from nicheclip.domain import QualityFilter
 
-REGULARIZATIONS = (0.3, 1.0, 3.0, 10.0, 30.0)  # sklearn's C, the inverse strength; the out-of-fold NLL picks one
+REGULARIZATIONS = (1.0, 3.0, 10.0, 30.0)  # sklearn's C, the inverse strength; the out-of-fold NLL picks one
 DEFAULT_THRESHOLDS = {"linear_probe": 0.2, "zero_shot": 0.05, "none": 0.0}
 
 
@@ -32,10 +34,15 @@ def out_of_fold_probabilities(
     """
     few = np.random.default_rng(seed).permutation(len(labels))[:4000]  # enough to choose the regularisation
     losses = []
-    for strength in REGULARIZATIONS:
-        own = _out_of_fold(image_embeds[few], labels[few], groups[few], classes, strength, seed)
-        losses.append(-np.log(np.maximum(own[np.arange(len(few)), labels[few]], 1e-6)).mean())
-    return _out_of_fold(image_embeds, labels, groups, classes, REGULARIZATIONS[int(np.argmin(losses))], seed)
+    with tqdm(
+        total=len(REGULARIZATIONS) + 1, desc="judging labels with linear probes", unit="probe", leave=False
+    ) as progress:
+        for strength in REGULARIZATIONS:
+            own = _out_of_fold(image_embeds[few], labels[few], groups[few], classes, strength, seed)
+            losses.append(-np.log(np.maximum(own[np.arange(len(few)), labels[few]], 1e-6)).mean())
+            progress.update()
+        best = REGULARIZATIONS[int(np.argmin(losses))]
+        return _out_of_fold(image_embeds, labels, groups, classes, best, seed)
 
 
 def _out_of_fold(
@@ -43,7 +50,8 @@ def _out_of_fold(
 ) -> np.ndarray:
     probabilities = np.zeros((len(labels), classes))
     folds = StratifiedGroupKFold(min(5, len(np.unique(groups))), shuffle=True, random_state=seed)
-    with warnings.catch_warnings():
+    # Threads would spend more time on waiting for each other than on matrices of this size.
+    with threadpool_limits(1), warnings.catch_warnings():
         # A class may be smaller than the number of folds, and a probe that is nearly converged is as good here.
         warnings.filterwarnings("ignore", "The least populated class", UserWarning)
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -52,7 +60,7 @@ def _out_of_fold(
             if len(known) == 1:
                 probabilities[fold, known[0]] = 1.0
                 continue
-            probe = LogisticRegression(C=strength, max_iter=500).fit(image_embeds[others], labels[others])
+            probe = LogisticRegression(C=strength, tol=1e-3, max_iter=500).fit(image_embeds[others], labels[others])
             probabilities[np.ix_(fold, known)] = probe.predict_proba(image_embeds[fold])
     return probabilities
 

@@ -29,7 +29,7 @@ JPEG_QUALITY = 80
 
 # The kinds of reasons for the quarantine, those worth a look first: after which step of the funnel they are missing,
 # and what they mean. Other kinds count as lost on reading.
-READING, COPIES, LEAKS = "readable, with a label", "unique and uncontradicted", "in one split only"
+READING, COPIES, LEAKS = "readable, with a label", "unique, uncontradicted", "without leaks"
 KINDS = {
     "conflict": (COPIES, "The same picture under two labels: at least one of them is wrong."),
     "leak": (LEAKS, "It is nearly the same as a held-out image, which would make that image too easy."),
@@ -59,7 +59,7 @@ def write_report(path: Path, report: dict[str, Any], domain: Domain, picture: Ca
         picture: gives the stored image of a source_id; raises KeyError for an image that can't be read.
     """
     thumbnails = Thumbnails(picture)
-    how = report["filter"]
+    threshold = report["filter"]["threshold"]
     page = ENVIRONMENT.get_template("report.html.jinja").render(
         report=report,
         domain=domain,
@@ -67,7 +67,7 @@ def write_report(path: Path, report: dict[str, Any], domain: Domain, picture: Ca
         funnel=_funnel(report["counts"]),
         kinds=_quarantine(report["quarantined"]),
         confusions=_confusions(report["suspects"]),
-        threshold=DEFAULT_THRESHOLDS[how["mode"]] if how["threshold"] is None else how["threshold"],
+        threshold=DEFAULT_THRESHOLDS[report["filter"]["mode"]] if threshold is None else threshold,
         detectable_difference=detectable_difference,
         small_exam=SMALL_EXAM,
         shown=SHOWN,
@@ -97,9 +97,11 @@ class Thumbnails:
         """None if there is no picture."""
         if source_id not in self.made:
             try:
-                self.made[source_id] = self._add(self.picture(source_id))
+                image = self.picture(source_id)
             except KeyError:
                 self.made[source_id] = None
+            else:
+                self.made[source_id] = self._add(image)
         return self.made[source_id]
 
     def _add(self, image: Image.Image) -> Thumbnail:
@@ -114,38 +116,37 @@ class Thumbnails:
 def _funnel(counts: dict[str, Any]) -> list[dict[str, Any]]:
     """The steps from reading to the filter: how many images are left, and what was lost by kind."""
     left = counts["read"]
-    steps = [{"title": "read", "left": left, "lost": {}}]
+    steps = [{"title": "images read", "left": left, "lost": {}}]
     for title in (READING, COPIES, LEAKS):
         lost = {
             kind: number for kind, number in counts["quarantined"].items() if KINDS.get(kind, (READING,))[0] == title
         }
         left -= sum(lost.values())
         steps.append({"title": title, "left": left, "lost": lost})
-    lost = {"dropped by the filter": counts["dropped_by_filter"]} if counts["dropped_by_filter"] else {}
-    return [*steps, {"title": "kept", "left": left - sum(lost.values()), "lost": lost}]
+    lost = {"suspected of a wrong label": counts["dropped_by_filter"]}
+    return [*steps, {"title": "kept after the filter", "left": left - sum(lost.values()), "lost": lost}]
 
 
 def _quarantine(quarantined: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The entries by kind of reason, and how many of each are shown: few kinds get more room than many."""
-    kinds = dict.fromkeys(KINDS, ()) | dict.fromkeys((entry["reason"].split(":")[0] for entry in quarantined), ())
-    for kind in kinds:
-        kinds[kind] = [_explained(entry) for entry in quarantined if entry["reason"].split(":")[0] == kind]
-    filled = [kind for kind in kinds if kinds[kind]]
-    shown, room = {}, SHOWN
-    for remaining, kind in zip(range(len(filled), 0, -1), sorted(filled, key=lambda kind: len(kinds[kind]))):
-        shown[kind] = min(len(kinds[kind]), room // remaining)
+    """The entries by kind of reason, two that name each other as one; and how many of each kind are shown."""
+    kinds: dict[str, dict] = {kind: {} for kind in KINDS}
+    for entry in quarantined:
+        kind, _, particulars = entry["reason"].partition(":")
+        named = re.fullmatch(r" near-duplicate of (.+?)(?:, which is under (.+))?", particulars)
+        other, other_label = named.groups() if named else (None, None)
+        entry = entry | {"particulars": particulars.strip(), "other": other, "other_label": other_label}
+        kinds.setdefault(kind, {}).setdefault(frozenset({entry["source_id"], other}), entry)
+    filled = sorted((kind for kind in kinds if kinds[kind]), key=lambda kind: len(kinds[kind]))
+    room, shown = SHOWN, {}
+    for position, kind in enumerate(filled):  # the same for each; what small kinds leave over goes to the larger
+        shown[kind] = min(len(kinds[kind]), room // (len(filled) - position))
         room -= shown[kind]
+    meanings = {kind: meaning for kind, (_, meaning) in KINDS.items()}
     return [
-        {"name": kind, "meaning": KINDS.get(kind, ("", ""))[1], "entries": kinds[kind], "shown": shown[kind]}
-        for kind in filled
+        {"name": kind, "meaning": meanings.get(kind, ""), "entries": list(kinds[kind].values()), "shown": shown[kind]}
+        for kind in kinds
+        if kinds[kind]
     ]
-
-
-def _explained(entry: dict[str, Any]) -> dict[str, Any]:
-    """The entry with the particulars of its reason, and the other picture if they name one."""
-    particulars = entry["reason"].partition(": ")[2]
-    other = re.fullmatch(r"near-duplicate of (.+?)(?:, which is under .+)?", particulars)
-    return entry | {"particulars": particulars, "other": other and other[1]}
 
 
 def _confusions(suspects: list[dict[str, Any]]) -> list[tuple[tuple[str, str], int]]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +19,7 @@ import datasets
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
+from nicheclip.data import quiet_datasets
 from nicheclip.results import replaced_folder
 
 SHARD_ROWS = 256
@@ -70,13 +73,13 @@ def map_shards(
     return datasets.concatenate_datasets([datasets.load_from_disk(folder) for _, folder in shards])
 
 
-def _finished(rows: datasets.Dataset, step: Step, shards: list[tuple[range, Path]], workers: int):
+def _finished(rows: datasets.Dataset, step: Step, shards: list[tuple[range, Path]], workers: int) -> Iterator[int]:
     """Works off the shards; the number of rows of each one that is done."""
     if workers <= 1:
         for span, folder in shards:
             yield _finish(rows.select(span), step, folder)
         return
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, initializer=_end_with, initargs=(os.getpid(),)) as pool:
         futures = [pool.submit(_finish, rows.select(span), step, folder) for span, folder in shards]
         try:
             for future in as_completed(futures):
@@ -86,11 +89,18 @@ def _finished(rows: datasets.Dataset, step: Step, shards: list[tuple[range, Path
             raise
 
 
+def _end_with(parent: int) -> None:
+    """Makes a worker end when its parent is killed; else it would wait for work for ever."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _finish(rows: datasets.Dataset, step: Step, folder: Path) -> int:
-    progress_bars = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    with replaced_folder(folder) as unfinished:
+    with quiet_datasets(), replaced_folder(folder) as unfinished:
         step(rows).save_to_disk(unfinished)
-    if progress_bars:
-        datasets.enable_progress_bars()
     return len(rows)

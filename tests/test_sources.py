@@ -172,3 +172,13 @@ def test_a_class_may_be_called_like_a_split(tmp_path):
         draw("tudor", np.random.default_rng(0)).save(tmp_path / name / "a.png")
     rows, _ = read_folders(tmp_path, ["train", "boat"])
     assert sorted(zip(rows["class_name"], rows["split"], strict=True)) == [("boat", None), ("train", None)]
+
+
+def test_a_class_without_a_readable_image_is_named(folder, two_styles, tmp_path):
+    for style in CLASSES:
+        (tmp_path / "photos" / style).mkdir(parents=True)
+        for path in (folder / style).iterdir():
+            content = path.read_bytes() if style == CLASSES[0] else b"broken"
+            (tmp_path / "photos" / style / path.name).write_bytes(content)
+    with pytest.raises(FileNotFoundError, match=f"no images in the 12 readable images for: {CLASSES[1]}"):
+        prepare(two_styles, tmp_path / "run", images=tmp_path / "photos")

@@ -63,8 +63,8 @@ def download_commons(folder: Path, class_names: list[str], contact: str | None, 
         folder.
 
     Raises:
-        ValueError: for wrong options, without a contact where one is needed, or for categories that are missing or empty: all of them are
-            named before anything is downloaded.
+        ValueError: for wrong options, without a contact where one is needed, or for categories that are missing or
+            empty: all of them are named before anything is downloaded.
         OSError: if Commons can't be reached, refuses, or keeps asking to wait. What was downloaded by then stays.
     """
     chosen_options = _options(options, class_names)

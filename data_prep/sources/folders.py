@@ -53,13 +53,13 @@ def read_folders(folder: str | Path, class_names: list[str]) -> tuple[datasets.D
             {
                 "image": {"path": str(path), "bytes": None},
                 "source_id": inside.as_posix(),
-                "version": f"{status.st_size} {status.st_mtime_ns}",
+                "version": f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}",
                 "class_name": within[0],
                 "split": split,
                 "attribution": attributions.get(path),
             }
         )
-    canonical = check_classes({row["class_name"] for row in rows}, class_names, folder)
+    canonical = check_classes({row["class_name"] for row in rows}, class_names, f"'{folder}'")
     for row in rows:
         row["class_name"] = canonical[row["class_name"]]
     return datasets.Dataset.from_list(rows, features=SOURCE_FEATURES), outside

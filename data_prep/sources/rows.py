@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from pathlib import Path
 
 import datasets
 
@@ -16,7 +15,7 @@ SOURCE_FEATURES = datasets.Features(
 )
 
 
-def check_classes(found: Iterable[str], class_names: list[str], where: str | Path) -> dict[str, str]:
+def check_classes(found: Iterable[str], class_names: list[str], where: str) -> dict[str, str]:
     """The class of the domain for each label that was found; upper and lower case are alike.
 
     Raises:
@@ -29,13 +28,13 @@ def check_classes(found: Iterable[str], class_names: list[str], where: str | Pat
         if label.casefold() not in names:
             close = difflib.get_close_matches(label.casefold(), list(names), n=1)
             raise ValueError(
-                f"'{label}' in '{where}' is no class of the domain"
+                f"'{label}' in {where} is no class of the domain"
                 + (f"; did you mean '{names[close[0]]}'?" if close else "; add it to classes, or take it out")
             )
         canonical[label] = names[label.casefold()]
     empty = sorted(set(class_names) - set(canonical.values()))
     if empty:
         raise FileNotFoundError(
-            f"no images in '{where}' for: {', '.join(empty)}; add them, or take the classes out of the domain file"
+            f"no images in {where} for: {', '.join(empty)}; add them, or take the classes out of the domain file"
         )
     return canonical

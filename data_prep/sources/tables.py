@@ -79,7 +79,7 @@ def read_table(
         ]
     rows = datasets.concatenate_datasets([part.cast(SOURCE_FEATURES) for part in parts])
     found = rows["class_name"][:]
-    canonical = check_classes(sorted(set(found)), class_names, location)
+    canonical = check_classes(sorted(set(found)), class_names, f"'{location}'")
     names = datasets.Dataset.from_dict({"class_name": [canonical[name] for name in found]})
     rows = datasets.concatenate_datasets([rows.remove_columns("class_name"), names], axis=1)
     return rows.select_columns(list(SOURCE_FEATURES)), unlabelled

@@ -1,0 +1,246 @@
+"""report.html: all that a person should see, nothing from elsewhere, and the same bytes each time."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections import Counter
+from html import escape, unescape
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.report import LONG_SIDE, SHORT_SIDE, SHOWN, write_report
+from data_prep.sources.painter import STYLES, draw
+from nicheclip.domain import Domain
+
+DOMAIN = Domain.load(Path(__file__).parents[1] / "domains" / "facades")
+UNREADABLE = "train/gothic/broken.jpg"
+AWKWARD = 'train/tudor/it\'s <b>bold</b> & "quoted" – Köln.jpg'
+
+
+def suspect(source_id: str, score: float, outcome: str = "dropped") -> dict[str, Any]:
+    return {
+        "source_id": source_id, "label": "tudor", "suspected_label": "queen anne", "score": score, "outcome": outcome
+    }  # fmt: skip
+
+
+def group(*source_ids: str) -> list[dict[str, str]]:
+    return [{"source_id": source_id, "label": "tudor", "split": "train"} for source_id in source_ids]
+
+
+@pytest.fixture
+def report() -> dict[str, Any]:
+    """As data_prep writes it, with every kind of finding."""
+    quarantined = [
+        {"source_id": UNREADABLE, "label": "gothic", "reason": "unreadable: image file is truncated <here>"},
+        {"source_id": "odd.jpg", "reason": "not in a class folder"},
+        {"source_id": "train/moorish/a.jpg", "label": "moorish", "reason": "exact duplicate: of train/moorish/b.jpg"},
+        {
+            "source_id": "train/gothic/l.jpg", "label": "gothic",
+            "reason": "leak: near-duplicate of test/gothic/9.jpg, which is in test",
+        },
+        {
+            "source_id": "train/gothic/c.jpg", "label": "gothic",
+            "reason": "conflict: near-duplicate of train/tudor/d.jpg, which is under tudor",
+        },
+        {
+            "source_id": "train/tudor/d.jpg", "label": "tudor",
+            "reason": "conflict: near-duplicate of train/gothic/c.jpg, which is under gothic",
+        },
+        {"source_id": "train/tudor/new.jpg", "label": "tudor", "reason": "a reason of tomorrow: who knows"},
+    ]  # fmt: skip
+    suspects = [suspect(AWKWARD, 0.00004), suspect("train/tudor/1.jpg", 0.04, "kept by hand")]
+    sizes = {"train": 20, "validation": 5, "calibration": 5, "test": 12}
+    judged = {"images": 21, "wanted": 1, "suspect": 1, "dropped": 0}
+    classes = [
+        {"name": name, **sizes, "quarantined": 0, "visits": 120, "filter": judged} for name in DOMAIN.class_names
+    ]
+    kept = {split: size * len(classes) for split, size in sizes.items()}
+    return {
+        "domain": "facades", "base": "some/base", "images": "/pictures", "seed": 3, "fingerprint": "0123456789abcdef",
+        "counts": {
+            "read": sum(kept.values()) + len(quarantined) + 1,
+            "quarantined": dict(Counter(entry["reason"].split(":")[0] for entry in quarantined)),
+            "dropped_by_filter": 1, "kept": kept, "train_visits_per_epoch": 120 * len(classes),
+        },
+        "filter": {"mode": "linear_probe", "threshold": None, "max_drop_share": 0.3, "action": "drop"},
+        "classes": classes, "warnings": [], "mended": {"EXIF orientation": 31}, "quarantined": quarantined,
+        "suspects": suspects,
+        "least_likely_kept": [
+            {"source_id": "train/tudor/2.jpg", "label": "tudor", "suspected_label": "gothic", "score": 0.3}
+        ],
+        "near_duplicates": [["train/tudor/3.jpg", "train/tudor/4.jpg"]],
+        "alike_across_splits": [
+            {"source_ids": ["test/tudor/5.jpg", "train/tudor/6.jpg"], "splits": ["test", "train"], "cosine": 0.93}
+        ],
+        "planted_faults": {"wrong_labels": {"planted": 57, "found": 43, "falsely": 9}},
+    }  # fmt: skip
+
+
+def picture(source_id: str) -> Image.Image:
+    """A drawing of its own for each file; of several shapes and modes, as stored images are."""
+    if source_id == UNREADABLE or not source_id.startswith(("train/", "test/")):
+        raise KeyError(source_id)
+    number = sum(source_id.encode())
+    image = draw(list(STYLES)[number % len(STYLES)], np.random.default_rng(number), 48)
+    image = image.resize([(300, 200), (120, 400), (48, 48), (900, 90)][number % 4])
+    return image.convert("L") if number % 3 == 0 else image
+
+
+def page_of(report: dict[str, Any], folder: Path) -> str:
+    write_report(folder / "report.html", report, DOMAIN, picture)
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def section(page: str, name: str) -> str:
+    return re.search(rf'<section id="{name}".*?</section>', page, re.DOTALL)[0]
+
+
+class Structure(HTMLParser):
+    """All attributes of a page, and the tags that are left open."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.attributes: list[tuple[str, str, str]] = []
+        self.open: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in ("meta", "br", "image", "use"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_it_shows_every_suspect_and_every_quarantined_image_escaped(report, tmp_path):
+    page = page_of(report, tmp_path)
+    for entry in report["suspects"]:
+        assert escape(entry["source_id"]) in section(page, "suspects").replace("&#34;", "&quot;").replace(
+            "&#39;", "&#x27;"
+        )
+    for entry in report["quarantined"]:
+        assert entry["source_id"] in section(page, "quarantine")
+    assert "<b>bold" not in page and "truncated &lt;here&gt;" in page
+    assert "kept by hand" in page and "&lt; 0.001" in page
+
+
+def test_it_asks_no_one_for_anything(report, tmp_path):
+    structure = Structure(page_of(report, tmp_path))
+    assert structure.open == []
+    links = [value for _, name, value in structure.attributes if name in ("src", "href", "srcset", "action")]
+    assert links and all(link.startswith(("#", "data:image/jpeg;base64,")) for link in links)
+    targets = {f"#{value}" for _, name, value in structure.attributes if name == "id"}
+    assert {link for link in links if link.startswith("#")} <= targets
+    styles = [value for _, name, value in structure.attributes if name == "style"]
+    assert all(re.fullmatch(r"width: [\d.]+%", style) for style in styles)
+    assert not re.search(r"<script|@import|url\(|\son\w+=", (tmp_path / "report.html").read_text("utf-8"))
+
+
+def test_same_input_same_bytes(report, tmp_path):
+    page_of(report, tmp_path)
+    first = (tmp_path / "report.html").read_bytes()
+    page_of(report, tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == first
+
+
+def test_each_picture_is_there_once_small_and_named(report, tmp_path):
+    report["near_duplicates"].append(["train/tudor/1.jpg", "train/tudor/3.jpg"])  # shown elsewhere already
+    structure = Structure(page_of(report, tmp_path))
+    pictures = [value for tag, name, value in structure.attributes if (tag, name) == ("image", "href")]
+    assert len(pictures) == len(set(pictures)) < sum(tag == "use" for tag, *_ in structure.attributes)
+    for uri in pictures:
+        with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as image:
+            assert min(image.size) <= SHORT_SIDE and max(image.size) <= LONG_SIDE
+    named = {value for _, name, value in structure.attributes if name == "aria-label"}
+    assert f"picture of {AWKWARD}" in named
+    assert f"picture of {UNREADABLE}" not in named
+
+
+def test_galleries_are_limited_and_say_what_they_leave_out(report, tmp_path):
+    report["suspects"] = [suspect(f"train/tudor/{number:04d}.jpg", 0.01) for number in range(SHOWN + 7)]
+    report["near_duplicates"] = [[f"train/gothic/{group}-{member}.jpg" for member in range(9)] for group in range(23)]
+    report["quarantined"] += [
+        {"source_id": f"train/art deco/{number:04d}.jpg", "label": "art deco", "reason": "blank: all of it"}
+        for number in range(200)
+    ]
+    report["counts"]["quarantined"]["blank"] = 200
+    page = page_of(report, tmp_path)
+    assert section(page, "suspects").count("<figure") == SHOWN
+    assert "and 7 more suspects in report.json" in page
+    assert section(page, "near-duplicates").count("<figure") == 20 * 6
+    assert "and 3 more groups in report.json" in page
+    quarantine = section(page, "quarantine")
+    assert quarantine.count("<figure") == SHOWN
+    assert UNREADABLE in quarantine  # small kinds are shown in full
+    assert len((tmp_path / "report.html").read_bytes()) < 3e6
+
+
+def test_images_that_contradict_each_other_stand_side_by_side_once(report, tmp_path):
+    conflicts = section(page_of(report, tmp_path), "quarantine").partition("<h3>leak")[0]
+    assert conflicts.count("<figure") == 1 and conflicts.count("<use") == 2
+    assert "<b>gothic</b>" in conflicts and "<b>tudor</b>" in conflicts
+
+
+def test_missing_pictures_break_nothing(report, tmp_path):
+    def nothing(source_id: str) -> Image.Image:
+        raise KeyError(source_id)
+
+    write_report(tmp_path / "report.html", report, DOMAIN, nothing)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "data:image" not in page and "1.jpg" in page
+
+
+def test_warnings_come_first(report, tmp_path):
+    assert "Nothing stands out" in page_of(report, tmp_path)
+    report["warnings"] = [f"class {number}: too <few> images" for number in range(30)]
+    page = page_of(report, tmp_path)
+    assert "Nothing stands out" not in page and "30 warnings" in page
+    assert all(escape(warning) in section(page, "warnings") for warning in report["warnings"])
+    assert page.index("30 warnings") < page.index("images read")
+
+
+def test_the_funnel_adds_up_and_classes_in_trouble_are_marked(report, tmp_path):
+    few, capped, *_ = report["classes"]
+    few["test"] = 9
+    capped["filter"] = {"images": 21, "wanted": 9, "suspect": 6, "dropped": 6}
+    page = page_of(report, tmp_path)
+    left = [int(number.replace(",", "")) for number in re.findall(r'"n">([\d,]+)<', section(page, "funnel"))]
+    counts = report["counts"]
+    assert left[0] == counts["read"]
+    assert left[-2:] == [sum(counts["kept"].values()), counts["train_visits_per_epoch"]]
+    assert left[:-1] == sorted(left[:-1], reverse=True)
+    marked = re.findall(r'<tr><th>([^<]+) <b class="flag">', section(page, "classes"))
+    assert marked == [few["name"], capped["name"]]
+    assert "6 of 9" in page
+
+
+def test_all_else_is_told(report, tmp_path):
+    page = page_of(report, tmp_path)
+    text = unescape(re.sub(r"<[^>]+>", " ", page))
+    for told in (
+        "some/base",
+        "/pictures",
+        "EXIF orientation",
+        "31",
+        "wrong labels",
+        "57",
+        "cosine 0.930",
+        "review.csv",
+    ):
+        assert told in text
+    report["filter"] |= {"mode": "none"}
+    report |= {"suspects": [], "near_duplicates": [], "alike_across_splits": [], "least_likely_kept": [], "mended": {}}
+    del report["planted_faults"]
+    page = page_of(report, tmp_path)
+    assert "The filter is off" in page and "Planted faults" not in page
