@@ -37,11 +37,14 @@ def main() -> None:
 
 def train(argv: list[str]) -> StagedTrainer:
     target, options = (argv[0], argv[1:]) if argv and not argv[0].startswith("--") else (DEFAULT_DOMAIN, argv)
+    state = (
+        processes()
+    )  # before the arguments, whose process group would wait for data_prep no longer than half an hour
     domain, run = locate(Path(target))
     args = parse_arguments(domain, run, options)
     resume = parse_resume(args.resume_from_checkpoint)
     unprepared = not (run / "data").is_dir()
-    processes().wait_for_everyone()  # so that all have looked before one of them writes
+    state.wait_for_everyone()  # so that all have looked before one of them writes
     if unprepared:
         prepare(domain, run)
     with args.main_process_first(desc="preparing data"):
@@ -106,12 +109,18 @@ def save_model(trainer: StagedTrainer, run: Path, domain: Domain) -> None:
 
 
 def check_unchanged(domain: Domain, report: dict, class_names: list[str]) -> None:
-    """Prompts, stages and settings may change after data_prep; classes and base may not."""
+    """Prompts, stages and augmentation may change after data_prep; what it depends on may not."""
     if class_names != domain.class_names or report["base"] != domain.base:
         raise DomainError(
             f"the data was prepared for {len(class_names)} classes and the base '{report['base']}', the domain has "
             f"{len(domain.classes)} classes and the base '{domain.base}'; run `python -m data_prep` again, or give "
             "train.py the run directory instead of the domain file"
+        )
+    changed = [name for name, value in report["settings"].items() if domain.model_dump(mode="json")[name] != value]
+    if changed:
+        raise DomainError(
+            f"{', '.join(changed)} changed in the domain file after data_prep; run `python -m data_prep` again, or "
+            "change it back"
         )
 
 

@@ -12,6 +12,8 @@ from data_prep.duplicates import Fingerprints, connected_groups
 from data_prep.splits import HELD_OUT, assign_splits
 from nicheclip.domain import Domain
 
+PRECEDENCE = (*HELD_OUT, "train")
+
 
 @dataclass(frozen=True)
 class Catalogue:
@@ -19,18 +21,26 @@ class Catalogue:
 
     source_ids: list[str]
     class_names: list[str]
+    labels: np.ndarray  # of int
     sha256: list[str]
     given: list[str | None]  # the split that the source decides
 
     @classmethod
-    def of(cls, rows: datasets.Dataset) -> Catalogue:
-        return cls(*(rows[name][:] for name in ("source_id", "class_name", "sha256", "split")))
+    def of(cls, rows: datasets.Dataset, domain: Domain) -> Catalogue:
+        source_ids, class_names, sha256, given = (
+            rows[name][:] for name in ("source_id", "class_name", "sha256", "split")
+        )
+        return cls(source_ids, class_names, domain.indices(class_names), sha256, given)
 
     def __len__(self) -> int:
         return len(self.source_ids)
 
-    def is_held_out(self, index: int) -> bool:
-        return self.given[index] in HELD_OUT
+    def name(self, index: int) -> dict[str, str]:
+        return {"source_id": self.source_ids[index], "label": self.class_names[index]}
+
+    def rank(self, index: int) -> int:
+        """The lower, the more an image is worth: one of the test is used rather than its copy in train."""
+        return PRECEDENCE.index(self.given[index] or "train")
 
 
 @dataclass(frozen=True)
@@ -58,29 +68,37 @@ def divide(
     """Sets copies and contradictions aside, groups the near-duplicates, and deals the groups out to the splits.
 
     Args:
-        decisions: "keep" or "drop" by source_id and class name, for images that a person has looked at.
+        decisions: "keep" or "drop" by sha256 and class name, for images that a person has looked at.
 
     Raises:
         ValueError: if a split would have no image of a class.
         RuntimeError: if the final audit, which compares all pairs of splits, finds a picture on both sides.
     """
-    decided = [decisions.get(key, "") for key in zip(catalogue.source_ids, catalogue.class_names, strict=True)]
+    decided = [decisions.get(key, "") for key in zip(catalogue.sha256, catalogue.class_names, strict=True)]
     reasons = {index: "dropped by hand" for index, decision in enumerate(decided) if decision == "drop"}
     _set_copies_aside(catalogue, decided, reasons)
     pairs = fingerprints.near_duplicates(seed)
-    for _ in range(2):  # what the search has missed and the audit finds is grouped in a second round
+    while True:  # what the search has missed and the audit finds is grouped in the next round
         division = _place(catalogue, pairs, domain, decided, dict(reasons))
-        used = np.flatnonzero(division.parts != "")
-        missed = fingerprints.take(used).across(np.unique(division.parts[used], return_inverse=True)[1])
-        if not len(missed):
-            _check_every_class(catalogue, division.parts, domain.class_names)
-            return division
-        pairs = np.concatenate([pairs, used[missed]])
-    first, second = (catalogue.source_ids[index] for index in used[missed[0]])
-    raise RuntimeError(
-        f"{len(missed)} pictures lie on both sides of a split, the first is '{first}', which is a near-duplicate of "
-        f"'{second}'; remove one of each pair, and please report this"
-    )
+        missed = leaks(division, fingerprints)
+        fresh = {tuple(pair) for pair in missed.tolist()} - {tuple(pair) for pair in pairs.tolist()}
+        if not fresh:
+            break
+        pairs = np.concatenate([pairs, np.array(sorted(fresh))])
+    if len(missed):
+        first, second = (catalogue.source_ids[index] for index in missed[0])
+        raise RuntimeError(
+            f"{len(missed)} pictures lie on both sides of a split, the first is '{first}', a near-duplicate of "
+            f"'{second}'; drop one of each pair in review.csv, and please report this"
+        )
+    _check_every_class(catalogue, division.parts, domain.class_names)
+    return division
+
+
+def leaks(division: Division, fingerprints: Fingerprints) -> np.ndarray:
+    """The pairs of the same picture in different splits, (P, 2) int; compares all of them."""
+    used = np.flatnonzero(division.parts != "")
+    return used[fingerprints.take(used).across(np.unique(division.parts[used], return_inverse=True)[1])]
 
 
 def _set_copies_aside(catalogue: Catalogue, decided: list[str], reasons: dict[int, str]) -> None:
@@ -93,9 +111,8 @@ def _set_copies_aside(catalogue: Catalogue, decided: list[str], reasons: dict[in
         labels = sorted({catalogue.class_names[index] for index in same})
         chosen = {catalogue.class_names[index] for index in same if decided[index] == "keep"}
         right = labels if len(labels) == 1 else sorted(chosen) if len(chosen) == 1 else []
-        # A held-out image is used rather than its copy in train.
         usable = [index for index in same if catalogue.class_names[index] in right]
-        first = min(usable, key=lambda index: (not catalogue.is_held_out(index), index), default=None)
+        first = min(usable, key=lambda index: (catalogue.rank(index), index), default=None)
         for index in same:
             if catalogue.class_names[index] not in right:
                 reasons[index] = f"conflict: the same file under {' and '.join(labels)}"
@@ -111,18 +128,18 @@ def _place(
         if catalogue.class_names[first] != catalogue.class_names[second]:
             _set_contradiction_aside(catalogue, first, second, decided, reasons)
             _set_contradiction_aside(catalogue, second, first, decided, reasons)
-    labels = domain.indices(catalogue.class_names)
     parts = np.array([split or "train" for split in catalogue.given], dtype="<U11")
     parts[list(reasons)] = ""
     to_fill = tuple(name for name in HELD_OUT if name not in catalogue.given)
     pool = np.flatnonzero(parts == "train")
     if to_fill and len(pool):
-        parts[pool] = assign_splits(labels[pool], groups[pool].tolist(), domain.splits, to_fill)
-    owner: dict[str, str] = {}
-    for name in (*HELD_OUT, "train"):
-        for index in np.flatnonzero(parts == name):
-            if owner.setdefault(groups[index], name) != name:
-                reasons[int(index)] = f"leak: near-duplicate of an image in {owner[groups[index]]}"
+        parts[pool] = assign_splits(catalogue.labels[pool], groups[pool].tolist(), domain.splits, to_fill)
+    first: dict[str, int] = {}  # of each group, in the split that keeps it
+    for name in PRECEDENCE:
+        for index in np.flatnonzero(parts == name).tolist():
+            owner = first.setdefault(groups[index], index)
+            if parts[owner] != name:
+                reasons[index] = f"leak: near-duplicate of {catalogue.source_ids[owner]}, which is in {parts[owner]}"
     parts[list(reasons)] = ""
     return Division(parts, groups, reasons)
 
@@ -140,7 +157,7 @@ def _set_contradiction_aside(
     catalogue: Catalogue, index: int, other: int, decided: list[str], reasons: dict[int, str]
 ) -> None:
     """The same picture under two labels tells nothing; that of an exam is believed rather than that of train."""
-    if decided[index] == "keep" or catalogue.is_held_out(index) > catalogue.is_held_out(other):
+    if decided[index] == "keep" or catalogue.rank(index) < catalogue.rank(other):
         return
     if index not in reasons and not reasons.get(other, "").startswith(("dropped by hand", "exact")):
         reasons[index] = (
@@ -149,7 +166,7 @@ def _set_contradiction_aside(
 
 
 def _check_every_class(catalogue: Catalogue, parts: np.ndarray, class_names: list[str]) -> None:
-    for split in (*HELD_OUT, "train"):
+    for split in PRECEDENCE:
         present = {catalogue.class_names[index] for index in np.flatnonzero(parts == split)}
         empty = [name for name in class_names if name not in present]
         if empty:

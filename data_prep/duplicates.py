@@ -26,7 +26,8 @@ class Fingerprints:
     """What tells whether two pictures are the same.
 
     Attributes:
-        hashes: (N, 18) uint8, the perceptual hashes.
+        hashes: (2, N, 18) uint8, the perceptual hashes of the pictures and of their mirror images: who trains with
+            flips trains on both.
         image_embeds: (N, D) float32, of unit length, centred before.
         cosines: what two pictures must reach at the distances CERTAIN and POSSIBLE, linearly in between, and beyond.
     """
@@ -39,6 +40,7 @@ class Fingerprints:
     def make(
         cls,
         phashes: Sequence[str],
+        mirrored_phashes: Sequence[str],
         image_embeds: np.ndarray,
         picture: Callable[[int], Image.Image],
         encode: Callable[[list[Image.Image]], np.ndarray],
@@ -51,20 +53,23 @@ class Fingerprints:
         """
         mean = image_embeds.mean(axis=0)
         centred = _unit(image_embeds - mean)
+        hashes = np.stack([_from_hex(phashes), _from_hex(mirrored_phashes)])
         chosen = np.unique(np.linspace(0, len(centred) - 1, samples).round().astype(int))
         copies = _unit(encode([_copy(picture(int(index))) for index in chosen]) - mean)
         cosine = copies @ centred[chosen].T  # (samples, samples)
-        different = cosine[~np.eye(len(chosen), dtype=bool)]
-        hashes = np.array([list(bytes.fromhex(phash)) for phash in phashes], dtype=np.uint8)
-        cosines = np.quantile(different, 0.999), *np.quantile(cosine.diagonal(), [0.1, 0.5])
-        return cls(hashes, centred, tuple(sorted(float(value) for value in cosines)))
+        own = hashes[0, chosen]
+        different = cosine[np.bitwise_count(own[:, None] ^ own).sum(axis=2) > REMOTE]
+        unlike = np.quantile(different, 0.999) if different.size else -1.0
+        cosines = np.maximum.accumulate([unlike, *np.quantile(cosine.diagonal(), [0.1, 0.5])])
+        return cls(hashes, centred, tuple(cosines.tolist()))
 
     def take(self, indices: np.ndarray) -> Fingerprints:
-        return replace(self, hashes=self.hashes[indices], image_embeds=self.image_embeds[indices])
+        return replace(self, hashes=self.hashes[:, indices], image_embeds=self.image_embeds[indices])
 
     def same(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         """Whether the pictures `first` (P,) and `second` (P,) are the same, (P,) bool."""
-        distance = np.bitwise_count(self.hashes[first] ^ self.hashes[second]).sum(axis=1)
+        plain = np.bitwise_count(self.hashes[0, first] ^ self.hashes[0, second]).sum(axis=1)
+        distance = np.minimum(plain, np.bitwise_count(self.hashes[0, first] ^ self.hashes[1, second]).sum(axis=1))
         same = distance <= CERTAIN
         doubt = np.flatnonzero((distance <= REMOTE) & ~same)
         cosine = np.einsum("pd,pd->p", self.image_embeds[first[doubt]], self.image_embeds[second[doubt]])
@@ -78,12 +83,12 @@ class Fingerprints:
         Pairs that agree in all bits of a random sample come into question; there are so many samples, of about log2(N)
         bits, that hardly a pair is missed. Time grows a little faster than N, not with its square.
         """
-        count, width = len(self.hashes), self.hashes.shape[1] * 8
-        bits = np.unpackbits(self.hashes, axis=1)
-        sampled = max(12, math.ceil(math.log2(max(count, 2))))
-        hit = (1 - POSSIBLE / width) ** sampled
+        count, width = self.hashes.shape[1], self.hashes.shape[2] * 8
+        bits = np.unpackbits(np.concatenate(self.hashes), axis=1)  # (2N, width)
+        sampled = max(12, math.ceil(math.log2(2 * count)))
+        hit = math.comb(width - POSSIBLE, sampled) / math.comb(width, sampled)
         rng = np.random.default_rng(seed)
-        found = [np.empty(0, dtype=np.int64)]
+        found = [np.empty((0, 2), dtype=np.int64)]
         for _ in range(math.ceil(math.log(MISSED) / math.log(1 - hit))):
             columns = rng.choice(width, sampled, replace=False)
             keys = bits[:, columns] @ (1 << np.arange(sampled, dtype=np.int64))
@@ -93,10 +98,10 @@ class Fingerprints:
                 together = np.flatnonzero(keys[shift:] == keys[:-shift])
                 if not len(together):
                     break
-                pair = np.sort(np.stack([order[together], order[together + shift]]), axis=0)
-                found.append(np.unique(pair[0] * count + pair[1]))
-        pairs = np.stack(np.divmod(np.unique(np.concatenate(found)), count), axis=1)
-        return pairs[self.same(*pairs.T)]
+                pairs = np.stack([order[together], order[together + shift]], axis=1) % count
+                pairs = np.unique(np.sort(pairs[pairs[:, 0] != pairs[:, 1]], axis=1), axis=0)
+                found.append(pairs[self.same(*pairs.T)])
+        return np.unique(np.concatenate(found), axis=0)
 
     def across(self, parts: np.ndarray) -> np.ndarray:
         """Pairs of the same picture in different parts, (P, 2) int; compares every such pair of pictures.
@@ -104,14 +109,14 @@ class Fingerprints:
         Args:
             parts: (N,) the split of each picture, as an integer.
         """
-        signs = np.unpackbits(self.hashes, axis=1).astype(np.float32) * 2 - 1
-        least = signs.shape[1] - 2 * REMOTE  # the inner product of two hashes at that distance
+        plain, mirrored = np.unpackbits(self.hashes, axis=2).astype(np.float32) * 2 - 1  # (N, bits) each
+        least = plain.shape[1] - 2 * REMOTE  # the inner product of two hashes at that distance
         found = [np.empty((0, 2), dtype=np.int64)]
         for own, others in _blocks(parts):
-            rows, columns = np.nonzero(signs[own] @ signs[others].T >= least)
-            found.append(np.stack([own[rows], others[columns]], axis=1))
-        pairs = np.concatenate(found)
-        return pairs[self.same(*pairs.T)]
+            near = np.maximum(plain[own] @ plain[others].T, plain[own] @ mirrored[others].T) >= least
+            pairs = np.stack([own[near.nonzero()[0]], others[near.nonzero()[1]]], axis=1)
+            found.append(pairs[self.same(*pairs.T)])
+        return np.concatenate(found)
 
     def most_alike_across(self, parts: np.ndarray, count: int) -> list[tuple[int, int, float]]:
         """The `count` pairs of pictures in different parts with the highest cosine, for a person to look at."""
@@ -130,7 +135,7 @@ def connected_groups(pairs: np.ndarray, count: int) -> np.ndarray:
     return connected_components(graph, directed=False)[1]
 
 
-def _blocks(parts: np.ndarray, cells: int = 1 << 25) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _blocks(parts: np.ndarray, cells: int = 1 << 22) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """All pairs of pictures in different parts as blocks: some of one part, all of the later parts."""
     for part in np.unique(parts)[:-1]:
         own, later = np.flatnonzero(parts == part), np.flatnonzero(parts > part)
@@ -147,6 +152,10 @@ def _copy(image: Image.Image) -> Image.Image:
     encoded = io.BytesIO()
     image.resize(image.size, Image.Resampling.BICUBIC, box).save(encoded, "JPEG", quality=60)
     return Image.open(encoded)
+
+
+def _from_hex(phashes: Sequence[str]) -> np.ndarray:
+    return np.array([list(bytes.fromhex(phash)) for phash in phashes], dtype=np.uint8)
 
 
 def _unit(embeds: np.ndarray) -> np.ndarray:

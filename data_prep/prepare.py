@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,26 +13,30 @@ from typing import Any
 import datasets
 import numpy as np
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 from PIL import Image
 from scipy.special import softmax
 
+from data_prep import findings
 from data_prep.divide import Catalogue, Division, divide
 from data_prep.duplicates import Fingerprints
 from data_prep.encode import encode_rows, fast_dtype
 from data_prep.quality import Verdict, judge, out_of_fold_probabilities, visits_per_epoch
 from data_prep.report import write_report
-from data_prep.review import Suspicion, read_decisions, write_review
+from data_prep.review import read_decisions, write_review
 from data_prep.shards import map_shards, processes
 from data_prep.sources import fetch_images, planted_faults, read_source
 from data_prep.sources.facades import found_faults
 from data_prep.sources.rows import check_classes
-from data_prep.verify import verify_rows
+from data_prep.verify import VERIFY_VERSION, verify_rows
 from nicheclip.data import SPLITS, features, quiet_datasets
 from nicheclip.domain import Domain
 from nicheclip.results import replaced_folder, write_json
 from nicheclip.zero_shot import encode_images, encode_texts, load_clip, zero_shot_logits
 
 SMALL_EXAM = 10  # test images of a class; with fewer, its own accuracy says next to nothing
+
+DATA_SETTINGS = {"splits", "quality_filter", "samples_per_class", "smallest_side", "stored_short_side"}
 
 
 def prepare(
@@ -52,70 +57,107 @@ def prepare(
 
     Raises:
         ValueError: if a split would have no image of a class, or the images don't fit the domain.
+        BlockingIOError: if another data_prep is at work on the run.
         RuntimeError: if after all a picture lies on both sides of a split.
     """
     run = Path(run)
     if (run / "data").exists() and not (run / "data" / "dataset_dict.json").is_file():
         raise ValueError(f"'{run / 'data'}' is not prepared data and would be overwritten; choose another --run")
     state = processes()
-    decided = read_decisions(run / "review.csv")
-    fetched = [fetch_images(domain, run, images, seed, contact) if state.is_main_process else None]
-    location = broadcast_object_list(fetched)[0]
-    with quiet_datasets():
+    with _alone(run) if state.is_main_process else nullcontext(), quiet_datasets(), _uncached():
+        decided = read_decisions(run / "review.csv")
+        fetched = [fetch_images(domain, run, images, seed, contact) if state.is_main_process else None]
+        location = broadcast_object_list(fetched)[0]
         listed, unplaced = read_source(domain, location, own=images is None)
         rows, unreadable = _verify(listed, domain, run / "cache" / "verified")
         model, processor = load_clip(domain.base)
         image_embeds = encode_rows(model, processor, rows, run / "cache" / "encoded", "encoding with the base model")
         if not state.is_main_process:
             return None
+        text_embeds = encode_texts(model, processor, domain.canonical_prompts)
+        zero_shot = softmax(zero_shot_logits(model, image_embeds, text_embeds), axis=1)  # (N, C)
         pictures = rows.select_columns("image").cast_column("image", datasets.Image())
-        catalogue = Catalogue.of(rows)
         fingerprints = Fingerprints.make(
             rows["phash"][:],
+            rows["mirrored_phash"][:],
             image_embeds,
             picture=lambda index: pictures[index]["image"],
             encode=lambda copies: encode_images(
                 model, processor, copies, len(copies), dtype=fast_dtype(model.device), progress=False
             ),
         )
+
+        catalogue = Catalogue.of(rows, domain)
         decisions = {key: line.decision for key, line in decided.items()}
         division = divide(catalogue, fingerprints, domain, decisions, seed)
-
-        text_embeds = encode_texts(model, processor, domain.canonical_prompts)
-        zero_shot = softmax(zero_shot_logits(model, image_embeds, text_embeds), axis=1)  # (N, C)
         train = np.flatnonzero(division.parts == "train")
-        verdict = _judge_train(domain, catalogue, division, train, image_embeds, zero_shot, seed)
-        suspects = _suspects(domain, catalogue, train, verdict, decisions)
+        verdict = _judge_train(domain, catalogue, division, train, image_embeds, zero_shot, decisions, seed)
+        suspects = findings.suspects(domain, catalogue, train, verdict)
         dropped = {entry["source_id"] for entry in suspects if entry["outcome"] == "dropped"}
         splits = _splits(rows, domain, catalogue, division, dropped, zero_shot, seed)
 
         aside = [
-            {"source_id": catalogue.source_ids[index], "label": catalogue.class_names[index], "reason": reason}
+            {**catalogue.name(index), "sha256": catalogue.sha256[index], "reason": reason}
             for index, reason in sorted(division.reasons.items())
         ]
+        quarantined = unplaced + unreadable + aside
+        alike = findings.alike_across_splits(catalogue, division, fingerprints)
+        classes = findings.classes(domain, splits, quarantined, suspects, verdict)
         report = {
             "domain": domain.name,
             "base": domain.base,
             "images": str(location),
             "seed": seed,
-            "fingerprint": fingerprint(splits),
+            "settings": domain.model_dump(mode="json", include=DATA_SETTINGS),
+            "fingerprint": fingerprint(splits, domain),
             "near_duplicate_cosines": [round(cosine, 4) for cosine in fingerprints.cosines],
-            **_counts(domain, splits, unplaced + unreadable + aside, suspects, verdict, len(listed) + len(unplaced)),
+            "counts": findings.counts(splits, quarantined, len(dropped), len(listed) + len(unplaced)),
+            "filter": domain.quality_filter.model_dump(),
+            "classes": classes,
+            "warnings": [
+                *findings.class_warnings(classes),
+                *findings.unused_decisions(catalogue, decided),
+                *findings.alike_warning(alike, fingerprints),
+            ],
             "mended": dict(Counter(what for note in rows["mended"][:] if note for what in note.split("; "))),
-            "quarantined": unplaced + unreadable + aside,
+            "quarantined": quarantined,
             "suspects": suspects,
-            "least_likely_kept": _least_likely_kept(domain, catalogue, train, verdict, dropped),
-            "near_duplicates": _near_duplicates(splits),
-            "alike_across_splits": _alike_across_splits(catalogue, division, fingerprints),
+            "least_likely_kept": findings.least_likely_kept(domain, catalogue, train, verdict, dropped),
+            "near_duplicates": findings.near_duplicates(splits, domain.class_names),
+            "alike_across_splits": alike,
         }
         if truth := planted_faults(location):
-            report["planted_faults"] = found_faults(
-                truth, report, dict(zip(catalogue.source_ids, division.groups.tolist(), strict=True))
-            )
+            group_of = dict(zip(catalogue.source_ids, division.groups.tolist(), strict=True))
+            report["planted_faults"] = found_faults(truth, report, group_of)
         index_of = {source_id: index for index, source_id in enumerate(catalogue.source_ids)}
         _save(splits, report, domain, run, lambda source_id: pictures[index_of[source_id]]["image"])
-        write_review(run / "review.csv", _suspicions(report), decided)
+        write_review(run / "review.csv", findings.suspicions(report))
     return report
+
+
+@contextmanager
+def _alone(run: Path) -> Iterator[None]:
+    """Keeps a second data_prep from the same run directory."""
+    run.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(run / ".data_prep.lock", timeout=0):
+            yield
+    except Timeout:
+        raise BlockingIOError(
+            f"another data_prep is at work on '{run}'; wait for it, or choose another --run"
+        ) from None
+
+
+@contextmanager
+def _uncached() -> Iterator[None]:
+    """`datasets` would leave its intermediate tables beside the shards, or in the user's own dataset."""
+    enabled = datasets.is_caching_enabled()
+    datasets.disable_caching()
+    try:
+        yield
+    finally:
+        if enabled:
+            datasets.enable_caching()
 
 
 def _verify(listed: datasets.Dataset, domain: Domain, cache: Path) -> tuple[datasets.Dataset, list[dict[str, str]]]:
@@ -123,7 +165,13 @@ def _verify(listed: datasets.Dataset, domain: Domain, cache: Path) -> tuple[data
     sides = {"stored_short_side": domain.stored_short_side, "smallest_side": domain.smallest_side}
     identity = [" ".join(pair) for pair in zip(listed["source_id"], listed["version"], strict=True)]
     verified = map_shards(
-        listed, partial(verify_rows, **sides), identity, f"1 {sides}", cache, "verifying images", parallel=True
+        listed.select_columns("image"),
+        partial(verify_rows, **sides),
+        identity,
+        f"{VERIFY_VERSION} {sides}",
+        cache,
+        "verifying images",
+        parallel=True,
     )
     rows = datasets.concatenate_datasets([listed.remove_columns(["image", "version"]), verified], axis=1)
     errors = rows["error"][:]
@@ -144,48 +192,18 @@ def _judge_train(
     train: np.ndarray,
     image_embeds: np.ndarray,
     zero_shot: np.ndarray,
+    decisions: dict[tuple[str, str], str],
     seed: int,
 ) -> Verdict:
-    labels = domain.indices(catalogue.class_names)[train]
+    labels = catalogue.labels[train]
+    kept_by_hand = [decisions.get((catalogue.sha256[i], catalogue.class_names[i])) == "keep" for i in train]
     if domain.quality_filter.mode == "linear_probe":
         probabilities = out_of_fold_probabilities(
             image_embeds[train], labels, division.groups[train], len(domain.classes), seed
         )
     else:
         probabilities = zero_shot[train]
-    return judge(probabilities, labels, domain.quality_filter)
-
-
-def _suspects(
-    domain: Domain, catalogue: Catalogue, train: np.ndarray, verdict: Verdict, decisions: dict[tuple[str, str], str]
-) -> list[dict[str, Any]]:
-    """The suspected training images, the most suspect first, and what becomes of each."""
-    suspects = []
-    for position in np.flatnonzero(verdict.suspect)[np.argsort(verdict.scores[verdict.suspect], kind="stable")]:
-        entry = _judged(domain, catalogue, train, verdict, position)
-        by_hand = decisions.get((entry["source_id"], entry["label"])) == "keep"
-        drop = domain.quality_filter.action == "drop"
-        suspects.append(entry | {"outcome": "kept by hand" if by_hand else "dropped" if drop else "flagged"})
-    return suspects
-
-
-def _judged(
-    domain: Domain, catalogue: Catalogue, train: np.ndarray, verdict: Verdict, position: int
-) -> dict[str, Any]:
-    return {
-        "source_id": catalogue.source_ids[train[position]],
-        "label": catalogue.class_names[train[position]],
-        "suspected_label": domain.class_names[verdict.suspected_labels[position]],
-        "score": round(float(verdict.scores[position]), 5),
-    }
-
-
-def _least_likely_kept(
-    domain: Domain, catalogue: Catalogue, train: np.ndarray, verdict: Verdict, dropped: set[str], count: int = 24
-) -> list[dict[str, Any]]:
-    order = np.argsort(verdict.scores, kind="stable")
-    kept = [position for position in order if catalogue.source_ids[train[position]] not in dropped]
-    return [_judged(domain, catalogue, train, verdict, position) for position in kept[:count]]
+    return judge(probabilities, labels, domain.quality_filter, np.array(kept_by_hand, dtype=bool))
 
 
 def _splits(
@@ -198,8 +216,9 @@ def _splits(
     seed: int,
 ) -> dict[str, datasets.Dataset]:
     schema = features(domain.class_names)
-    labels = domain.indices(catalogue.class_names)
+    labels = catalogue.labels
     rows = rows.select_columns(["image", "source_id", "sha256", "attribution"])
+    rows = rows.cast_column("image", schema["image"])
     splits = {}
     for name in SPLITS:
         own = np.flatnonzero(division.parts == name)
@@ -214,113 +233,18 @@ def _splits(
         }
         columns = datasets.Dataset.from_dict(added, features=datasets.Features({key: schema[key] for key in added}))
         split = datasets.concatenate_datasets([rows.select(own), columns], axis=1)
-        splits[name] = split.select_columns(list(schema)).cast(schema)
+        splits[name] = split.select_columns(list(schema))
     return splits
 
 
-def _counts(
-    domain: Domain,
-    splits: dict[str, datasets.Dataset],
-    quarantined: list[dict[str, str]],
-    suspects: list[dict[str, Any]],
-    verdict: Verdict,
-    read: int,
-) -> dict[str, Any]:
-    """How many images went which way, in all and of each class.
-
-    Raises:
-        RuntimeError: if any image is unaccounted for.
-    """
-    kept = {name: len(rows) for name, rows in splits.items()}
-    dropped = Counter(entry["label"] for entry in suspects if entry["outcome"] == "dropped")
-    if read != sum(kept.values()) + len(quarantined) + dropped.total():
-        raise RuntimeError(f"{read} images read; {kept} kept, {len(quarantined)} aside, {dropped.total()} dropped")
-    sizes = {name: Counter(rows["label"][:]) for name, rows in splits.items()}
-    aside = Counter(entry.get("label") for entry in quarantined)
-    train = splits["train"]
-    visits = np.bincount(train["label"][:], train["repeats"][:], len(domain.classes)).astype(int).tolist()
-    classes = []
-    for index, name in enumerate(domain.class_names):
-        entry = {"name": name, **{split: sizes[split][index] for split in SPLITS}}
-        entry |= {"quarantined": aside[name], "visits": visits[index]}
-        classes.append(entry | {"filter": verdict.classes[index] | {"dropped": dropped[name]}})
-    return {
-        "counts": {
-            "read": read,
-            "quarantined": dict(Counter(entry["reason"].split(":")[0] for entry in quarantined)),
-            "dropped_by_filter": dropped.total(),
-            "kept": kept,
-            "train_visits_per_epoch": sum(visits),
-        },
-        "filter": domain.quality_filter.model_dump(),
-        "classes": classes,
-        "warnings": _warnings(classes),
-    }
-
-
-def _warnings(classes: list[dict[str, Any]]) -> list[str]:
-    """What a person should know before training, in words."""
-    warnings = []
-    for entry in classes:
-        wanted, images = entry["filter"]["wanted"], entry["filter"]["images"]
-        if wanted > entry["filter"]["suspect"]:
-            warnings.append(
-                f"{entry['name']}: the filter wanted {wanted / images:.0%} of it; that is a class which the base "
-                "model does not know, not noise, so the cap held it back"
-            )
-        if entry["test"] < SMALL_EXAM:
-            warnings.append(
-                f"{entry['name']}: only {entry['test']} test images, so its own accuracy will say next to nothing; "
-                "add images, or merge it with a class that it is like"
-            )
-    return warnings
-
-
-def fingerprint(splits: dict[str, datasets.Dataset]) -> str:
-    """Which images lie in which split under which label; later stages compare it."""
-    digest = hashlib.sha256()
+def fingerprint(splits: dict[str, datasets.Dataset], domain: Domain) -> str:
+    """What training and the exam see: which images, how large, under which label, how often; later stages compare."""
+    digest = hashlib.sha256(f"{domain.stored_short_side}\n".encode())
     for name in SPLITS:
-        for sha256, label in sorted(zip(splits[name]["sha256"], splits[name]["label"], strict=True)):
-            digest.update(f"{name} {sha256} {label}\n".encode())
+        columns = (splits[name][column] for column in ("sha256", "label", "repeats"))
+        for sha256, label, repeats in sorted(zip(*columns, strict=True)):
+            digest.update(f"{name} {sha256} {label} {repeats}\n".encode())
     return digest.hexdigest()
-
-
-def _near_duplicates(splits: dict[str, datasets.Dataset]) -> list[list[str]]:
-    """The source_ids of each group of near-duplicates that are kept, the largest group first."""
-    members = defaultdict(list)
-    for rows in splits.values():
-        for group, source_id in zip(rows["group_id"], rows["source_id"], strict=True):
-            members[group].append(source_id)
-    return sorted((group for group in members.values() if len(group) > 1), key=len, reverse=True)
-
-
-def _alike_across_splits(
-    catalogue: Catalogue, division: Division, fingerprints: Fingerprints, count: int = 12
-) -> list[dict[str, Any]]:
-    """The pairs of pictures in different splits that the base model finds most alike."""
-    used = np.flatnonzero(division.parts != "")
-    pairs = fingerprints.take(used).most_alike_across(np.unique(division.parts[used], return_inverse=True)[1], count)
-    return [
-        {
-            "source_ids": [catalogue.source_ids[used[index]] for index in pair],
-            "splits": [str(division.parts[used[index]]) for index in pair],
-            "cosine": round(cosine, 4),
-        }
-        for *pair, cosine in pairs
-    ]
-
-
-def _suspicions(report: dict[str, Any]) -> list[Suspicion]:
-    conflicts = [
-        Suspicion(entry["source_id"], entry["label"], entry["reason"], outcome="set aside")
-        for entry in report["quarantined"]
-        if entry["reason"].startswith("conflict")
-    ]
-    wrong = [
-        Suspicion(**entry | {"score": f"{entry['score']:.5f}", "reason": "wrong label?"})
-        for entry in report["suspects"]
-    ]
-    return conflicts + wrong
 
 
 def _save(

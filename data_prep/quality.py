@@ -49,7 +49,10 @@ def _out_of_fold(
     image_embeds: np.ndarray, labels: np.ndarray, groups: np.ndarray, classes: int, strength: float, seed: int
 ) -> np.ndarray:
     probabilities = np.zeros((len(labels), classes))
-    folds = StratifiedGroupKFold(min(5, len(np.unique(groups))), shuffle=True, random_state=seed)
+    splits = min(5, len(np.unique(groups)), np.bincount(labels).max())
+    if splits < 2:
+        return np.full_like(probabilities, 1 / classes)  # nothing to learn from, so nobody is suspected
+    folds = StratifiedGroupKFold(splits, shuffle=True, random_state=seed)
     # Threads would spend more time on waiting for each other than on matrices of this size.
     with threadpool_limits(1), warnings.catch_warnings():
         # A class may be smaller than the number of folds, and a probe that is nearly converged is as good here.
@@ -83,7 +86,9 @@ class Verdict:
     classes: list[dict[str, int]]
 
 
-def judge(probabilities: np.ndarray, labels: np.ndarray, how: QualityFilter) -> Verdict:
+def judge(
+    probabilities: np.ndarray, labels: np.ndarray, how: QualityFilter, trusted: np.ndarray | None = None
+) -> Verdict:
     """Finds the images whose own label is unlikely, at most `how.max_drop_share` of a class, the least likely first.
 
     A threshold relative to the class keeps it from deleting a class of which the base model knows little: where all
@@ -92,7 +97,9 @@ def judge(probabilities: np.ndarray, labels: np.ndarray, how: QualityFilter) -> 
     Args:
         probabilities: (N, C), out of fold for `linear_probe`, zero-shot for `zero_shot` and `none`.
         labels: (N,) int.
+        trusted: (N,) bool, images that a person has kept; they are never suspected.
     """
+    trusted = np.zeros(len(labels), dtype=bool) if trusted is None else trusted
     everyone = np.arange(len(labels))
     scores = probabilities[everyone, labels]
     others = probabilities.copy()
@@ -107,7 +114,7 @@ def judge(probabilities: np.ndarray, labels: np.ndarray, how: QualityFilter) -> 
     counts = []
     for label in range(probabilities.shape[1]):
         own = np.flatnonzero(labels == label)
-        below = own[scores[own] < threshold] if how.mode != "none" else own[:0]
+        below = own[(scores[own] < threshold) & ~trusted[own]] if how.mode != "none" else own[:0]
         chosen = below[np.argsort(scores[below], kind="stable")][: math.floor(how.max_drop_share * len(own))]
         suspect[chosen] = True
         counts.append({"images": len(own), "wanted": len(below), "suspect": len(chosen)})

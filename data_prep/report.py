@@ -132,7 +132,7 @@ def _quarantine(quarantined: list[dict[str, Any]]) -> list[dict[str, Any]]:
     kinds: dict[str, dict] = {kind: {} for kind in KINDS}
     for entry in quarantined:
         kind, _, particulars = entry["reason"].partition(":")
-        named = re.fullmatch(r" near-duplicate of (.+?)(?:, which is under (.+))?", particulars)
+        named = re.fullmatch(r" near-duplicate of (.+?)(?:, which is (?:under|in) (.+))?", particulars)
         other, other_label = named.groups() if named else (None, None)
         entry = entry | {"particulars": particulars.strip(), "other": other, "other_label": other_label}
         kinds.setdefault(kind, {}).setdefault(frozenset({entry["source_id"], other}), entry)

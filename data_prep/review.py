@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,6 +17,7 @@ class Suspicion:
 
     source_id: str
     label: str
+    sha256: str  # of the file: with the label, what a decision is about
     reason: str
     suspected_label: str = ""
     score: str = ""
@@ -24,42 +26,49 @@ class Suspicion:
 
 
 def read_decisions(path: Path) -> dict[tuple[str, str], Suspicion]:
-    """The decided lines of review.csv by source_id and label; none if there is no such file.
+    """The decided lines of review.csv by sha256 and label; none if there is no such file.
+
+    Takes what spreadsheets make of it: semicolons or tabs, a byte-order mark, Windows' code page.
 
     Raises:
         ValueError: for a column that is missing or a decision that is none.
     """
     if not path.is_file():
         return {}
-    with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets like to add a byte-order mark
-        reader = csv.DictReader(file)
-        missing = {"source_id", "label", "decision"} - set(reader.fieldnames or ())
-        if missing:
-            raise ValueError(f"'{path}' lacks the column {', '.join(sorted(missing))}; restore it, or remove the file")
-        decided = {}
-        names = [field.name for field in fields(Suspicion)]
-        for number, line in enumerate(reader, start=2):
-            decision = (line["decision"] or "").strip().lower()
-            if decision not in DECISIONS:
-                raise ValueError(
-                    f"'{path}', line {number}: decision '{line['decision']}'; expected keep, drop or nothing"
-                )
-            if decision:
-                entry = Suspicion(**{name: line.get(name) or "" for name in names} | {"decision": decision})
-                decided[entry.source_id, entry.label] = entry
+    content = path.read_bytes()
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError:
+        text = content.decode("cp1252", errors="replace")
+    header = text.partition("\n")[0]
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count))
+    missing = {"sha256", "label", "decision"} - set(reader.fieldnames or ())
+    if missing:
+        raise ValueError(
+            f"'{path}' lacks the column {', '.join(sorted(missing))}; its first line should be "
+            f"{','.join(field.name for field in fields(Suspicion))}"
+        )
+    decided = {}
+    for number, line in enumerate(reader, start=2):
+        decision = (line["decision"] or "").strip().lower()
+        if decision not in DECISIONS:
+            raise ValueError(f"'{path}', line {number}: decision '{line['decision']}'; expected keep, drop or nothing")
+        if decision:
+            values = {field.name: line.get(field.name) or "" for field in fields(Suspicion)}
+            entry = Suspicion(**values | {"decision": decision})
+            decided[entry.sha256, entry.label] = entry
     return decided
 
 
-def write_review(path: Path, suspicions: Iterable[Suspicion], decided: dict[tuple[str, str], Suspicion]) -> None:
-    """Writes the suspicions; earlier decisions stay, also those on images that are no longer suspected."""
-    lines = decided | {
-        (entry.source_id, entry.label): entry for entry in suspicions if (entry.source_id, entry.label) not in decided
-    }
+def write_review(path: Path, suspicions: Iterable[Suspicion]) -> None:
+    """Writes the suspicions; decisions stay, those of the last minute and those on what is no longer suspected too."""
+    decided = read_decisions(path)
+    lines = {(entry.sha256, entry.label): entry for entry in suspicions} | decided
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
+    with temporary.open("w", encoding="utf-8-sig", newline="") as file:  # without its mark, Excel garbles accents
         writer = csv.DictWriter(file, [field.name for field in fields(Suspicion)])
         writer.writeheader()
-        writer.writerows(
-            asdict(entry) for entry in sorted(lines.values(), key=lambda entry: (entry.reason, entry.source_id))
-        )
+        for entry in sorted(lines.values(), key=lambda entry: (entry.reason, entry.source_id)):
+            writer.writerow(asdict(entry))
     temporary.replace(path)

@@ -6,16 +6,17 @@ Under `accelerate launch` the shards are dealt out to the processes.
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import timedelta
 from pathlib import Path
 
 import datasets
+import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
@@ -28,7 +29,7 @@ Step = Callable[[datasets.Dataset], datasets.Dataset]
 
 def processes() -> PartialState:
     """This process among those of `accelerate launch`; they may wait long for each other."""
-    return PartialState(timeout=timedelta(days=1))
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
 
 
 def map_shards(
@@ -68,7 +69,7 @@ def map_shards(
     if state.is_main_process:
         wanted = {folder.name for _, folder in shards}
         for folder in cache.iterdir():
-            if folder.name not in wanted:
+            if folder.is_dir() and folder.name not in wanted:
                 shutil.rmtree(folder)
     return datasets.concatenate_datasets([datasets.load_from_disk(folder) for _, folder in shards])
 
@@ -79,8 +80,8 @@ def _finished(rows: datasets.Dataset, step: Step, shards: list[tuple[range, Path
         for span, folder in shards:
             yield _finish(rows.select(span), step, folder)
         return
-    with ProcessPoolExecutor(workers, initializer=_end_with, initargs=(os.getpid(),)) as pool:
-        futures = [pool.submit(_finish, rows.select(span), step, folder) for span, folder in shards]
+    with ProcessPoolExecutor(workers, initializer=_end_with_parent) as pool:
+        futures = [pool.submit(_finish, _portable(rows.select(span)), step, folder) for span, folder in shards]
         try:
             for future in as_completed(futures):
                 yield future.result()
@@ -89,12 +90,16 @@ def _finished(rows: datasets.Dataset, step: Step, shards: list[tuple[range, Path
             raise
 
 
-def _end_with(parent: int) -> None:
+def _portable(rows: datasets.Dataset) -> datasets.Dataset:
+    """A shard of a table in memory would carry the whole table along when it is pickled."""
+    return rows if rows.cache_files else datasets.Dataset.from_list(rows.to_list(), features=rows.features)
+
+
+def _end_with_parent() -> None:
     """Makes a worker end when its parent is killed; else it would wait for work for ever."""
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
+        multiprocessing.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

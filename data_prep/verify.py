@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import struct
 import warnings
+from functools import cache
 from typing import Any
 
 import datasets
@@ -13,8 +13,10 @@ import imagehash
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+VERIFY_VERSION = 1  # to be raised when the same file would be stored or hashed in another way
 JPEG_QUALITY = 95
 HASH_SIDE = 12  # coefficients a side: 64 bits did not tell cropped copies from other drawings of one style, 144 did
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "MPO", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")  # no EPS
 BROKEN = "unreadable"  # the reasons of quarantine, each followed by the particulars
 TINY = "too small"
 BLANK = "blank"
@@ -22,7 +24,7 @@ BLANK = "blank"
 VERIFIED_FEATURES = datasets.Features(
     {
         "image": datasets.Image(decode=False),
-        **{name: datasets.Value("string") for name in ("sha256", "phash", "mended", "error")},
+        **{name: datasets.Value("string") for name in ("sha256", "phash", "mirrored_phash", "mended", "error")},
     }
 )
 
@@ -33,7 +35,7 @@ def verify_rows(rows: datasets.Dataset, stored_short_side: int, smallest_side: i
     return datasets.Dataset.from_list(verified, features=VERIFIED_FEATURES)
 
 
-def verify_image(source: dict[str, Any], stored_short_side: int, smallest_side: int = 1) -> dict[str, Any]:
+def verify_image(source: dict[str, Any] | None, stored_short_side: int, smallest_side: int = 1) -> dict[str, Any]:
     """Reads, checks and shrinks one image.
 
     The first frame of an animation is taken, EXIF orientation is applied, transparent pixels are put on white, 16 bits
@@ -45,9 +47,12 @@ def verify_image(source: dict[str, Any], stored_short_side: int, smallest_side: 
         smallest_side: in pixels; a smaller image is an error.
 
     Returns:
-        image (encoded bytes for `datasets.Image`), sha256 of the file, phash (144-bit perceptual hash as hex), mended
-        (what had to be done to read it, or None) and error: None, or why the file can't be used.
+        image (encoded bytes for `datasets.Image`), sha256 of the file, phash and mirrored_phash (144-bit perceptual
+        hashes of the picture and of its mirror image, as hex), mended (what had to be done to read it, or None) and
+        error: None, or why the file can't be used.
     """
+    if source is None:
+        return _quarantined(f"{BROKEN}: the row has no image")
     digest = None
     try:
         file = io.BytesIO(source["bytes"]) if source["bytes"] is not None else open(source["path"], "rb")  # noqa: SIM115
@@ -56,7 +61,7 @@ def verify_image(source: dict[str, Any], stored_short_side: int, smallest_side: 
             if not file.read(1):
                 return _quarantined(f"{BROKEN}: empty file")
             file.seek(0)
-            with Image.open(file) as opened:
+            with Image.open(file, formats=_formats()) as opened:
                 image, mended, as_is = _read(opened, stored_short_side, smallest_side)
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -68,16 +73,23 @@ def verify_image(source: dict[str, Any], stored_short_side: int, smallest_side: 
         return _quarantined(f"{BROKEN}: {error}")
     except _UnusableError as error:
         return _quarantined(str(error))
-    # What Pillow raises for a broken file depends on its format.
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, TypeError, KeyError) as error:
+    except Exception as error:  # decoders raise nearly anything for a broken file; the reason is kept
         return _quarantined(f"{BROKEN}: {(str(error) or type(error).__name__).splitlines()[0]}")
     return {
         "image": {"bytes": content or _encode(image), "path": None},
         "sha256": digest,
         "phash": str(imagehash.phash(image, hash_size=HASH_SIDE)),
+        "mirrored_phash": str(imagehash.phash(ImageOps.mirror(image), hash_size=HASH_SIDE)),
         "mended": "; ".join(mended) or None,
         "error": None,
     }
+
+
+@cache
+def _formats() -> list[str]:
+    """Those of `FORMATS` that this build of Pillow reads."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 class _UnusableError(Exception):
@@ -85,7 +97,7 @@ class _UnusableError(Exception):
 
 
 def _quarantined(reason: str) -> dict[str, Any]:
-    return {"image": None, "sha256": None, "phash": None, "mended": None, "error": reason}
+    return {"image": None, "sha256": None, "phash": None, "mirrored_phash": None, "mended": None, "error": reason}
 
 
 def _read(opened: Image.Image, stored_short_side: int, smallest_side: int) -> tuple[Image.Image, list[str], bool]:
@@ -115,7 +127,8 @@ def _read(opened: Image.Image, stored_short_side: int, smallest_side: int) -> tu
             mended.append("transparency on white")
     elif image.mode not in ("RGB", "L"):
         mended.append(f"{image.mode} to RGB")
-    as_is = as_is and not mended and not image.getexif()  # which may tell where and by whom it was taken
+    private = {"exif", "xmp", "comment", "photoshop"} & set(opened.info)  # may tell where and by whom it was taken
+    as_is = as_is and not mended and not private
     image = image.convert("RGB")
     if min(image.size) > stored_short_side:
         scale = stored_short_side / min(image.size)

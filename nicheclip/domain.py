@@ -40,9 +40,9 @@ class Source(_Section):
 class Splits(_Section):
     """How many images (an integer) or which share (a float below 1) of each class each held-out split takes."""
 
-    validation: float = Field(0.15, ge=0)
-    calibration: float = Field(0.15, ge=0)
-    test: float = Field(0.25, ge=0)
+    validation: float = Field(0.15, gt=0)
+    calibration: float = Field(0.15, gt=0)
+    test: float = Field(0.25, gt=0)
 
     @field_validator("*")
     @classmethod
@@ -70,7 +70,7 @@ class QualityFilter(_Section):
 
     mode: Literal["linear_probe", "zero_shot", "none"] = "linear_probe"
     threshold: Share | None = None  # default: 0.2 for linear_probe, 0.05 for zero_shot
-    max_drop_share: Share = 0.3
+    max_drop_share: float = Field(0.3, ge=0, lt=1)
     action: Literal["drop", "flag"] = "drop"
 
 

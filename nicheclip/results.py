@@ -141,8 +141,12 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     yield unfinished
-    shutil.rmtree(folder, ignore_errors=True)
+    former = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(former, ignore_errors=True)
+    if folder.exists():
+        folder.rename(former)  # deleting takes longer than renaming, and may be interrupted
     unfinished.rename(folder)
+    shutil.rmtree(former, ignore_errors=True)
 
 
 def read_json(path: str | Path, remedy: str) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data_prep.duplicates import Fingerprints, connected_groups
 from data_prep.prepare import prepare
@@ -194,6 +194,7 @@ def prints(pictures: list[Image.Image], domain: Domain) -> Fingerprints:
     encoded = [verify_image({"bytes": as_file(picture), "path": None}, stored_short_side=96) for picture in pictures]
     return Fingerprints.make(
         [entry["phash"] for entry in encoded],
+        [entry["mirrored_phash"] for entry in encoded],
         encode_images(model, processor, pictures, len(pictures), progress=False),
         picture=pictures.__getitem__,
         encode=lambda copies: encode_images(model, processor, copies, len(copies), progress=False),
@@ -219,6 +220,15 @@ def test_cropped_and_recompressed_copies_are_one_group_and_other_drawings_are_no
     assert (groups[96:] == groups[:24]).sum() >= 23
 
 
+def test_a_mirrored_picture_is_the_same_picture(domain):
+    """Training flips half of its views, so a mirrored test image in train is a test image in train."""
+    drawings = [draw(style, np.random.default_rng(index), 96) for index, style in enumerate(STYLES * 4)]
+    found = prints([*drawings, *(ImageOps.mirror(drawing) for drawing in drawings[:12])], domain)
+    groups = connected_groups(found.near_duplicates(), 60)
+    assert (groups[48:] == groups[:12]).all()
+    assert len(set(groups[:48])) == 48
+
+
 def test_the_audit_compares_all_pairs_of_splits(drawings_and_copies):
     parts = np.repeat([0, 1], [96, 24])  # every copy in another split than its drawing
     across = {tuple(pair) for pair in drawings_and_copies.across(parts).tolist()}
@@ -231,21 +241,22 @@ def test_the_audit_compares_all_pairs_of_splits(drawings_and_copies):
 def test_the_search_finds_what_comparing_all_pairs_finds():
     """On random hashes with planted neighbours at up to 32 of 144 bits."""
     rng = np.random.default_rng(0)
-    hashes = rng.integers(0, 2, (3000, 144), dtype=np.uint8)
-    for index in range(300):
-        flipped = rng.choice(144, 8 + index % 25, replace=False)
-        hashes[2 * index + 1] = hashes[2 * index]
-        hashes[2 * index + 1, flipped] ^= 1
-    embeds = np.ones((3000, 1), dtype=np.float32)
-    pairs = Fingerprints(np.packbits(hashes, axis=1), embeds, (0.0, 0.0, 2.0)).near_duplicates()
-    expected = {(2 * index, 2 * index + 1) for index in range(300)}
-    assert {tuple(pair) for pair in pairs.tolist()} <= expected
-    assert len(pairs) >= 297
+    bits = rng.integers(0, 2, (2, 8000, 144), dtype=np.uint8)
+    for index in range(1000):
+        order = [0, 1] if index % 2 else [1, 0]  # a copy, or the mirror image
+        bits[:, 2 * index + 1] = bits[order, 2 * index]
+        bits[:, 2 * index + 1, rng.choice(144, 32, replace=False)] ^= 1
+    prints = Fingerprints(np.packbits(bits, axis=2), np.ones((8000, 1), dtype=np.float32), (0.0, 0.0, 2.0))
+    pairs = {tuple(pair) for pair in prints.near_duplicates().tolist()}
+    assert pairs <= {(2 * index, 2 * index + 1) for index in range(1000)}
+    assert len(pairs) >= 980  # MISSED is 1 %
+    parts = np.arange(8000) % 2
+    assert len(prints.across(parts)) == 1000, "the audit misses none"
 
 
 def test_an_exact_copy_is_never_lost_among_many():
     """A thousand pictures with one hash are one group, without comparing all pairs."""
-    hashes = np.tile(np.arange(18, dtype=np.uint8), (1000, 1))
+    hashes = np.tile(np.arange(18, dtype=np.uint8), (2, 1000, 1))
     groups = connected_groups(Fingerprints(hashes, np.ones((1000, 1)), (0.9, 0.9, 0.9)).near_duplicates(), 1000)
     assert len(set(groups)) == 1
 
@@ -263,6 +274,24 @@ def test_the_filter_never_deletes_a_class_that_the_base_model_does_not_know(mode
     assert own[verdict.suspect].max() < own[(labels == 1) & ~verdict.suspect].min(), "the least likely go first"
     assert set(verdict.suspected_labels[labels == 1]) == {0}
     assert not judge(probabilities, labels, QualityFilter(mode="none")).suspect.any()
+
+
+def test_what_a_person_has_kept_is_not_suspected():
+    labels, trusted = np.repeat([0, 1], 50), np.arange(100) == 0
+    own = np.where(np.arange(100) % 50 < 5, 0.01, 0.9)
+    probabilities = np.where(labels[:, None] == [0, 1], own[:, None], 1 - own[:, None])
+    verdict = judge(probabilities, labels, QualityFilter(), trusted)
+    assert verdict.suspect.sum() == 9 and not verdict.suspect[0]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_classes_of_few_images_are_judged_or_left_alone(size):
+    rng = np.random.default_rng(size)
+    labels = np.repeat([0, 1, 2], size)
+    embeds = np.eye(8)[labels] + 0.05 * rng.normal(size=(3 * size, 8))
+    probabilities = out_of_fold_probabilities(embeds, labels, np.arange(3 * size), 3)
+    assert np.isfinite(probabilities).all()
+    assert not judge(probabilities, labels, QualityFilter()).suspect.any()
 
 
 def test_the_probe_judges_an_image_without_having_seen_its_near_duplicates():

@@ -75,7 +75,7 @@ def report() -> dict[str, Any]:
         "least_likely_kept": [
             {"source_id": "train/tudor/2.jpg", "label": "tudor", "suspected_label": "gothic", "score": 0.3}
         ],
-        "near_duplicates": [["train/tudor/3.jpg", "train/tudor/4.jpg"]],
+        "near_duplicates": [group("train/tudor/3.jpg", "train/tudor/4.jpg")],
         "alike_across_splits": [
             {"source_ids": ["test/tudor/5.jpg", "train/tudor/6.jpg"], "splits": ["test", "train"], "cosine": 0.93}
         ],
@@ -155,7 +155,7 @@ def test_same_input_same_bytes(report, tmp_path):
 
 
 def test_each_picture_is_there_once_small_and_named(report, tmp_path):
-    report["near_duplicates"].append(["train/tudor/1.jpg", "train/tudor/3.jpg"])  # shown elsewhere already
+    report["near_duplicates"].append(group("train/tudor/1.jpg", "train/tudor/3.jpg"))  # shown elsewhere already
     structure = Structure(page_of(report, tmp_path))
     pictures = [value for tag, name, value in structure.attributes if (tag, name) == ("image", "href")]
     assert len(pictures) == len(set(pictures)) < sum(tag == "use" for tag, *_ in structure.attributes)
@@ -169,7 +169,9 @@ def test_each_picture_is_there_once_small_and_named(report, tmp_path):
 
 def test_galleries_are_limited_and_say_what_they_leave_out(report, tmp_path):
     report["suspects"] = [suspect(f"train/tudor/{number:04d}.jpg", 0.01) for number in range(SHOWN + 7)]
-    report["near_duplicates"] = [[f"train/gothic/{group}-{member}.jpg" for member in range(9)] for group in range(23)]
+    report["near_duplicates"] = [
+        group(*(f"train/gothic/{number}-{member}.jpg" for member in range(9))) for number in range(23)
+    ]
     report["quarantined"] += [
         {"source_id": f"train/art deco/{number:04d}.jpg", "label": "art deco", "reason": "blank: all of it"}
         for number in range(200)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
+from PIL import Image
 
+from data_prep.prepare import prepare
+from nicheclip.data import load_prepared
 from tests.conftest import ROOT
 
 
@@ -56,12 +61,46 @@ def test_a_killed_run_ends_with_the_same_bytes(prepared, uninterrupted, tmp_path
 
 
 def test_two_processes_make_the_same_dataset(prepared, uninterrupted, tmp_path):
-    run = tmp_path / "run"
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    subprocess.run(
-        [sys.executable, *launch, *command(prepared, run)], cwd=ROOT, check=True, capture_output=True, timeout=240
+    """On CPU cores torchrun starts them; `accelerate launch` does on GPUs."""
+    run, script = tmp_path / "run", tmp_path / "launched.py"
+    script.write_text(
+        "from data_prep.__main__ import main\n"
+        "from data_prep.shards import processes\n"
+        "if __name__ == '__main__':\n"
+        "    assert processes().num_processes == 2\n"
+        "    main()\n"
     )
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29541", "--", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(
+        [sys.executable, *launch, *command(prepared, run)[2:]],
+        cwd=ROOT, check=True, capture_output=True, timeout=240, env=environment,
+    )  # fmt: skip
     alone, together = (json.loads((folder / "data" / "report.json").read_text()) for folder in (uninterrupted, run))
     assert together["fingerprint"] == alone["fingerprint"]
     assert together["counts"] == alone["counts"]
+
+
+def test_a_run_directory_takes_one_data_prep_at_a_time(prepared, tmp_path):
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / ".data_prep.lock"):
+        done = subprocess.run(
+            [sys.executable, *command(prepared, tmp_path / "run")], cwd=ROOT, capture_output=True, text=True
+        )
+    assert done.returncode == 1
+    assert "another data_prep is at work" in done.stderr
+
+
+def test_the_cache_knows_what_its_contents_depend_on(prepared, domain, tmp_path):
+    """Smaller stored images, and a replaced file under an old name, give what a fresh run gives."""
+    images = tmp_path / "images"
+    shutil.copytree(prepared / "images", images, ignore=shutil.ignore_patterns("truth.json"))
+    first = prepare(domain, tmp_path / "run", images=images)
+    smaller = domain.model_copy(update={"stored_short_side": 48})
+    victim = sorted((images / "train").rglob("*.jpg"))[7]
+    Image.open(sorted((images / "train").rglob("*.jpg"))[9]).rotate(20).save(victim)
+    again = prepare(smaller, tmp_path / "run", images=images)
+    fresh = prepare(smaller, tmp_path / "fresh", images=images)
+    assert again == fresh != first
+    scores = [load_prepared(tmp_path / run)["train"]["zero_shot_score"][:] for run in ("run", "fresh")]
+    assert scores[0] == scores[1]

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from data_prep.prepare import prepare
-from data_prep.review import read_decisions
+from data_prep.review import Suspicion, read_decisions, write_review
 from data_prep.sources.painter import STYLES, draw
 from nicheclip.data import load_prepared
 from nicheclip.domain import Domain, QualityFilter, Source, Splits
@@ -48,7 +48,7 @@ def three_styles(domain: Domain) -> Domain:
 
 
 def lines(run: Path) -> dict[str, dict[str, str]]:
-    with (run / "review.csv").open(encoding="utf-8", newline="") as file:
+    with (run / "review.csv").open(encoding="utf-8-sig", newline="") as file:
         return {line["source_id"]: line for line in csv.DictReader(file)}
 
 
@@ -101,10 +101,30 @@ def test_suspects_can_be_flagged_only(photos, three_styles, tmp_path):
 
 def test_a_wrong_decision_is_explained(tmp_path):
     path = tmp_path / "review.csv"
-    path.write_text("source_id,label,decision\na.jpg,gothic,maybe\n")
+    path.write_text("source_id,label,sha256,decision\na.jpg,gothic,ff,maybe\n")
     with pytest.raises(ValueError, match=r"line 2: decision 'maybe'; expected keep, drop or nothing"):
         read_decisions(path)
     path.write_text("source_id,decision\na.jpg,keep\n")
-    with pytest.raises(ValueError, match="lacks the column label"):
+    with pytest.raises(ValueError, match="lacks the column label, sha256; its first line should be"):
         read_decisions(path)
     assert read_decisions(tmp_path / "none.csv") == {}
+
+
+@pytest.mark.parametrize(
+    ("delimiter", "encoding"), [(",", "utf-8"), (";", "utf-8-sig"), (";", "cp1252"), ("\t", "utf-16")]
+)
+def test_what_spreadsheets_make_of_it_is_read(tmp_path, delimiter, encoding):
+    path = tmp_path / "review.csv"
+    table = [["source_id", "label", "sha256", "decision"], ["été.jpg", "façade", "ff", "KEEP"], ["b", "c", "d", ""]]
+    path.write_bytes("\r\n".join(delimiter.join(line) for line in table).encode(encoding))
+    decided = read_decisions(path)
+    assert [(line.source_id, line.decision) for line in decided.values()] == [("été.jpg", "keep")]
+    assert set(decided) == {("ff", "façade")}
+
+
+def test_a_decision_is_about_the_picture_and_not_its_place(tmp_path):
+    line = Suspicion("table/0000003", "gothic", "ff", "wrong label?", decision="drop")
+    write_review(tmp_path / "review.csv", [line])
+    write_review(tmp_path / "review.csv", [Suspicion("table/0000003", "gothic", "ee", "wrong label?")])
+    assert set(read_decisions(tmp_path / "review.csv")) == {("ff", "gothic")}
+    assert len((tmp_path / "review.csv").read_text(encoding="utf-8-sig").splitlines()) == 3

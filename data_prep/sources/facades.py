@@ -48,7 +48,7 @@ def paint_facades(folder: str | Path, clusters: list[list[str]], seed: int, **op
         options: the fields of `FacadeOptions`.
 
     Raises:
-        ValueError: for an option that does not exist.
+        ValueError: for an option that does not exist, or if `folder` holds something else.
     """
     folder = Path(folder)
     try:
@@ -60,6 +60,8 @@ def paint_facades(folder: str | Path, clusters: list[list[str]], seed: int, **op
     truth_file = folder / "truth.json"
     if truth_file.is_file() and read_json(truth_file, "")["order"] == order:
         return folder
+    if folder.exists() and not truth_file.is_file():
+        raise ValueError(f"'{folder}' was not painted here and would be overwritten; choose another --run")
     jobs, truth = _plan(clusters, chosen, np.random.default_rng(seed))
     with replaced_folder(folder) as unfinished, ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
         for parent in {Path(job[0]).parent for job in jobs}:

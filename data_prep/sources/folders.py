@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,9 +40,12 @@ def read_folders(folder: str | Path, class_names: list[str]) -> tuple[datasets.D
     names = {name.casefold() for name in class_names}
     attributions = dict(_attributions(folder))
     rows, outside = [], []
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in sorted(_files(folder)):
         inside = path.relative_to(folder)
-        if path.name in SIDECARS or any(part.startswith(".") for part in inside.parts):
+        if path.name in SIDECARS:
+            continue
+        if not path.is_file():
+            outside.append({"source_id": inside.as_posix(), "reason": "not a file: a broken link, or a device"})
             continue
         split = inside.parts[0] if inside.parts[0] in SPLITS and inside.parts[0].casefold() not in names else None
         within = inside.parts[1 if split else 0 : -1]
@@ -63,6 +67,17 @@ def read_folders(folder: str | Path, class_names: list[str]) -> tuple[datasets.D
     for row in rows:
         row["class_name"] = canonical[row["class_name"]]
     return datasets.Dataset.from_list(rows, features=SOURCE_FEATURES), outside
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """What is in the folder and below, through links to other folders as well; hidden files are no images."""
+    entered = set()
+    for name, folders, files in os.walk(folder, followlinks=True):
+        resolved = Path(name).resolve()
+        folders[:] = [] if resolved in entered else [inner for inner in folders if not inner.startswith(".")]
+        if resolved not in entered:
+            yield from (Path(name) / file for file in files if not file.startswith("."))
+        entered.add(resolved)
 
 
 def _attributions(folder: Path) -> Iterator[tuple[Path, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 import datasets
@@ -22,19 +23,24 @@ def check_classes(found: Iterable[str], class_names: list[str], where: str) -> d
         ValueError: if a label is no class of the domain.
         FileNotFoundError: if a class has no image.
     """
-    names = {name.casefold(): name for name in class_names}
+    names = {_key(name): name for name in class_names}
     canonical = {}
     for label in found:
-        if label.casefold() not in names:
-            close = difflib.get_close_matches(label.casefold(), list(names), n=1)
+        if _key(label) not in names:
+            close = difflib.get_close_matches(_key(label), list(names), n=1)
             raise ValueError(
                 f"'{label}' in {where} is no class of the domain"
                 + (f"; did you mean '{names[close[0]]}'?" if close else "; add it to classes, or take it out")
             )
-        canonical[label] = names[label.casefold()]
+        canonical[label] = names[_key(label)]
     empty = sorted(set(class_names) - set(canonical.values()))
     if empty:
         raise FileNotFoundError(
             f"no images in {where} for: {', '.join(empty)}; add them, or take the classes out of the domain file"
         )
     return canonical
+
+
+def _key(name: str) -> str:
+    """File systems differ in how they write an accent."""
+    return unicodedata.normalize("NFC", name).casefold()

@@ -10,6 +10,7 @@ import datasets
 from data_prep.sources.rows import SOURCE_FEATURES, check_classes
 from nicheclip.data import SPLITS
 
+ALIASES = {"val": "validation", "valid": "validation", "dev": "validation"}
 _SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
 
 
@@ -55,34 +56,52 @@ def read_table(
     except TypeError as error:
         known = ", ".join(TableOptions.__dataclass_fields__)
         raise ValueError(f"source.options of a dataset: {error}; known options are {known}") from error
-    parts, unlabelled = [], []
+    parts, rest, unlabelled = [], [], []
     for name, table in _load(location, chosen).items():
-        split = chosen.splits.get(name, name if name in SPLITS else None)
+        split = chosen.splits.get(name, ALIASES.get(name, name if name in SPLITS else None))
         if split not in (*SPLITS, None):
             raise ValueError(f"source.options.splits: '{split}' is no split; expected {', '.join(SPLITS)} or null")
         labels = _labels(table, chosen, location)
-        source_ids = [f"{name}/{index:07d}" for index in range(len(table))]
+        labelled = [index for index, label in enumerate(labels) if label is not None]
+        credits = table[chosen.attribution_column][:] if chosen.attribution_column else [None] * len(table)
+        images = table.select_columns([chosen.image_column]).rename_columns({chosen.image_column: "image"})
+        images = images.cast_column("image", datasets.Image(decode=False)).select(labelled)
         columns = {
-            "source_id": source_ids,
-            "version": [f"{table._fingerprint} {index}" for index in range(len(table))],
-            "class_name": labels,
-            "split": [split] * len(table),
-            "attribution": table[chosen.attribution_column][:] if chosen.attribution_column else [None] * len(table),
+            "source_id": [f"{name}/{index:07d}" for index in labelled],
+            "version": _versions(table, images, labelled),
+            "class_name": [labels[index] for index in labelled],
+            "split": [split] * len(labelled),
+            "attribution": [credits[index] for index in labelled],
         }
-        rows = table.select_columns([chosen.image_column]).rename_columns({chosen.image_column: "image"})
-        rows = datasets.concatenate_datasets([rows, datasets.Dataset.from_dict(columns)], axis=1)
-        parts.append(rows.select([index for index, label in enumerate(labels) if label is not None]))
+        strings = datasets.Features({column: SOURCE_FEATURES[column] for column in columns})
+        rest.append(datasets.Dataset.from_dict(columns, features=strings))
+        parts.append(images)
         unlabelled += [
-            {"source_id": source_id, "reason": "no label"}
-            for source_id, label in zip(source_ids, labels, strict=True)
+            {"source_id": f"{name}/{index:07d}", "reason": "no label"}
+            for index, label in enumerate(labels)
             if label is None
         ]
-    rows = datasets.concatenate_datasets([part.cast(SOURCE_FEATURES) for part in parts])
-    found = rows["class_name"][:]
-    canonical = check_classes(sorted(set(found)), class_names, f"'{location}'")
-    names = datasets.Dataset.from_dict({"class_name": [canonical[name] for name in found]})
-    rows = datasets.concatenate_datasets([rows.remove_columns("class_name"), names], axis=1)
+    columns = datasets.concatenate_datasets(rest)
+    canonical = check_classes(sorted(set(columns["class_name"])), class_names, f"'{location}'")
+    named = columns.to_dict() | {"class_name": [canonical[name] for name in columns["class_name"]]}
+    columns = datasets.Dataset.from_dict(named, features=columns.features)
+    rows = datasets.concatenate_datasets([datasets.concatenate_datasets(parts), columns], axis=1)
     return rows.select_columns(list(SOURCE_FEATURES)), unlabelled
+
+
+def _versions(table: datasets.Dataset, images: datasets.Dataset, indices: list[int]) -> list[str]:
+    """Changes when the files of the table do, or those that its paths name."""
+    stats = [Path(file["filename"]).stat() for file in table.cache_files]
+    files = f"{table._fingerprint} {[(status.st_size, status.st_mtime_ns) for status in stats]}"
+    first = images[0]["image"] if len(images) else None
+    if first is None or first["bytes"] is not None:
+        return [f"{files} {index}" for index in indices]
+    paths = [Path(row["image"]["path"]) for row in images]
+    own = [path.stat() if path.is_file() else None for path in paths]
+    return [
+        f"{files} {index} {status and (status.st_size, status.st_mtime_ns)}"
+        for index, status in zip(indices, own, strict=True)
+    ]
 
 
 def _load(location: str | Path, options: TableOptions) -> datasets.DatasetDict:
