@@ -38,7 +38,7 @@ PROMPTS = [f"a photo of {name}" for name in Domain.load("domains/architecture").
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=256, help="for data_prep; the loops take an eighth of them")
+    parser.add_argument("--images", type=int, default=512, help="for data_prep; the loops take a sixteenth of them")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -48,7 +48,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, quiet_datasets():
         folder = Path(name)
         photos = _photos(folder / "images", args.images)
-        few = photos[:: max(1, len(photos) // (args.images // 8))]
+        few = photos[:: max(1, len(photos) // (args.images // 16))]
         sides: dict[str, tuple[int, Callable[[], object]]] = {
             "article's loop, as printed": (
                 len(few) // 4,

@@ -17,6 +17,7 @@ from scipy.sparse.csgraph import connected_components
 CERTAIN = 16  # up to here they are the same picture
 POSSIBLE = 32  # up to here they are if the base model finds them alike enough, the more alike the further apart
 REMOTE = 40  # up to here they are if it finds them as alike as most copies
+MIRROR_PENALTY = 8  # bits; things that are symmetric, such as façades, resemble each other's mirror images
 MISSED = 0.01  # chance that the search misses a pair at POSSIBLE; nearer pairs are far safer
 BUCKET = 64  # neighbours that are looked at within one bucket of the search
 
@@ -69,7 +70,8 @@ class Fingerprints:
     def same(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         """Whether the pictures `first` (P,) and `second` (P,) are the same, (P,) bool."""
         plain = np.bitwise_count(self.hashes[0, first] ^ self.hashes[0, second]).sum(axis=1)
-        distance = np.minimum(plain, np.bitwise_count(self.hashes[0, first] ^ self.hashes[1, second]).sum(axis=1))
+        mirrored = np.bitwise_count(self.hashes[0, first] ^ self.hashes[1, second]).sum(axis=1)
+        distance = np.minimum(plain, mirrored + MIRROR_PENALTY)
         same = distance <= CERTAIN
         doubt = np.flatnonzero((distance <= REMOTE) & ~same)
         cosine = np.einsum("pd,pd->p", self.image_embeds[first[doubt]], self.image_embeds[second[doubt]])

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from nicheclip.data import quiet_datasets
 from nicheclip.results import replaced_folder
 
-SHARD_ROWS = 256
+SHARD_ROWS = 128
 Step = Callable[[datasets.Dataset], datasets.Dataset]
 
 

@@ -18,7 +18,9 @@ def assign_splits(
     """Puts each group into a split by a hash of its name alone, so that later images don't move earlier ones.
 
     A share of a class is met on average: of 100 images at 0.25, between 17 and 33 in 95 % of the cases. A count is met
-    exactly, for which an added image may push one out. Every class gets at least one image in every split asked for.
+    as nearly as groups allow, for which an added image may push one out. Every class gets at least one group in every
+    split asked for, so in classes of a handful an added image may move one, too. A near-duplicate that is added may
+    change the name of its group, and so its split.
 
     Args:
         labels: (N,) class of each image; a group counts towards the class of its first image.

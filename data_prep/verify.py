@@ -13,7 +13,7 @@ import imagehash
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-VERIFY_VERSION = 1  # to be raised when the same file would be stored or hashed in another way
+VERIFY_VERSION = 2  # to be raised when the same file would be stored or hashed in another way
 JPEG_QUALITY = 95
 HASH_SIDE = 12  # coefficients a side: 64 bits did not tell cropped copies from other drawings of one style, 144 did
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "MPO", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")  # no EPS
@@ -75,11 +75,13 @@ def verify_image(source: dict[str, Any] | None, stored_short_side: int, smallest
         return _quarantined(str(error))
     except Exception as error:  # decoders raise nearly anything for a broken file; the reason is kept
         return _quarantined(f"{BROKEN}: {(str(error) or type(error).__name__).splitlines()[0]}")
+    side = 4 * HASH_SIDE  # to which imagehash shrinks
+    small = image.convert("L").resize((side, side), Image.Resampling.LANCZOS)
     return {
         "image": {"bytes": content or _encode(image), "path": None},
         "sha256": digest,
-        "phash": str(imagehash.phash(image, hash_size=HASH_SIDE)),
-        "mirrored_phash": str(imagehash.phash(ImageOps.mirror(image), hash_size=HASH_SIDE)),
+        "phash": str(imagehash.phash(small, hash_size=HASH_SIDE)),
+        "mirrored_phash": str(imagehash.phash(ImageOps.mirror(small), hash_size=HASH_SIDE)),
         "mended": "; ".join(mended) or None,
         "error": None,
     }
@@ -132,7 +134,7 @@ def _read(opened: Image.Image, stored_short_side: int, smallest_side: int) -> tu
     image = image.convert("RGB")
     if min(image.size) > stored_short_side:
         scale = stored_short_side / min(image.size)
-        image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
+        image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
     if all(low == high for low, high in image.getextrema()):
         raise _UnusableError(f"{BLANK}: every pixel has the same colour")
     return image, mended, as_is

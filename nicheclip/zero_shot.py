@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
@@ -59,18 +60,31 @@ def encode_images(
     """
     batches = []
     with tqdm(total=total, desc=description, unit="img", leave=False, disable=not progress) as bar:
-        for batch in _batched(images, batch_size):
-            pixel_values = processor.image_processor([image.convert("RGB") for image in batch], return_tensors="pt")
+        for pixel_values in _prefetched(_pixel_values(processor, batch) for batch in _batched(images, batch_size)):
             with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-                image_embeds = model.get_image_features(pixel_values["pixel_values"].to(model.device)).pooler_output
+                image_embeds = model.get_image_features(pixel_values.to(model.device)).pooler_output
             batches.append(torch.nn.functional.normalize(image_embeds.float(), dim=-1).cpu().numpy())
-            bar.update(len(batch))
+            bar.update(len(pixel_values))
     return np.concatenate(batches)
 
 
 def zero_shot_logits(model: CLIPModel, image_embeds: np.ndarray, text_embeds: torch.Tensor) -> np.ndarray:
     """exp(logit_scale) x cosine: (N, D) and (C, D) -> (N, C) float32."""
     return model.logit_scale.exp().item() * image_embeds @ text_embeds.cpu().numpy().T
+
+
+def _pixel_values(processor: CLIPProcessor, images: Sequence[Image.Image]) -> torch.Tensor:
+    """(B, 3, S, S) as the processor makes them."""
+    return processor.image_processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
+
+
+def _prefetched(items: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The items, each made in another thread while the one before it is worked on."""
+    with ThreadPoolExecutor(1) as maker:
+        coming = maker.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = maker.submit(next, items, None)
+            yield item
 
 
 def _batched(items: Iterable[Image.Image], size: int) -> Iterator[Sequence[Image.Image]]:

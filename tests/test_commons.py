@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import os
 import signal
 import threading
 import time
@@ -223,7 +222,7 @@ def test_a_killed_run_and_an_interrupted_one_go_on_where_they_stopped(commons, t
 
     def interrupt() -> None:
         commons.wait_until_held(2)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         time.sleep(0.2)
         asked.append(len(commons.to("/thumb/")))
         commons.release.set()
