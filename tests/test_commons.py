@@ -227,9 +227,14 @@ def test_a_killed_run_and_an_interrupted_one_go_on_where_they_stopped(commons, t
         asked.append(len(commons.to("/thumb/")))
         commons.release.set()
 
+    # A test run that was started in the background ignores Ctrl-C.
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        download(commons, folder)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            download(commons, folder)
+    finally:
+        signal.signal(signal.SIGINT, former)
     assert asked == [len(commons.to("/thumb/"))]  # no further try for what the server broke off after the interrupt
     assert sum(commons.served.values()) == len(rows(folder / "metadata.jsonl")) == 9
     assert list(reasons(folder).values()).count("not downloaded yet: the run was stopped") == 9
