@@ -37,9 +37,7 @@ def main() -> None:
 
 def train(argv: list[str]) -> StagedTrainer:
     target, options = (argv[0], argv[1:]) if argv and not argv[0].startswith("--") else (DEFAULT_DOMAIN, argv)
-    state = (
-        processes()
-    )  # before the arguments, whose process group would wait for data_prep no longer than half an hour
+    state = processes()  # before the arguments make a process group that waits for half an hour only
     domain, run = locate(Path(target))
     args = parse_arguments(domain, run, options)
     resume = parse_resume(args.resume_from_checkpoint)

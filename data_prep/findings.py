@@ -63,6 +63,7 @@ def classes(
 
 
 def class_warnings(classes: list[dict[str, Any]]) -> list[str]:
+    """Classes whose filter the cap held back, and those with too few test images."""
     warnings = []
     for entry in classes:
         wanted, images = entry["filter"]["wanted"], entry["filter"]["images"]
@@ -70,7 +71,7 @@ def class_warnings(classes: list[dict[str, Any]]) -> list[str]:
             warnings.append(
                 f"{entry['name']}: the filter wanted {wanted} of {images} images ({wanted / images:.0%}); this is "
                 "rather a class that the base model does not know, not noise, and the cap held the filter to "
-                f" {entry['filter']['suspect']}"
+                f"{entry['filter']['suspect']}"
             )
     small = [f"{entry['name']} ({entry['test']})" for entry in classes if entry["test"] < SMALL_EXAM]
     if small:
@@ -82,6 +83,7 @@ def class_warnings(classes: list[dict[str, Any]]) -> list[str]:
 
 
 def unused_decisions(catalogue: Catalogue, decided: dict[tuple[str, str], Suspicion]) -> list[str]:
+    """Decisions whose picture is gone, or now lies under another label."""
     present = set(zip(catalogue.sha256, catalogue.class_names, strict=True))
     unused = [line.source_id for key, line in decided.items() if key not in present]
     return [f"{len(unused)} decisions in review.csv match no image, the first is {unused[0]}"] if unused else []
@@ -123,6 +125,7 @@ def _judged(
 def least_likely_kept(
     domain: Domain, catalogue: Catalogue, train: np.ndarray, verdict: Verdict, dropped: set[str], count: int = 24
 ) -> list[dict[str, Any]]:
+    """The `count` train images with the lowest scores among those that are kept."""
     order = np.argsort(verdict.scores, kind="stable")
     kept = [position for position in order if catalogue.source_ids[train[position]] not in dropped]
     return [_judged(domain, catalogue, train, verdict, position) for position in kept[:count]]
@@ -154,6 +157,7 @@ def alike_across_splits(
 
 
 def suspicions(report: dict[str, Any]) -> list[Suspicion]:
+    """The lines of review.csv: conflicts, and suspects of the filter."""
     conflicts = [
         Suspicion(entry["source_id"], entry["label"], entry["sha256"], entry["reason"], outcome="set aside")
         for entry in report["quarantined"]

@@ -34,8 +34,6 @@ from nicheclip.domain import Domain
 from nicheclip.results import replaced_folder, write_json
 from nicheclip.zero_shot import encode_images, encode_texts, load_clip, zero_shot_logits
 
-SMALL_EXAM = 10  # test images of a class; with fewer, its own accuracy says next to nothing
-
 DATA_SETTINGS = {"splits", "quality_filter", "samples_per_class", "smallest_side", "stored_short_side"}
 
 

@@ -37,7 +37,7 @@ def assign_splits(
     of_class = defaultdict(list)
     for group, indices in members.items():
         of_class[labels[indices[0]]].append(group)
-    asked = {name: getattr(splits, name) for name in names if getattr(splits, name) > 0}
+    asked = {name: getattr(splits, name) for name in names}
     by_count = sorted(asked, key=lambda name: asked[name] < 1)  # counts first
     assigned = ["train"] * len(labels)
     for waiting in of_class.values():

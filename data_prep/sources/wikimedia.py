@@ -105,7 +105,7 @@ class Commons:
         if not self.contact:
             raise ValueError(
                 "Wikimedia asks whoever downloads for a way of contact; "
-                "pass --contact you@example.org, or the address of a page about you"
+                "pass --contact to `python -m data_prep`: you@example.org, or the address of a page about you"
             )
         next_try = 0.0
         for attempt in range(TRIES):
