@@ -2,7 +2,8 @@
 
 Fine-tunes the domain's base model stage by stage and keeps the epoch that is best on validation in RUN/model.
 DOMAIN_OR_RUN is a domain file (the run is runs/<domain name>), or a run directory that data_prep made. Without it, the
-embedded façades are trained. `--resume_from_checkpoint True` goes on where a run was interrupted.
+embedded façades are trained. Ctrl-C and SIGTERM write a checkpoint first; `--resume_from_checkpoint True` goes on from
+the last one, however the run ended. `--wise_ft auto` mixes the result with the base as validation likes it best.
 """
 
 from __future__ import annotations
@@ -10,19 +11,26 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import torch
 import transformers
+from datasets import Dataset
 from transformers import HfArgumentParser, set_seed
 
 from data_prep.prepare import prepare
-from data_prep.shards import processes
+from data_prep.sources import outside_rows
+from nicheclip.callbacks import TrainingInterrupted
 from nicheclip.data import TrainingVisits, image_side, load_prepared
 from nicheclip.domain import Domain, DomainError
+from nicheclip.launch import processes
 from nicheclip.results import format_table, read_json, replaced_folder, write_json
-from nicheclip.run import check_same_data, start_afresh
-from nicheclip.trainer import StagedTrainer, StagedTrainingArguments
+from nicheclip.run import check_same_data, check_unchanged, start_afresh
+from nicheclip.stages import check_stages
+from nicheclip.trainer import StagedTrainer
+from nicheclip.training_args import StagedTrainingArguments
+from nicheclip.wise_ft import ALPHAS, choose_alpha, interpolate
 from nicheclip.zero_shot import load_clip
 
 DEFAULT_DOMAIN = Path(__file__).parent / "domains" / "facades"
@@ -31,6 +39,9 @@ DEFAULT_DOMAIN = Path(__file__).parent / "domains" / "facades"
 def main() -> None:
     try:
         train(sys.argv[1:])
+    except TrainingInterrupted as interrupted:
+        print(f"train.py: {interrupted}", file=sys.stderr)
+        sys.exit(128 + interrupted.signal)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
 
@@ -40,6 +51,7 @@ def train(argv: list[str]) -> StagedTrainer:
     state = processes()  # before the arguments make a process group that waits for half an hour only
     domain, run = locate(Path(target))
     args = parse_arguments(domain, run, options)
+    check_stages(domain.base, domain.stages)
     resume = parse_resume(args.resume_from_checkpoint)
     unprepared = not (run / "data").is_dir()
     state.wait_for_everyone()  # so that all have looked before one of them writes
@@ -54,24 +66,22 @@ def train(argv: list[str]) -> StagedTrainer:
         elif args.process_index == 0:
             start_afresh(run, Path(args.output_dir), report["fingerprint"])
 
+    outside = (outside_rows(domain), domain.outside.canonical_prompts) if domain.outside else None
     set_seed(args.seed)
     model, processor = load_clip(domain.base)
-    prompts = list(domain.classes.values())
-    trainer = StagedTrainer(
-        model,
-        args,
-        stages=domain.stages,
-        canonical_prompts=domain.canonical_prompts,
-        class_clusters=domain.class_clusters,
-        processor=processor,
-        train_dataset=TrainingVisits(splits["train"], prompts, domain.augmentation, image_side(processor), args.seed),
-        eval_dataset=splits["validation"],
+    visits = TrainingVisits(
+        splits["train"], domain.prompt_bank[1], domain.augmentation, image_side(processor), args.seed
     )
+    trainer = StagedTrainer(model, args, domain, processor, visits, splits["validation"])
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
-        save_model(trainer, run, domain)
-        record(trainer, run, report["fingerprint"], time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        mixed = mix_with_base(trainer, splits["validation"], outside)
+        save_model(trainer, run)
+        record(
+            trainer, run, {"data_fingerprint": report["fingerprint"], "seconds": round(seconds, 1), "wise_ft": mixed}
+        )
     return trainer
 
 
@@ -98,36 +108,32 @@ def parse_resume(value: str | None) -> str | bool | None:
     return {"true": True, "false": None}.get((value or "false").lower(), value)
 
 
-def save_model(trainer: StagedTrainer, run: Path, domain: Domain) -> None:
+def mix_with_base(
+    trainer: StagedTrainer, validation: Dataset, outside: tuple[Dataset, list[str]] | None
+) -> dict[str, Any]:
+    """WiSE-FT by `--wise_ft`; what each mixture is worth on validation and on the domain's outside task."""
+    prompts, asked = trainer.domain.canonical_prompts, trainer.args.wise_ft
+    base, processor = load_clip(trainer.domain.base)
+    alphas = ALPHAS if asked == "auto" else sorted({0.0, float(asked), 1.0})
+    best, table = choose_alpha(base, trainer.model, processor, validation, prompts, outside, alphas)
+    alpha = best if asked == "auto" else float(asked)
+    trainer.model.load_state_dict(interpolate(base.state_dict(), trainer.model.state_dict(), alpha))
+    return {"alpha": alpha, "asked": asked, "mixtures": [row.to_dict() for row in table]}
+
+
+def save_model(trainer: StagedTrainer, run: Path) -> None:
     """Writes RUN/model, and the domain as it was trained; not `Trainer.save_model`, which adds a pickle."""
     with replaced_folder(run / "model") as folder:
         trainer.model.save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
-    domain.save(run / "domain.yaml")
+    trainer.domain.save(run / "domain.yaml")
 
 
-def check_unchanged(domain: Domain, report: dict, class_names: list[str]) -> None:
-    """Prompts, stages and augmentation may change after data_prep; what it depends on may not."""
-    if class_names != domain.class_names or report["base"] != domain.base:
-        raise DomainError(
-            f"the data was prepared for {len(class_names)} classes and the base '{report['base']}', the domain has "
-            f"{len(domain.classes)} classes and the base '{domain.base}'; run `python -m data_prep` again, or give "
-            "train.py the run directory instead of the domain file"
-        )
-    changed = [name for name, value in report["settings"].items() if domain.model_dump(mode="json")[name] != value]
-    if changed:
-        raise DomainError(
-            f"{', '.join(changed)} changed in the domain file after data_prep; run `python -m data_prep` again, or "
-            "change it back"
-        )
-
-
-def record(trainer: StagedTrainer, run: Path, fingerprint: str, seconds: float) -> None:
+def record(trainer: StagedTrainer, run: Path, facts: dict[str, Any]) -> None:
     """Writes RUN/training.json and prints the table of epochs."""
-    training = trainer.training_record()
+    training = facts | trainer.training_record()
     versions = {module.__name__: module.__version__ for module in (torch, transformers, accelerate)}
-    written = {"data_fingerprint": fingerprint, **training, "seconds": round(seconds, 1), "versions": versions}
-    write_json(run / "training.json", written)
+    write_json(run / "training.json", training | {"versions": versions})
     rows = [
         [
             f"{row['epoch']}{' *' if row['epoch'] == training['best_epoch'] else ''}",
@@ -139,7 +145,18 @@ def record(trainer: StagedTrainer, run: Path, fingerprint: str, seconds: float) 
         for row in training["epochs"]
     ]
     print(format_table(["epoch", "loss", "val accuracy", "val macro F1", "stage"], rows))
-    print(f"* the best on validation, kept in {run / 'model'} ({seconds:.0f} s); next: python calibrate.py {run}")
+    batches, mixtures = training["batches"], {row["alpha"]: row for row in training["wise_ft"]["mixtures"]}
+    print(
+        f"* the best on validation. Of the pairs in a batch {batches['same_class_pairs']:.1%} share a class, "
+        f"{batches['hard_pairs']:.1%} are of classes in one cluster; "
+        f"the loss can't fall below {batches['loss_floor']:.3f}"
+    )
+    for alpha in sorted({0.0, training["wise_ft"]["alpha"], 1.0}):
+        told = f"weights {alpha:.0%} fine-tuned: validation {mixtures[alpha]['accuracy']['value']:.1%}"
+        outside = mixtures[alpha]["outside"]
+        told += f", outside the domain {outside['value']:.1%} (n = {outside['n']})" if outside else ""
+        print(told + (", kept" if alpha == training["wise_ft"]["alpha"] else ""))
+    print(f"in {run / 'model'} ({training['seconds']:.0f} s); next: python calibrate.py {run}")
 
 
 if __name__ == "__main__":

@@ -12,24 +12,17 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from datetime import timedelta
 from pathlib import Path
 
 import datasets
-import torch
-from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from nicheclip.data import quiet_datasets
+from nicheclip.launch import processes
 from nicheclip.results import replaced_folder
 
 SHARD_ROWS = 128
 Step = Callable[[datasets.Dataset], datasets.Dataset]
-
-
-def processes() -> PartialState:
-    """This process among those of `accelerate launch`; they may wait long for each other."""
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
 
 
 def map_shards(

@@ -118,20 +118,22 @@ class TrainingVisits(torch.utils.data.Dataset):
 
     Args:
         rows: the prepared train split.
-        prompts: the prompts of each class, in class order.
+        prompt_classes: class index of each prompt of the bank, (P,) int.
         side: of the views, in pixels.
     """
 
     def __init__(
         self,
         rows: datasets.Dataset,
-        prompts: Sequence[Sequence[str]],
+        prompt_classes: Sequence[int],
         augmentation: Augmentation,
         side: int,
         seed: int,
     ):
         self.rows = rows
-        self.prompts = prompts
+        self.prompts_of_class = [
+            np.flatnonzero(np.asarray(prompt_classes) == c) for c in range(max(prompt_classes) + 1)
+        ]
         self.augmentation = augmentation
         self.side = side
         self.seed = seed
@@ -149,11 +151,12 @@ class TrainingVisits(torch.utils.data.Dataset):
     def __getitem__(self, visit: int) -> dict[str, Any]:
         rng = np.random.default_rng([self.seed, self.epoch, visit])
         row = self.rows[int(self.row_of_visit[visit])]
-        prompts = self.prompts[row["label"]]
+        prompts = self.prompts_of_class[row["label"]]
         return {
             "image": augment(row["image"].convert("RGB"), self.side, self.augmentation, rng),
             "prompt": prompts[rng.integers(len(prompts))],
             "label": row["label"],
+            "visit": visit,
         }
 
 
@@ -163,22 +166,20 @@ def tokenize(processor: CLIPProcessor, prompts: list[str]) -> dict[str, torch.Te
 
 
 class TrainingCollator:
-    """Visits -> pixel_values (B, 3, S, S), the batch's distinct prompts (P, L), prompt_index (B,), labels (B,)."""
+    """Visits -> pixel_values (B, 3, S, S); prompts, indices of the bank, labels and visits, each (B,)."""
 
     def __init__(self, processor: CLIPProcessor):
         self.processor = processor
 
     def __call__(self, visits: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        distinct = list(dict.fromkeys(visit["prompt"] for visit in visits))
-        position = {prompt: index for index, prompt in enumerate(distinct)}
         views = self.processor.image_processor(
             [visit["image"] for visit in visits], do_resize=False, do_center_crop=False, return_tensors="pt"
         )
         return {
             "pixel_values": views["pixel_values"],
-            **tokenize(self.processor, distinct),
-            "prompt_index": torch.tensor([position[visit["prompt"]] for visit in visits]),
+            "prompts": torch.tensor([visit["prompt"] for visit in visits]),
             "labels": torch.tensor([visit["label"] for visit in visits]),
+            "visits": torch.tensor([visit["visit"] for visit in visits]),
         }
 
 

@@ -37,6 +37,39 @@ class Source(_Section):
     options: dict[str, Any] = {}  # passed on to the source, see `data_prep.sources`
 
 
+class OutsideSource(Source):
+    """Where the images of the outside task come from: class folders, a dataset, or drawn shapes (classes: colours)."""
+
+    kind: Literal["folder", "dataset", "shapes"] = "folder"
+
+    @model_validator(mode="after")
+    def _fits_kind(self) -> OutsideSource:
+        if self.kind != "shapes" and self.path is None:
+            raise ValueError("no path; give the class folders, or the id or path of the dataset")
+        if self.kind == "shapes" and (self.path or self.options):
+            raise ValueError("the shapes are drawn and know neither path nor options; remove them")
+        return self
+
+
+class Outside(_Section):
+    """A zero-shot task outside of the domain: what the fine-tuned model should not forget."""
+
+    title: Text
+    source: OutsideSource
+    classes: dict[Text, list[Text]]  # as those of the domain: prompts, the canonical one first
+    images_per_class: int = Field(100, ge=1)  # at most; where there are more, a draw decides
+
+    @field_validator("classes")
+    @classmethod
+    def _classes(cls, classes: dict[str, list[str]]) -> dict[str, list[str]]:
+        return _checked_classes(classes)
+
+    @property
+    def canonical_prompts(self) -> list[str]:
+        """The first prompt of each class, in class order: the zero-shot classifier."""
+        return [prompts[0] for prompts in self.classes.values()]
+
+
 class Splits(_Section):
     """How many images (an integer) or which share (a float below 1) of each class each held-out split takes."""
 
@@ -100,7 +133,7 @@ class Stage(_Section):
     """One stage of training: which parameters train, for how long, how fast.
 
     `train` holds shell patterns over the parameter names of `CLIPModel`; `last_visual_blocks` adds that many
-    transformer blocks from the end of the visual tower.
+    transformer blocks from the end of the visual tower. `warmup` is a share of the stage's own steps.
     """
 
     name: Text
@@ -108,6 +141,7 @@ class Stage(_Section):
     learning_rate: float = Field(gt=0)
     train: list[Text]
     last_visual_blocks: int = Field(0, ge=0)
+    warmup: Share = 0.1
 
 
 class Domain(_Section):
@@ -122,6 +156,7 @@ class Domain(_Section):
     stages: list[Stage] = Field(min_length=1)
     gates: dict[GatedMetric, float]  # the target of each gated metric of the scorecard
     source: Source = Source()
+    outside: Outside | None = None  # none: nobody looks what fine-tuning forgets
     splits: Splits = Splits()
     quality_filter: QualityFilter = QualityFilter()
     samples_per_class: int = Field(280, ge=1)
@@ -134,20 +169,7 @@ class Domain(_Section):
     @field_validator("classes")
     @classmethod
     def _classes(cls, classes: dict[str, list[str]]) -> dict[str, list[str]]:
-        if len(classes) < 2:
-            raise ValueError(f"{len(classes)} classes; a classifier needs at least two")
-        owners: dict[str, str] = {}
-        for name, prompts in classes.items():
-            if not prompts:
-                raise ValueError(f"class '{name}' has no prompt; give it at least one, the canonical one first")
-            for prompt in prompts:
-                if owners.setdefault(prompt, name) != name:
-                    raise ValueError(f"prompt '{prompt}' is in both '{owners[prompt]}' and '{name}'; reword one")
-        folded: dict[str, str] = {}
-        for name in classes:
-            if folded.setdefault(name.strip().casefold(), name) != name:
-                raise ValueError(f"duplicate class: '{folded[name.strip().casefold()]}' and '{name}'; remove one")
-        return classes
+        return _checked_classes(classes)
 
     @model_validator(mode="before")
     @classmethod
@@ -187,7 +209,9 @@ class Domain(_Section):
         """Reads and checks a domain file.
 
         Args:
-            path: the YAML file, or the folder that holds it as `domain.yaml`.
+            path: the YAML file, or the folder that holds it as `domain.yaml`. With `extends: OTHER.yaml` (relative to
+                the file) it takes all top-level keys from there that it does not give itself; one that it gives as
+                null takes the default.
             overrides: top-level keys to replace, e.g. `base="…"`; those that are `None` are ignored.
 
         Raises:
@@ -195,16 +219,13 @@ class Domain(_Section):
         """
         path = Path(path)
         path = path / "domain.yaml" if path.is_dir() else path
-        if not path.is_file():
-            raise DomainError(f"no domain file at '{path}'; expected a YAML file like domains/facades/domain.yaml")
-        try:
-            raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise DomainError(f"{path} is not valid YAML: {error}") from error
-        if not isinstance(raw, dict):
-            raise DomainError(f"{path} holds a {type(raw).__name__}; expected keys such as name, base, classes")
+        raw, beside = _read(path), path.parent
+        if "extends" in raw:
+            extended = path.parent / str(raw.pop("extends"))
+            beside = path.parent if "base" in raw else extended.parent
+            raw = _extend(path, raw, extended)
         overrides = {key: value for key, value in overrides.items() if value is not None}
-        folder = Path(overrides["base"]) if "base" in overrides else path.parent / str(raw.get("base"))
+        folder = Path(overrides["base"]) if "base" in overrides else beside / str(raw.get("base"))
         raw |= overrides
         if folder.is_dir():
             raw["base"] = str(folder.resolve())
@@ -246,6 +267,47 @@ class Domain(_Section):
         return [homes[name] for name in self.classes]
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """The keys of a domain file, not checked yet."""
+    if not path.is_file():
+        raise DomainError(f"no domain file at '{path}'; expected a YAML file like domains/facades/domain.yaml")
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DomainError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise DomainError(f"{path} holds a {type(raw).__name__}; expected keys such as name, base, classes")
+    return raw
+
+
+def _extend(path: Path, raw: dict[str, Any], extended: Path) -> dict[str, Any]:
+    """The keys of `extended`, replaced by those of `raw`, which `path` holds."""
+    if not extended.is_file():
+        raise DomainError(f"{path} extends '{extended}', which is no file; give a path relative to {path.name}")
+    basis = _read(extended)
+    if "extends" in basis:
+        raise DomainError(f"{path} extends '{extended}', which extends another file itself; extend that one directly")
+    return {key: value for key, value in (basis | raw).items() if value is not None or key not in raw}
+
+
+def _checked_classes(classes: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Raises: ValueError if there are fewer than two, or one has no prompt, or another one's prompt or name."""
+    if len(classes) < 2:
+        raise ValueError(f"{len(classes)} classes; a classifier needs at least two")
+    owners: dict[str, str] = {}
+    for name, prompts in classes.items():
+        if not prompts:
+            raise ValueError(f"class '{name}' has no prompt; give it at least one, the canonical one first")
+        for prompt in prompts:
+            if owners.setdefault(prompt, name) != name:
+                raise ValueError(f"prompt '{prompt}' is in both '{owners[prompt]}' and '{name}'; reword one")
+    folded: dict[str, str] = {}
+    for name in classes:
+        if folded.setdefault(name.strip().casefold(), name) != name:
+            raise ValueError(f"duplicate class: '{folded[name.strip().casefold()]}' and '{name}'; remove one")
+    return classes
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
     """PyYAML keeps the last of two equal keys and says nothing; here that is an error."""
 
@@ -263,6 +325,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 _SECTION_OF_KEY = {
     "source": Source,
+    "outside": Outside,
+    "outside.source": OutsideSource,
     "splits": Splits,
     "quality_filter": QualityFilter,
     "augmentation": Augmentation,
@@ -275,7 +339,7 @@ def _explain(problem: dict[str, Any]) -> str:
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        section = _SECTION_OF_KEY.get(location[0], Domain) if len(location) > 1 else Domain
+        section = _SECTION_OF_KEY.get(".".join(location[:-1]), _SECTION_OF_KEY.get(location[0], Domain))
         return f"unknown key '{key}'{_did_you_mean(location[-1], section.model_fields)}"
     if problem["type"] == "missing":
         return f"missing key '{key}'; add it (domains/facades/domain.yaml shows all keys)"

@@ -1,8 +1,11 @@
-"""Contrastive losses over a batch of images and one prompt for each."""
+"""Losses over a batch of images and prompts, the lowest values they can reach, and batches joined over processes."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from scipy.special import xlogy
+from torch import distributed
 from torch.nn.functional import cross_entropy
 
 
@@ -33,4 +36,70 @@ def multi_positive(logits_per_image: torch.Tensor, labels: torch.Tensor, label_s
     return _symmetric(logits_per_image, same_class / same_class.sum(dim=1, keepdim=True), label_smoothing)
 
 
-LOSSES = {"multi_positive": multi_positive, "info_nce": info_nce}
+def class_prompts(logits_per_image: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+    """Cross-entropy of each image over one prompt of every class: the zero-shot classifier, trained end to end.
+
+    Goyal et al. 2023 ("Finetune like you pretrain", FLYP, arXiv:2212.00638) compare it with their own way, which is to
+    keep the contrastive loss of pretraining. No image depends on another here, so processes need not `gather`.
+
+    Args:
+        logits_per_image: (B, C) scaled cosines, column c is a prompt of class c.
+        labels: (B,) class indices.
+    """
+    return cross_entropy(logits_per_image, labels, label_smoothing=label_smoothing)
+
+
+LOSSES = {"multi_positive": multi_positive, "info_nce": info_nce, "class_prompts": class_prompts}
+
+
+def loss_floor(labels: np.ndarray, loss: str, label_smoothing: float, num_classes: int) -> float:
+    """The lowest value, in nats, that a loss can reach on a batch if the prompts of a class can't be told apart.
+
+    It is the entropy of the smoothed targets, spread evenly within each class. The pair losses share it: they put the
+    same mass on a class and differ only in how they spread it within, which tied prompts can't follow.
+
+    Args:
+        labels: (B,) class indices of the batch, over all processes.
+        loss: a name of `LOSSES`.
+        num_classes: C; only `class_prompts` uses it.
+    """
+    if loss == "class_prompts":
+        other = label_smoothing / num_classes
+        own = 1 - label_smoothing + other
+        return float(-xlogy(own, own) - (num_classes - 1) * xlogy(other, other))
+    size = len(labels)
+    _, class_of, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    alike = counts[class_of]  # (B,) images of the same class, itself included
+    other = label_smoothing / size  # target of each image of another class
+    own = 1 - other * (size - alike)  # (B,) target of the class, `alike` images share it
+    return float(np.mean(-xlogy(own, own / alike) - xlogy(other * (size - alike), other)))
+
+
+class _Gather(torch.autograd.Function):
+    """`torch.distributed.nn.functional.all_gather` is deprecated, and its backward communicates needlessly here."""
+
+    @staticmethod
+    def forward(ctx, embeds: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(embeds) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(parts, embeds)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        return grad.chunk(distributed.get_world_size())[distributed.get_rank()] * distributed.get_world_size()
+
+
+def gather(embeds: torch.Tensor) -> torch.Tensor:
+    """The embeddings of all processes, (B, D) -> (W * B, D) in rank order, with gradient; unchanged in a single one.
+
+    Made for a loss that each process computes alike on the joint batch, under DistributedDataParallel, which averages
+    the gradients over the W processes: each process passes W times the gradient of its own rows on, so that the
+    average is the gradient of the joint batch. Parameters used after the gathering, such as logit_scale, get that
+    gradient in every process already, and averaging keeps it.
+
+    Args:
+        embeds: of this process; all processes hold equally many. (B,) labels can be gathered too, without gradient.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return embeds
+    return _Gather.apply(embeds.contiguous())

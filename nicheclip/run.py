@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from nicheclip.domain import Domain, DomainError
 from nicheclip.results import read_json, write_json
 
 
@@ -43,4 +44,23 @@ def check_trained_on(run: Path) -> None:
         raise ValueError(
             f"'{run / 'model'}' was trained on other data than '{run / 'data'}' holds now (so test images may "
             f"have been trained on); run `accelerate launch train.py {run}` again"
+        )
+
+
+def check_unchanged(domain: Domain, report: dict, class_names: list[str]) -> None:
+    """Prompts, stages and augmentation may change after data_prep; what it depends on may not.
+
+    Raises: DomainError if it has.
+    """
+    if class_names != domain.class_names or report["base"] != domain.base:
+        raise DomainError(
+            f"the data was prepared for {len(class_names)} classes and the base '{report['base']}', the domain has "
+            f"{len(domain.classes)} classes and the base '{domain.base}'; run `python -m data_prep` again, or give "
+            "train.py the run directory instead of the domain file"
+        )
+    changed = [name for name, value in report["settings"].items() if domain.model_dump(mode="json")[name] != value]
+    if changed:
+        raise DomainError(
+            f"{', '.join(changed)} changed in the domain file after data_prep; run `python -m data_prep` again, or "
+            "change it back"
         )

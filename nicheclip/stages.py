@@ -1,11 +1,14 @@
-"""Which parameters train in which stage."""
+"""Which parameters train in which stage, and which stage an epoch belongs to."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 
+import torch
 from torch import nn
+from transformers import CLIPConfig, CLIPModel
 
 from nicheclip.domain import Stage
 
@@ -36,6 +39,19 @@ def trainable_names(parameter_names: Iterable[str], stage: Stage) -> list[str]:
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
+def check_stages(base: str | Path, stages: Iterable[Stage]) -> None:
+    """Checks the patterns of all stages against the base's configuration alone: no weights are read.
+
+    Raises:
+        ValueError: as `trainable_names`.
+        OSError: if there is no CLIP model of that name.
+    """
+    with torch.device("meta"):
+        names = [name for name, _ in CLIPModel(CLIPConfig.from_pretrained(base)).named_parameters()]
+    for stage in stages:
+        trainable_names(names, stage)
+
+
 def set_trainable(model: nn.Module, stage: Stage) -> list[str]:
     """Freezes all of the model but what the stage trains; gives the names of what trains."""
     names = trainable_names((name for name, _ in model.named_parameters()), stage)
@@ -43,3 +59,28 @@ def set_trainable(model: nn.Module, stage: Stage) -> list[str]:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)
     return names
+
+
+def current_stage(stages: Sequence[Stage], scores: Sequence[float], patience: int) -> tuple[Stage, int] | None:
+    """The stage that goes on after the epochs seen so far, and how many epochs came before it; None after the last.
+
+    A stage ends after its epochs, or early, after `patience` of them without a score above all before. Since it is
+    worked out from the scores alone, an interrupted training comes to the same answer.
+
+    Args:
+        scores: on validation, one an epoch, higher is better.
+    """
+    before = 0
+    for stage in stages:
+        seen = 0
+        while seen < stage.epochs and _since_best(scores[: before + seen], seen) < patience:
+            if before + seen == len(scores):
+                return stage, before
+            seen += 1
+        before += seen
+    return None
+
+
+def _since_best(scores: Sequence[float], at_most: int) -> int:
+    """How many of the last `at_most` epochs have passed since the best of all."""
+    return min(at_most, len(scores) - 1 - scores.index(max(scores))) if scores else 0

@@ -1,6 +1,6 @@
 """`transformers.Trainer` with stages: each unfreezes its own parameters, with its own optimiser and schedule.
 
-trainer = StagedTrainer(model, args, stages, train_dataset=visits, eval_dataset=rows, …)
+trainer = StagedTrainer(model, args, domain, processor, train_dataset=visits, eval_dataset=rows)
 trainer.train()
 """
 
@@ -9,167 +9,100 @@ from __future__ import annotations
 import json
 import logging
 import math
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import evaluate
 import numpy as np
 import torch
+from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from scipy.special import softmax
+from torch.nn.functional import cross_entropy, normalize
 from torch.utils.data import DataLoader
-from transformers import (
-    CLIPModel,
-    CLIPProcessor,
-    EarlyStoppingCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import CLIPModel, CLIPProcessor, ProgressCallback, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, sort_checkpoints
 
-from nicheclip.data import ImageCollator, TrainingCollator, TrainingVisits
-from nicheclip.domain import Stage
-from nicheclip.losses import LOSSES
+from nicheclip.callbacks import (
+    ClampLogitScale,
+    EndOfStage,
+    EpochLines,
+    StopOnSignal,
+    TrainingInterrupted,
+    ignore_interrupts,
+)
+from nicheclip.data import ImageCollator, TrainingCollator, TrainingVisits, tokenize
+from nicheclip.domain import Domain, Stage
+from nicheclip.losses import LOSSES, class_prompts, gather, loss_floor
 from nicheclip.metrics import Accuracy, ExpectedCalibrationError, MacroF1
 from nicheclip.sampler import ClusterBatchSampler
-from nicheclip.stages import set_trainable, trainable_names
+from nicheclip.stages import current_stage, set_trainable, trainable_names
+from nicheclip.training_args import StagedTrainingArguments
 from nicheclip.zero_shot import encode_texts
 
 logger = logging.getLogger(__name__)
 
-MAX_LOGIT_SCALE = math.log(100)
-
-
-@dataclass
-class StagedTrainingArguments(TrainingArguments):
-    """`TrainingArguments` whose defaults are the recipe's, with what staged contrastive training needs besides.
-
-    Learning rates and epochs belong to the stages of the domain file; setting them here is an error.
-    """
-
-    loss: str = field(default="multi_positive", metadata={"help": f"One of {', '.join(LOSSES)}."})
-    cluster_share: float = field(
-        default=0.5, metadata={"help": "Share of each batch that comes from one cluster of confusable classes."}
-    )
-    early_stopping_patience: int = field(
-        default=5, metadata={"help": "Stop after this many epochs of a stage without a better validation accuracy."}
-    )
-    # The recipe's optimiser: CLIP's betas and eps, strong decay, short warm-up, cosine.
-    per_device_train_batch_size: int = 16
-    per_device_eval_batch_size: int = 64
-    label_smoothing_factor: float = 0.1
-    weight_decay: float = 0.1
-    adam_beta2: float = 0.98
-    adam_epsilon: float = 1e-6
-    warmup_steps: float = 0.1
-    lr_scheduler_type: str = "cosine"
-    # One row a epoch in the log, on validation, and the best epoch kept.
-    eval_strategy: str = "epoch"
-    save_strategy: str = "epoch"
-    logging_strategy: str = "epoch"
-    load_best_model_at_end: bool = True
-    metric_for_best_model: str = "accuracy"
-    greater_is_better: bool = True
-    save_total_limit: int = 2
-    # Visits carry images and prompts that only our collator understands.
-    remove_unused_columns: bool = False
-    report_to: str = "none"
-    dataloader_pin_memory: bool = field(
-        default_factory=torch.cuda.is_available,
-        metadata={"help": "Pin memory for the copy to the GPU, if there is one."},
-    )
-
-    def __post_init__(self) -> None:
-        defaults = TrainingArguments.__dataclass_fields__
-        for name in ("learning_rate", "num_train_epochs", "max_steps"):
-            if getattr(self, name) != defaults[name].default:
-                raise ValueError(
-                    f"--{name} is {getattr(self, name)}, but learning rates and epochs belong to the stages; "
-                    "set stages[].learning_rate and stages[].epochs in the domain file"
-                )
-        if self.loss not in LOSSES:
-            raise ValueError(f"--loss is '{self.loss}'; expected one of {', '.join(LOSSES)}")
-        if self.save_strategy not in ("epoch", "steps"):
-            raise ValueError(
-                f"--save_strategy is '{self.save_strategy}', but a stage starts from the last checkpoint of the one "
-                "before it; use 'epoch' or 'steps'"
-            )
-        if self.eval_on_start or (self.eval_strategy, self.logging_strategy) != ("epoch", "epoch"):
-            raise ValueError(
-                "--eval_strategy and --logging_strategy must be 'epoch', without --eval_on_start: epochs are compared"
-            )
-        if not self.load_best_model_at_end:
-            raise ValueError("--load_best_model_at_end must be True: the best epoch on validation is kept")
-        super().__post_init__()
-
-
-class _ClampLogitScale(TrainerCallback):
-    """Keeps exp(logit_scale) at 100 or below, as CLIP does."""
-
-    def on_optimizer_step(self, args, state, control, model: CLIPModel, **kwargs) -> None:
-        with torch.no_grad():
-            model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
-
-
-class _EpochLines(ProgressCallback):
-    """Progress bars, and one line an epoch instead of the Trainer's dictionaries."""
-
-    def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs) -> None:
-        if state.is_local_process_zero and "eval_accuracy" in logs and self.training_bar is not None:
-            loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), math.nan)
-            self.training_bar.write(
-                f"epoch {math.ceil(state.epoch - 1e-6)}: loss {loss:.3f}, "
-                f"validation accuracy {logs['eval_accuracy']:.1%}"
-            )
+TEXTS = 4  # a stream of chance of its own, for the prompts that a step draws for the classes
 
 
 class StagedTrainer(Trainer):
     """Fine-tunes a CLIPModel stage by stage on visits of (image, prompt), and evaluates it as a zero-shot classifier.
 
     A stage is one `Trainer.train` that resumes from the last checkpoint of the stage before it, so that steps,
-    epochs, the log and the best checkpoint run on, while frozen parameters, optimiser and schedule are its own.
+    epochs, the log and the best checkpoint run on, while frozen parameters, optimiser and schedule are its own. It
+    begins with the best weights so far, and ends early where validation does not get better. Everything random
+    depends on seed, epoch, step and sample alone, so a resumed training gives the same weights, bit by bit on CPU.
 
     Args:
-        stages: of the domain.
-        canonical_prompts: one a class, the classifier that evaluation uses.
-        class_clusters: cluster index of each class.
+        domain: whose stages, prompts and clusters are trained.
         train_dataset: visits of the train split.
         eval_dataset: rows of the validation split.
 
     Raises:
-        ValueError: if a stage names parameters that the model does not have.
+        ValueError: if a stage names parameters that the model does not have, or one process sees several GPUs.
     """
 
     def __init__(
         self,
         model: CLIPModel,
         args: StagedTrainingArguments,
-        stages: list[Stage],
-        canonical_prompts: list[str],
-        class_clusters: list[int],
+        domain: Domain,
         processor: CLIPProcessor,
         train_dataset: TrainingVisits,
         eval_dataset: Dataset,
     ):
-        for stage in stages:
+        for stage in domain.stages:
             trainable_names((name for name, _ in model.named_parameters()), stage)
         if args.n_gpu > 1:
             raise ValueError(
                 f"one process sees {args.n_gpu} GPUs; start one a GPU: accelerate launch --num_processes {args.n_gpu}"
             )
-        self.stages = stages
-        self.stage = stages[0]
+        if args.initial_logit_scale is not None:
+            with torch.no_grad():
+                model.logit_scale.fill_(math.log(args.initial_logit_scale))
+        self.domain = domain
+        self.stage = domain.stages[0]
         self._stage_start = 0  # the global step at which the stage begins
-        self.canonical_prompts = canonical_prompts
-        self.class_clusters = class_clusters
-        self._early_stopping = EarlyStoppingCallback(args.early_stopping_patience)
+        prompts, classes = domain.prompt_bank
+        self._bank = tokenize(processor, prompts)  # (P, L) each
+        self._bank_of_class = [np.flatnonzero(np.equal(classes, c)) for c in range(len(domain.classes))]
+        self._interruption = StopOnSignal()
         self._metrics = evaluate.combine(
             [metric(keep_in_memory=True) for metric in (Accuracy, MacroF1, ExpectedCalibrationError)]
         )
+        self.sampler = ClusterBatchSampler(
+            train_dataset.labels,
+            domain.class_clusters,
+            args.train_batch_size * args.world_size,
+            args.cluster_share,
+            cluster_draw=args.cluster_draw,
+            classes_per_batch=args.classes_per_batch,
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+            num_processes=args.world_size,
+            process_index=args.process_index,
+        )
+        self._steps_per_epoch = math.ceil(len(self.sampler) / args.gradient_accumulation_steps)
         super().__init__(
             model=model,
             args=args,
@@ -179,60 +112,102 @@ class StagedTrainer(Trainer):
             processing_class=processor,
             compute_metrics=self._compute_metrics,
             callbacks=[
-                _ClampLogitScale(),
-                self._early_stopping,
+                ClampLogitScale(),
+                EndOfStage(lambda: self._position() != self._running, lambda: self._steps_per_epoch),
+                self._interruption,
             ],
         )
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch: accumulation must divide it
         if self.pop_callback(ProgressCallback):
-            self.add_callback(_EpochLines())
+            self.add_callback(EpochLines())
 
-    def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
-        """Runs the stages in turn; resumes in any of them, from a folder or (True) from the last checkpoint."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"--resume_from_checkpoint: no checkpoint in '{self.args.output_dir}'; leave the option out"
-                )
-        checkpoint = resume_from_checkpoint or None
-        steps_done = _global_step(checkpoint) if checkpoint else 0
-        updates_per_epoch = math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps)
-        epochs = 0
-        for stage in self.stages:
-            self._stage_start = epochs * updates_per_epoch
-            epochs += stage.epochs
-            if steps_done >= epochs * updates_per_epoch and stage is not self.stages[-1]:
-                continue
-            self._enter(stage, epochs)
-            output = super().train(resume_from_checkpoint=checkpoint)
-            if self.state.global_step < epochs * updates_per_epoch:
-                logger.warning(
-                    f"stopped early in stage '{stage.name}': {self.args.early_stopping_patience} epochs without a "
-                    "better validation accuracy; later stages are left out"
-                )
-                break
-            checkpoint = str(Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput | None:
+        """Runs the stages in turn; resumes in any of them, from a folder or (True) from the last whole checkpoint.
+
+        Returns:
+            what `Trainer.train` says of the last stage, or None if the checkpoint was the last one.
+
+        Raises:
+            TrainingInterrupted: after SIGINT or SIGTERM, when the checkpoint is written.
+            FloatingPointError: if the loss is not finite.
+        """
+        output = None
+        checkpoint = self._find_checkpoint(resume_from_checkpoint)
+        self.state = TrainerState.load_from_json(checkpoint / TRAINER_STATE_NAME) if checkpoint else TrainerState()
+        while (position := self._position()) is not None:
+            self._enter(*position)
+            with self._interruption:
+                output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            checkpoint = self._checkpoint(self.state.global_step)
+            if self._interruption.received is not None:
+                raise TrainingInterrupted(self._interruption.received, str(checkpoint))
+        super()._load_from_checkpoint(str(self._checkpoint(self.state.best_global_step)))
         return output
 
-    def _enter(self, stage: Stage, last_epoch: int) -> None:
+    def _position(self) -> tuple[Stage, int] | None:
+        """The stage to run, and the epochs before it; None after the last."""
+        sign = 1 if self.args.greater_is_better else -1
+        name = f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}"
+        scores = [sign * entry[name] for entry in self.state.log_history if name in entry]
+        return current_stage(self.domain.stages, scores, self.args.early_stopping_patience)
+
+    def _enter(self, stage: Stage, epochs_before: int) -> None:
         self.stage = stage
+        self._running = (stage, epochs_before)
+        self._stage_start = epochs_before * self._steps_per_epoch
         set_trainable(self.model, stage)
-        self.args.num_train_epochs = last_epoch
+        self.args.num_train_epochs = epochs_before + stage.epochs
         self.args.learning_rate = stage.learning_rate
+        self.args.warmup_steps = stage.warmup
         self.model_wrapped = self.model  # wrapped anew: DDP only reduces what trained when it wrapped the model
         self.optimizer = None  # created anew: it only holds what trained when it was created
         self.lr_scheduler = None
-        self._early_stopping.early_stopping_patience_counter = 0  # a plateau of one stage says nothing about the next
 
-    def stage_of_epoch(self, epoch: float) -> str:
-        """The name of the stage in which an epoch (counted from 1) was trained."""
-        last = 0
-        for stage in self.stages:
-            last += stage.epochs
-            if epoch <= last:
-                return stage.name
-        raise ValueError(f"epoch {epoch:g} is beyond the stages, which have {last} epochs")
+    def _checkpoint(self, step: int) -> Path:
+        return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+    def _find_checkpoint(self, asked: str | bool | None) -> Path | None:
+        """The checkpoint to go on from. One that a kill has left unfinished has no state: it is passed over."""
+        if not asked:
+            return None
+        if asked is not True:
+            if not (Path(asked) / TRAINER_STATE_NAME).is_file():
+                raise FileNotFoundError(f"'{asked}' is no checkpoint: it has no {TRAINER_STATE_NAME}")
+            return Path(asked)
+        for folder in reversed(sort_checkpoints(self.args.output_dir)):
+            if _is_json(Path(folder) / TRAINER_STATE_NAME):
+                return Path(folder)
+            logger.warning(f"'{folder}' is unfinished; going on from the one before it")
+        logger.warning(f"no checkpoint in '{self.args.output_dir}' yet; beginning at the beginning")
+        return None
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """The state goes first and comes last, so that a checkpoint that has one is whole."""
+        if self.args.should_save:
+            (self._checkpoint(self.state.global_step) / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Model and processor; not the arguments, which the Trainer would pickle."""
+        if self.args.should_save:
+            self.model.save_pretrained(output_dir, state_dict=state_dict)
+            self.processing_class.save_pretrained(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        """A stage begins with the best weights of those before it."""
+        state = TrainerState.load_from_json(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)
+        if state.global_step == self._stage_start:
+            resume_from_checkpoint = str(self._checkpoint(state.best_global_step))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """A checkpoint at the very start of a stage holds the optimiser of the stage before it: that one is done."""
+        if self.state.global_step > self._stage_start:
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        self.state.log_history[-1]["stage"] = self.stage.name  # after the trackers, which take numbers only
 
     def create_optimizer(self, model: CLIPModel | None = None) -> torch.optim.Optimizer:
         """AdamW over what trains in this stage; biases, norms and logit_scale (`ndim <= 1`) never decay."""
@@ -252,100 +227,142 @@ class StagedTrainer(Trainer):
         """The schedule of this stage alone: warm-up and decay over its own steps."""
         return super().create_scheduler(num_training_steps - self._stage_start, optimizer)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """A checkpoint at the very start of a stage holds the optimiser of the stage before it: that one is done."""
-        if checkpoint is None or _global_step(checkpoint) > self._stage_start:
-            super()._load_optimizer_and_scheduler(checkpoint)
-
     def get_train_dataloader(self) -> DataLoader:
-        sampler = ClusterBatchSampler(
-            self.train_dataset.labels,
-            self.class_clusters,
-            self.args.train_batch_size,
-            self.args.cluster_share,
-            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
-        )
         loader = DataLoader(
             self.train_dataset,
-            batch_sampler=sampler,
+            batch_sampler=self.sampler,
             collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
+            **self._loader_options(),
         )
-        return self.accelerator.prepare(loader)
+        # The sampler has dealt out each batch among the processes, so that together they see one composed batch.
+        return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
         loader = DataLoader(
             eval_dataset if eval_dataset is not None else self.eval_dataset,
             batch_size=self.args.eval_batch_size,
             collate_fn=ImageCollator(self.processing_class),
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
+            **self._loader_options(),
         )
         return self.accelerator.prepare(loader)
+
+    def _loader_options(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.args.dataloader_num_workers,
+            "prefetch_factor": self.args.dataloader_prefetch_factor,
+            "pin_memory": self.args.dataloader_pin_memory,
+            "worker_init_fn": ignore_interrupts,
+        }
 
     def compute_loss(
         self, model, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch=None
     ):
-        """The contrastive loss of a batch; each distinct prompt of the batch is encoded once."""
-        inputs = dict(inputs)
-        labels, prompt_index = inputs.pop("labels"), inputs.pop("prompt_index")
-        outputs = model(**inputs)
-        logits_per_image = outputs.logits_per_image[:, prompt_index].float()  # (B, P) -> (B, B)
-        loss = LOSSES[self.args.loss](logits_per_image, labels, self.args.label_smoothing_factor)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.state.global_step} of stage '{self.stage.name}'; "
-                "lower its learning rate, or train with --bf16 or in float32 instead of --fp16"
+        """The loss of the batch of all processes together; each distinct prompt is encoded once in a process."""
+        loss_function, labels = LOSSES[self.args.loss], inputs["labels"]
+        if loss_function is class_prompts:
+            prompts = self._prompt_of_each_class()
+        else:
+            prompts, prompt_of_image = inputs["prompts"].unique(return_inverse=True)
+        outputs = model(pixel_values=inputs["pixel_values"], **self._texts(prompts.cpu()))
+        # Normalised and multiplied in float32: under autocast the logits would be rounded to 8 bits.
+        image_embeds, text_embeds = (
+            normalize(embeds.float(), dim=-1) for embeds in (outputs.image_embeds, outputs.text_embeds)
+        )
+        if loss_function is not class_prompts:
+            image_embeds, text_embeds, labels = (
+                gather(image_embeds),
+                gather(text_embeds[prompt_of_image]),
+                gather(labels),
             )
+        with torch.autocast(image_embeds.device.type, enabled=False):
+            logits = self.model.logit_scale.exp() * image_embeds @ text_embeds.T
+            loss = loss_function(logits, labels, self.args.label_smoothing_factor)
+        if not torch.isfinite(loss):
+            self._report_not_finite(loss, inputs["visits"])
         return (loss, outputs) if return_outputs else loss
+
+    def _prompt_of_each_class(self) -> torch.Tensor:
+        """One prompt of every class, (C,) indices of the bank; drawn for the step, the same in all processes."""
+        rng = np.random.default_rng([self.args.seed, TEXTS, self.state.global_step])
+        return torch.tensor([rng.choice(prompts) for prompts in self._bank_of_class])
+
+    def _texts(self, prompts: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Tokens of prompts of the bank, (P,) -> (P, L), no longer than the longest of them."""
+        length = self._bank["attention_mask"][prompts].sum(dim=1).max()
+        return {name: tokens[prompts, :length].to(self.args.device) for name, tokens in self._bank.items()}
+
+    def _report_not_finite(self, loss: torch.Tensor, visits: torch.Tensor) -> None:
+        rows = self.train_dataset.row_of_visit[visits.cpu().numpy()]
+        raise FloatingPointError(
+            f"the loss is {loss.item()} at step {self.state.global_step} of stage '{self.stage.name}'; lower its "
+            "learning rate or raise its warm-up, or train in float32 or with --bf16 instead of --fp16, and go on with "
+            "--resume_from_checkpoint True. The batch: "
+            + ", ".join(dict.fromkeys(self.train_dataset.rows[rows.tolist()]["source_id"]))
+        )
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not estimated: transformers counts tokens, and six operations for each of them and of all parameters."""
+        return 0
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self.model.eval()
-        self._prototypes = encode_texts(self.model, self.processing_class, self.canonical_prompts)  # (C, D)
+        self._prototypes = encode_texts(self.model, self.processing_class, self.domain.canonical_prompts)  # (C, D)
         return super().evaluate(*args, **kwargs)
 
+    @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only: bool, ignore_keys: list[str] | None = None):
         """Zero-shot logits (B, C) of the canonical prompts, and their cross-entropy."""
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            image_embeds = self.model.get_image_features(inputs["pixel_values"]).pooler_output.float()
-            image_embeds = torch.nn.functional.normalize(image_embeds, dim=-1)
-            logits = self.model.logit_scale.exp() * image_embeds @ self._prototypes.T
-            loss = torch.nn.functional.cross_entropy(logits, inputs["labels"])
-        return loss, logits, inputs["labels"]
+        with self.compute_loss_context_manager():
+            image_embeds = self.model.get_image_features(inputs["pixel_values"]).pooler_output
+        logits = self.model.logit_scale.exp() * normalize(image_embeds.float(), dim=-1) @ self._prototypes.T
+        return cross_entropy(logits, inputs["labels"]), logits, inputs["labels"]
 
     def _compute_metrics(self, prediction) -> dict[str, float]:
         probabilities = softmax(np.asarray(prediction.predictions, dtype=np.float64), axis=1)
         return self._metrics.compute(predictions=probabilities, references=prediction.label_ids)
 
+    def batch_record(self) -> dict[str, float]:
+        """How the batches of an epoch are composed, and the lowest value that the loss can reach on them."""
+        floors = [
+            loss_floor(
+                self.train_dataset.labels[batch],
+                self.args.loss,
+                self.args.label_smoothing_factor,
+                len(self.domain.classes),
+            )
+            for batch in self.sampler.global_batches()
+        ]
+        return self.sampler.composition() | {"loss_floor": float(np.mean(floors))}
+
     def training_record(self) -> dict[str, Any]:
         """What was trained and how: one row an epoch with its stage, loss and validation metrics; settings."""
         rows: dict[int, dict[str, Any]] = {}
         for entry in self.state.log_history:
-            epoch = math.ceil(entry["epoch"] - 1e-6)
-            row = rows.setdefault(epoch, {"epoch": epoch, "stage": self.stage_of_epoch(epoch)})
+            row = rows.setdefault(round(entry["epoch"]), {"epoch": round(entry["epoch"]), "stage": entry["stage"]})
             logged = ("loss", "eval_accuracy", "eval_macro_f1", "eval_ece")
             row |= {name: entry[name] for name in logged if name in entry}
-        epochs = [row for row in rows.values() if "eval_accuracy" in row]
         return {
-            "epochs": epochs,
-            "best_epoch": round(self.state.best_global_step * self.state.num_train_epochs / self.state.max_steps),
+            "epochs": [row for row in rows.values() if "eval_accuracy" in row],
+            "best_epoch": self.state.best_global_step // self._steps_per_epoch,
+            "batches": self.batch_record(),
             "processes": self.args.world_size,
             "settings": {
                 "seed": self.args.seed,
                 "loss": self.args.loss,
-                "batch_size": self.args.train_batch_size,
+                "batch_size": self.args.train_batch_size * self.args.world_size,
+                "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
                 "cluster_share": self.args.cluster_share,
                 "label_smoothing": self.args.label_smoothing_factor,
                 "weight_decay": self.args.weight_decay,
+                "precision": "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "float32",
             },
         }
 
 
-def _global_step(checkpoint: str | Path) -> int:
-    """Raises: FileNotFoundError if the folder is no checkpoint."""
-    path = Path(checkpoint) / TRAINER_STATE_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"'{checkpoint}' is no checkpoint: it has no {TRAINER_STATE_NAME}")
-    return json.loads(path.read_text())["global_step"]
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True

@@ -59,6 +59,19 @@ def broken(**changes) -> dict:
     return minimal() | changes
 
 
+def outside(**changes) -> dict:
+    task = {"title": "Pets", "source": {"path": "pets"}, "classes": {"cat": ["a cat"], "dog": ["a dog"]}}
+    return broken(outside=task | changes)
+
+
+def test_an_outside_task_is_optional_and_survives_saving(tmp_path):
+    assert load(tmp_path, minimal()).outside is None
+    domain = load(tmp_path, outside())
+    assert domain.outside.canonical_prompts == ["a cat", "a dog"]
+    domain.save(tmp_path / "copy.yaml")
+    assert Domain.load(tmp_path / "copy.yaml") == domain
+
+
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
@@ -82,6 +95,18 @@ def broken(**changes) -> dict:
         ),
         (broken(name="Big Birds"), ["name", "lower-case", "'Big Birds'"]),
         (broken(augmentation={"crop_scale": [0.9, 0.5]}), ["augmentation.crop_scale", "smallest <= largest"]),
+        (outside(classes={"cat": ["a cat"]}), ["outside.classes", "at least two"]),
+        (outside(classes={"cat": ["a cat"], "dog": []}), ["class 'dog' has no prompt"]),
+        (outside(classes={"cat": ["a cat"], "dog": [" "]}), ["outside.classes.dog.0", "expected some text"]),
+        (outside(titel="Pets"), ["unknown key 'outside.titel'", "did you mean 'title'"]),
+        (outside(source={"pth": "pets"}), ["unknown key 'outside.source.pth'", "did you mean 'path'"]),
+        (outside(source={"kind": "facades"}), ["outside.source.kind", "'folder', 'dataset' or 'shapes'", "'facades'"]),
+        (outside(source={"kind": "commons"}), ["outside.source.kind", "'commons'"]),
+        (outside(source={"kind": "folder"}), ["outside.source", "no path; give the class folders"]),
+        (outside(source={"kind": "shapes", "options": {"n": 3}}), ["outside.source", "remove them"]),
+        (outside(images_per_class=0), ["outside.images_per_class", "0"]),
+        (broken(outside={"title": "Pets"}), ["missing key 'outside.source'", "missing key 'outside.classes'"]),
+        (broken(source={"kind": "shapes"}), ["source.kind", "'shapes'"]),
         ("classes: [", ["not valid YAML"]),
         ("just words", ["holds a str"]),
         ("name: a\nname: b\n", ["duplicate key 'name'"]),
@@ -103,6 +128,64 @@ def test_a_missing_file_is_named(tmp_path):
 def test_the_base_may_lie_beside_the_file(tmp_path):
     (tmp_path / "base").mkdir()
     assert load(tmp_path, minimal() | {"base": "base"}).base == str(tmp_path / "base")
+
+
+def extending(folder: Path, child: dict | str, basis: dict | None = None) -> Path:
+    """A domain file that extends another one, in a folder of its own."""
+    (folder / "basis").mkdir(exist_ok=True)
+    (folder / "basis" / "birds.yaml").write_text(yaml.safe_dump(basis or minimal()), encoding="utf-8")
+    path = folder / "child.yaml"
+    path.write_text(yaml.safe_dump({"extends": "basis/birds.yaml"} | child), encoding="utf-8")
+    return path
+
+
+def test_an_extending_file_replaces_whole_keys(tmp_path):
+    basis = minimal() | {"training": {"loss": "info_nce", "seed": 3}, "splits": {"test": 0.3}, "samples_per_class": 7}
+    child = {"name": "birds-2", "training": {"loss": "multi_positive"}, "splits": None}
+    domain = Domain.load(extending(tmp_path, child, basis))
+    assert (domain.name, domain.title, domain.samples_per_class) == ("birds-2", "Birds", 7)
+    assert domain.training == {"loss": "multi_positive"}
+    assert domain.splits.test == 0.25  # null: the default
+    domain.save(tmp_path / "copy.yaml")
+    assert "extends" not in (tmp_path / "copy.yaml").read_text(encoding="utf-8")
+    assert Domain.load(tmp_path / "copy.yaml") == domain
+
+
+def test_a_base_lies_beside_the_file_that_names_it(tmp_path):
+    (tmp_path / "basis" / "base").mkdir(parents=True)
+    (tmp_path / "base").mkdir()
+    path = extending(tmp_path, {}, minimal() | {"base": "base"})
+    assert Domain.load(path).base == str(tmp_path / "basis" / "base")
+    path = extending(tmp_path, {"base": "base"}, minimal() | {"base": "base"})
+    assert Domain.load(path).base == str(tmp_path / "base")
+    assert Domain.load(path, base="openai/other").base == "openai/other"
+
+
+@pytest.mark.parametrize(
+    ("child", "basis", "words"),
+    [
+        ({"extends": "nowhere.yaml"}, {}, ["child.yaml extends", "nowhere.yaml", "no file"]),
+        ({"extends": None}, {}, ["extends", "no file"]),
+        ({"extends": "child.yaml"}, {}, ["child.yaml extends", "extends another file itself"]),
+        ({}, {"extends": "more.yaml"}, ["birds.yaml", "extends another file itself", "directly"]),
+        ({"title": None}, {}, ["missing key 'title'"]),
+        ({"clusters": {"a": ["wren"]}}, {}, ["'robin' in no cluster"]),
+    ],
+)
+def test_a_wrong_extension_is_explained(tmp_path, child, basis, words):
+    with pytest.raises(DomainError) as caught:
+        Domain.load(extending(tmp_path, child, minimal() | basis))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_the_article_is_a_variant_of_architecture():
+    ours, article = (Domain.load(ROOT / "domains" / "architecture" / name) for name in ("domain.yaml", "article.yaml"))
+    changed = {key for key, value in article.model_dump().items() if value != ours.model_dump()[key]}
+    assert {"name", "title", "quality_filter", "training"} <= changed
+    assert changed <= {"name", "title", "quality_filter", "training", "stages"}
+    assert [(stage.epochs, stage.learning_rate) for stage in article.stages] == [(5, 5e-6), (10, 5e-7)]
+    assert article.training["loss"] == "info_nce"
 
 
 def test_a_hard_negative_gate_needs_a_cluster_of_two(tmp_path):

@@ -12,6 +12,7 @@ from tests.conftest import ROOT
 ORDER = [
     "domain",
     "results",
+    "launch",
     "run",
     "metrics",
     "calibration",
@@ -20,9 +21,13 @@ ORDER = [
     "stages",
     "data",
     "zero_shot",
+    "outside",
+    "wise_ft",
     "scorecard",
     "classifier",
     "hub",
+    "callbacks",
+    "training_args",
     "trainer",
     "__init__",
 ]

@@ -1,16 +1,14 @@
-"""Metrics, intervals, losses and calibration against known answers."""
+"""Metrics, intervals and calibration against known answers."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from scipy.special import softmax
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 
 from nicheclip import metrics
 from nicheclip.calibration import fit_abstention, fit_temperature, nll
-from nicheclip.losses import info_nce, multi_positive
 from nicheclip.results import Measure, bootstrap, gate_verdict, proportion
 
 
@@ -114,23 +112,3 @@ def test_gates_know_which_way_is_better():
     assert gate_verdict("accuracy", 0.899, 0.90) == "fail"
     assert gate_verdict("ece", 0.10, 0.10) == "fail"
     assert gate_verdict("ece", 0.05, 0.10) == "pass"
-
-
-def test_losses_agree_when_no_class_comes_twice_and_differ_when_one_does():
-    logits = torch.randn(6, 6, generator=torch.Generator().manual_seed(0)) * 3
-    distinct, repeated = torch.arange(6), torch.tensor([0, 0, 1, 2, 3, 4])
-    plain = torch.nn.functional.cross_entropy
-    by_hand = (plain(logits, distinct) + plain(logits.T, distinct)) / 2
-    assert info_nce(logits, repeated).item() == pytest.approx(by_hand.item(), rel=1e-5)
-    assert multi_positive(logits, distinct).item() == pytest.approx(by_hand.item(), rel=1e-5)
-    assert multi_positive(logits, repeated).item() != pytest.approx(by_hand.item(), rel=1e-3)
-
-
-def test_multi_positive_does_not_push_same_class_pairs_apart():
-    labels = torch.tensor([0, 0, 1, 1])
-    same = labels[:, None] == labels[None, :]
-    for loss, expected in ((multi_positive, True), (info_nce, False)):
-        logits = (10.0 * same).requires_grad_()  # already right: same-class pairs alike, others far
-        loss(logits, labels).backward()
-        off_diagonal = logits.grad[same & ~torch.eye(4, dtype=torch.bool)]
-        assert (off_diagonal.abs() < 1e-4).all().item() is expected

@@ -65,7 +65,7 @@ def test_two_processes_make_the_same_dataset(prepared, uninterrupted, tmp_path):
     run, script = tmp_path / "run", tmp_path / "launched.py"
     script.write_text(
         "from data_prep.__main__ import main\n"
-        "from data_prep.shards import processes\n"
+        "from nicheclip.launch import processes\n"
         "if __name__ == '__main__':\n"
         "    assert processes().num_processes == 2\n"
         "    main()\n"

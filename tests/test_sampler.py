@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import permutations
 
 import numpy as np
 import pytest
+import torch
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from torch.utils.data import DataLoader, TensorDataset
 
 from nicheclip.sampler import ClusterBatchSampler
 
@@ -26,8 +30,12 @@ SHAPES = {
 @pytest.mark.parametrize("labels", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.8, 1.0])
 @pytest.mark.parametrize("batch_size", [7, 16, 32])
-def test_batches_are_full_of_one_cluster_and_leave_nobody_out(labels, share, batch_size):
-    sampler = ClusterBatchSampler(labels, CLASS_CLUSTERS, batch_size, share)
+@pytest.mark.parametrize("cluster_draw", ["size", "even"])
+@pytest.mark.parametrize("classes_per_batch", [None, 1, 3])
+def test_batches_are_full_of_one_cluster_and_leave_nobody_out(
+    labels, share, batch_size, cluster_draw, classes_per_batch
+):
+    sampler = ClusterBatchSampler(labels, CLASS_CLUSTERS, batch_size, share, cluster_draw, classes_per_batch)
     batches = list(sampler)
     assert len(batches) == len(sampler)
     assert {len(batch) for batch in batches} == {batch_size}
@@ -64,7 +72,108 @@ def test_every_cluster_leads_batches():
     assert set(leads) == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize(("batch_size", "share", "word"), [(16, 1.5, "cluster_share"), (301, 0.5, "batch_size")])
-def test_impossible_settings_are_refused(batch_size, share, word):
-    with pytest.raises(ValueError, match=word):
-        ClusterBatchSampler(SHAPES["even"], CLASS_CLUSTERS, batch_size, share)
+@pytest.mark.parametrize("labels", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("share", [0.3, 0.5, 1.0])
+def test_an_even_draw_lets_all_clusters_lead_equally_often(labels, share):
+    sampler = ClusterBatchSampler(labels, CLASS_CLUSTERS, 16, share, cluster_draw="even")
+    leads = Counter(CLASS_CLUSTERS[labels[batch[0]]] for batch in sampler)
+    assert set(leads) == {0, 1, 2, 3}
+    assert len(set(leads.values())) == 1
+    assert len(sampler) >= len(ClusterBatchSampler(labels, CLASS_CLUSTERS, 16, share))
+
+
+@pytest.mark.parametrize("classes_per_batch", [None, 2])
+def test_the_pool_is_walked_without_replacement(classes_per_batch):
+    labels = SHAPES["even"]
+    sampler = ClusterBatchSampler(labels, CLASS_CLUSTERS, 20, 0.5, classes_per_batch=classes_per_batch)
+    assert (np.bincount(np.concatenate(list(sampler)), minlength=len(labels)) == 1).all()
+
+
+def test_fewer_classes_per_batch_leave_fewer_classes_in_the_part_from_the_pool():
+    labels, class_clusters = labels_of(*[40] * 20), np.arange(20) // 2
+
+    def classes_from_pool(classes_per_batch: int | None) -> float:
+        sampler = ClusterBatchSampler(labels, class_clusters, 24, 0.5, classes_per_batch=classes_per_batch)
+        return np.mean([len(set(labels[batch[12:]])) for batch in sampler])
+
+    by_setting = [classes_from_pool(setting) for setting in (2, 4, 6, None)]
+    assert by_setting == sorted(by_setting)
+    for setting, classes in zip((2, 4), by_setting, strict=False):
+        assert setting <= classes <= setting + 1.5  # a chunk may begin in one batch and end in the next
+    assert by_setting[-1] > 8
+
+
+@pytest.mark.parametrize("num_processes", [2, 4])
+@pytest.mark.parametrize("options", [{}, {"cluster_draw": "even", "classes_per_batch": 2}], ids=["plain", "options"])
+def test_the_slices_of_all_processes_make_up_the_batches_of_one(num_processes, options):
+    labels = SHAPES["uneven"]
+    one = ClusterBatchSampler(labels, CLASS_CLUSTERS, 16, seed=5, **options)
+    many = [
+        ClusterBatchSampler(
+            labels, CLASS_CLUSTERS, 16, num_processes=num_processes, process_index=rank, seed=5, **options
+        )
+        for rank in range(num_processes)
+    ]
+    for sampler in (one, *many):
+        sampler.set_epoch(2)
+    for joint, *slices in zip(one, *many, strict=True):
+        assert {len(part) for part in slices} == {16 // num_processes}
+        assert sum(slices, []) == joint
+    for sampler in many:
+        assert len(sampler) == len(one)
+        assert sampler.composition() == one.composition()
+
+
+def test_a_loader_prepared_by_accelerate_walks_and_resumes_the_slice_of_its_process():
+    labels = SHAPES["uneven"]
+    sampler = ClusterBatchSampler(labels, CLASS_CLUSTERS, 16, num_processes=2, process_index=1)
+    loader = DataLoader(TensorDataset(torch.arange(len(labels))), batch_sampler=sampler)
+    loader = prepare_data_loader(loader, torch.device("cpu"), num_processes=1, process_index=0, put_on_device=True)
+    loader.set_epoch(3)
+    walked = [batch.tolist() for (batch,) in loader]
+    assert loader.total_batch_size == 16
+
+    assert sampler.epoch == 3
+    assert walked == list(sampler)
+    assert [batch.tolist() for (batch,) in skip_first_batches(loader, 4)] == walked[4:]
+
+
+def test_composition_by_counting_every_pair():
+    labels = SHAPES["uneven"]
+    sampler = ClusterBatchSampler(labels, CLASS_CLUSTERS, 7)
+    sampler.set_epoch(1)
+    same_class = hard = pairs = 0
+    for batch in sampler:
+        for one, other in permutations(range(7), 2):
+            one_class, other_class = labels[batch[one]], labels[batch[other]]
+            pairs += 1
+            same_class += one_class == other_class
+            hard += one_class != other_class and CLASS_CLUSTERS[one_class] == CLASS_CLUSTERS[other_class]
+    found = sampler.composition()
+    assert found["batches"] == len(sampler)
+    assert found["visits"] == 7 * len(sampler)
+    assert found["distinct"] == len(labels)
+    assert found["same_class_pairs"] == pytest.approx(same_class / pairs)
+    assert found["hard_pairs"] == pytest.approx(hard / pairs)
+
+
+def test_a_larger_cluster_share_makes_more_hard_pairs():
+    def hard_pairs(share: float) -> float:
+        return ClusterBatchSampler(SHAPES["even"], CLASS_CLUSTERS, 16, share).composition()["hard_pairs"]
+
+    assert hard_pairs(0.0) < hard_pairs(0.5) < hard_pairs(1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cluster_share": 1.5}, "cluster_share is 1.5"),
+        ({"batch_size": 301}, "batch_size is 301"),
+        ({"num_processes": 3}, "multiple of the 3 processes .* such as 18"),
+        ({"cluster_draw": "odd"}, "cluster_draw is 'odd'; expected one of size, even"),
+        ({"classes_per_batch": 0}, "classes_per_batch is 0"),
+    ],
+)
+def test_impossible_settings_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ClusterBatchSampler(SHAPES["even"], CLASS_CLUSTERS, **{"batch_size": 16, **options})

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from nicheclip.callbacks import TrainingInterrupted
 from nicheclip.domain import Domain, Stage
-from nicheclip.stages import trainable_names
-from nicheclip.trainer import StagedTrainingArguments
+from nicheclip.stages import check_stages, current_stage, trainable_names
+from nicheclip.training_args import StagedTrainingArguments
 from nicheclip.zero_shot import load_clip
 from tests.conftest import FACADES
 
@@ -27,13 +28,26 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
 
 
+KEEP_ALL = ["--save_strategy", "steps", "--save_steps", "3", "--save_total_limit", "99"]
+
+
+def fresh(run: Path, folder: Path, **changes) -> Path:
+    """A run directory of its own in `folder`, with the data of another and a changed domain."""
+    copy = folder / "run"
+    shutil.copytree(run / "data", copy / "data")
+    Domain.load(run).model_copy(update=changes).save(copy / "domain.yaml")
+    return copy
+
+
+def visits_per_epoch(run: Path) -> int:
+    return json.loads((run / "data" / "report.json").read_text())["counts"]["train_visits_per_epoch"]
+
+
 @pytest.fixture(scope="module")
 def trained(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with every checkpoint kept: one epoch of the text stage, two of the visual stage."""
-    copy = tmp_path_factory.mktemp("trained") / "run"
-    shutil.copytree(prepared / "data", copy / "data")
-    shutil.copy(prepared / "domain.yaml", copy)
-    train.train([str(copy), "--save_total_limit", "9", "--early_stopping_patience", "9"])
+    """One epoch of the text stage, two of the visual one, 7 steps each; checkpoints every 3 steps and after epochs."""
+    copy = fresh(prepared, tmp_path_factory.mktemp("trained"))
+    train.train([str(copy), *KEEP_ALL])
     return copy
 
 
@@ -47,30 +61,49 @@ def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> se
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
+def test_a_checkpoint_is_written_every_few_steps_and_after_each_epoch(trained):
+    assert [int(path.name.split("-")[1]) for path in checkpoints(trained)] == [3, 6, 7, 9, 12, 14, 15, 18, 21]
+
+
 def test_stage_one_leaves_the_visual_tower_bit_identical(trained, base, domain):
-    after = weights(checkpoints(trained)[0])
-    changed = moved(base, after)
+    changed = moved(base, weights(trained / "checkpoints" / "checkpoint-7"))
     assert not {name for name in changed if name.startswith("vision_model.")}
     assert changed == set(trainable_names(base, domain.stages[0]))
 
 
 def test_stage_two_moves_exactly_the_named_blocks_besides(trained, base, domain):
-    first, *_, last = checkpoints(trained)
-    blocks = {".".join(name.split(".")[:4]) for name in moved(weights(first), weights(last)) if "vision_model" in name}
+    first, last = weights(trained / "checkpoints" / "checkpoint-7"), weights(checkpoints(trained)[-1])
+    blocks = {".".join(name.split(".")[:4]) for name in moved(first, last) if "vision_model" in name}
     assert blocks == {"vision_model.encoder.layers.2", "vision_model.encoder.layers.3"}
-    assert moved(weights(first), weights(last)) == set(trainable_names(base, domain.stages[1]))
+    assert moved(first, last) == set(trainable_names(base, domain.stages[1]))
 
 
 def test_the_optimiser_holds_only_what_trains(trained, base, domain):
-    first, *_, last = checkpoints(trained)
-    for checkpoint, stage in ((first, domain.stages[0]), (last, domain.stages[1])):
-        state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    for step, stage in ((7, domain.stages[0]), (21, domain.stages[1])):
+        state = torch.load(trained / "checkpoints" / f"checkpoint-{step}" / "optimizer.pt", weights_only=True)
         names = trainable_names(base, stage)
         assert len(state["state"]) == len(names)
         decayed, spared = state["param_groups"]
         assert len(decayed["params"]) == sum(base[name].ndim > 1 for name in names)
         assert len(spared["params"]) == sum(base[name].ndim <= 1 for name in names)
         assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+
+
+def test_any_number_of_stages_each_moves_what_it_names(prepared, base, tmp_path):
+    stages = [
+        Stage(name="scale", epochs=1, learning_rate=1e-3, train=["logit_scale"], warmup=0),
+        Stage(name="first block", epochs=1, learning_rate=1e-4, train=["vision_model.encoder.layers.0.*"], warmup=0.5),
+        Stage(name="projections", epochs=1, learning_rate=1e-4, train=["*_projection.*"]),
+    ]
+    run = fresh(prepared, tmp_path, stages=stages)
+    train.train([str(run), "--save_total_limit", "99"])
+    before = base
+    for checkpoint, stage in zip(checkpoints(run), stages, strict=True):
+        state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
+        assert moved(before, weights(checkpoint)) == set(trainable_names(base, stage)), stage.name
+        assert len(state) == len(trainable_names(base, stage))
+        best = json.loads((checkpoint / "trainer_state.json").read_text())["best_global_step"]
+        before = weights(run / "checkpoints" / f"checkpoint-{best}")  # a stage begins with the best weights so far
 
 
 def test_each_stage_has_its_own_schedule(trained, domain):
@@ -81,40 +114,175 @@ def test_each_stage_has_its_own_schedule(trained, domain):
     assert last < 0.1 * domain.stages[1].learning_rate
 
 
-def test_the_record_names_the_best_epoch_and_the_stages(trained):
+def test_log_checkpoints_and_record_name_the_stage(trained):
+    state = json.loads((checkpoints(trained)[-1] / "trainer_state.json").read_text())
+    assert [entry["stage"] for entry in state["log_history"] if "loss" in entry] == ["text", "visual", "visual"]
     record = json.loads((trained / "training.json").read_text())
     assert [row["stage"] for row in record["epochs"]] == ["text", "visual", "visual"]
+
+
+def test_the_best_epoch_on_validation_is_kept(trained):
+    record = json.loads((trained / "training.json").read_text())
     best = max(record["epochs"], key=lambda row: row["eval_accuracy"])
     assert record["best_epoch"] == best["epoch"]
-    kept = weights(trained / "model")
-    assert not moved(kept, weights(checkpoints(trained)[best["epoch"] - 1]))
+    assert not moved(weights(trained / "model"), weights(trained / "checkpoints" / f"checkpoint-{7 * best['epoch']}"))
 
 
-@pytest.mark.parametrize("index", [0, 1], ids=["at the boundary of the stages", "inside the second stage"])
-def test_resuming_gives_the_same_weights(trained, tmp_path, index):
+def test_the_record_tells_how_batches_were_composed(trained):
+    batches = json.loads((trained / "training.json").read_text())["batches"]
+    assert (batches["batches"], batches["visits"], batches["distinct"]) == (7, 7 * 24, visits_per_epoch(trained))
+    assert 0 < batches["same_class_pairs"] < batches["hard_pairs"] < 1
+    assert 0 < batches["loss_floor"] < math.log(24)
+
+
+def test_no_pickle_of_arguments_is_written(trained):
+    assert not list(trained.rglob("training_args.bin"))
+
+
+@pytest.mark.parametrize("step", [3, 7, 12, 14, 18])
+def test_resuming_from_any_checkpoint_gives_the_same_weights(trained, tmp_path, step):
     copy = tmp_path / "run"
     shutil.copytree(trained, copy, ignore=shutil.ignore_patterns("model"))
-    for checkpoint in checkpoints(copy)[index + 1 :]:
-        shutil.rmtree(checkpoint)
-    train.train(
-        [str(copy), "--save_total_limit", "9", "--early_stopping_patience", "9", "--resume_from_checkpoint", "True"]
-    )
+    for checkpoint in checkpoints(copy):
+        if int(checkpoint.name.split("-")[1]) > step:
+            shutil.rmtree(checkpoint)
+    train.train([str(copy), *KEEP_ALL, "--resume_from_checkpoint", "True"])
     assert not moved(weights(checkpoints(trained)[-1]), weights(checkpoints(copy)[-1]))
+    assert not moved(weights(trained / "model"), weights(copy / "model"))
+
+
+def test_resuming_a_finished_training_gives_the_same_model(trained, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy, ignore=shutil.ignore_patterns("model"))
+    train.train([str(copy), *KEEP_ALL, "--resume_from_checkpoint", str(checkpoints(copy)[-1])])
+    assert not moved(weights(trained / "model"), weights(copy / "model"))
+
+
+def test_a_checkpoint_without_state_is_passed_over(trained, tmp_path, caplog):
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy, ignore=shutil.ignore_patterns("model"))
+    last = checkpoints(copy)[-1]
+    (last / "trainer_state.json").write_text('{"best_glob')
+    (last / "model.safetensors").write_bytes(b"half")
+    train.train([str(copy), *KEEP_ALL, "--resume_from_checkpoint", "True"])
+    assert "unfinished" in caplog.text
+    assert not moved(weights(trained / "model"), weights(copy / "model"))
+
+
+def test_a_stage_without_progress_ends_early_and_the_next_goes_on(prepared, tmp_path):
+    still, _ = Domain.load(prepared).stages
+    stages = [
+        still.model_copy(update={"epochs": 4, "learning_rate": 1e-12}),
+        still.model_copy(update={"name": "last"}),
+    ]
+    run = fresh(prepared, tmp_path, stages=stages)
+    train.train([str(run), "--early_stopping_patience", "1"])
+    record = json.loads((run / "training.json").read_text())
+    assert [row["stage"] for row in record["epochs"]] == ["text", "text", "last"]
+
+
+def test_which_stage_goes_on():
+    stages = [Stage(name=name, epochs=n, learning_rate=1, train=["*"]) for name, n in (("a", 4), ("b", 3))]
+
+    def position(*scores: float) -> tuple[str, int] | None:
+        found = current_stage(stages, scores, patience=2)
+        return found and (found[0].name, found[1])
+
+    assert position() == position(0.1) == position(0.1, 0.2, 0.3) == ("a", 0)
+    assert position(0.1, 0.2, 0.3, 0.4) == ("b", 4)
+    assert position(0.5, 0.4, 0.4) == position(0.5, 0.4, 0.4, 0.3) == ("b", 3), "patience counts within a stage"
+    assert position(0.5, 0.4, 0.4, 0.3, 0.3) is None
+    assert position(0.5, 0.4, 0.4, 0.6, 0.5) == ("b", 3)
+    assert position(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7) is None
+
+
+@pytest.mark.parametrize("loss", ["info_nce", "class_prompts"])
+def test_other_losses_train(prepared, tmp_path, loss):
+    run = fresh(prepared, tmp_path)
+    train.train([str(run), "--loss", loss, "--cluster_draw", "even", "--classes_per_batch", "4"])
+    losses = [row["loss"] for row in json.loads((run / "training.json").read_text())["epochs"]]
+    assert losses[-1] < losses[0]
+
+
+def test_accumulating_is_a_larger_batch_for_class_prompts(prepared, tmp_path):
+    """It has no in-batch negatives: an epoch at once, and in two halves, give the same step up to rounding."""
+    results, visits = [], visits_per_epoch(prepared)
+    for name, parts in (("at once", 1), ("in halves", 2)):
+        run = fresh(prepared, tmp_path / name, stages=[Domain.load(prepared).stages[0]])
+        options = ["--per_device_train_batch_size", str(visits // parts), "--gradient_accumulation_steps", str(parts)]
+        trainer = train.train([str(run), "--loss", "class_prompts", "--cluster_share", "0", *options])
+        assert trainer.state.global_step == 1
+        results.append(weights(run / "checkpoints" / "checkpoint-1"))
+    for name in results[0]:
+        torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(prepared, tmp_path):
+    results = []
+    for name, asked in (("plain", "False"), ("checkpointed", "True")):
+        run = fresh(prepared, tmp_path / name)
+        train.train([str(run), "--gradient_checkpointing", asked])
+        results.append(weights(run / "model"))
+    assert not moved(*results)
+
+
+def test_bfloat16_trains_and_keeps_float32_weights(prepared, tmp_path):
+    run = fresh(prepared, tmp_path)
+    train.train([str(run), "--bf16", "True"])
+    record = json.loads((run / "training.json").read_text())
+    assert record["settings"]["precision"] == "bf16"
+    assert record["epochs"][-1]["loss"] < record["epochs"][0]["loss"]
+    assert {tensor.dtype for tensor in weights(run / "model").values()} == {torch.float32}
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_images_and_remedy(prepared, tmp_path):
+    stage = Domain.load(prepared).stages[0].model_copy(update={"learning_rate": 1e30, "warmup": 0})
+    run = fresh(prepared, tmp_path, stages=[stage])
+    with pytest.raises(FloatingPointError, match=r"(?s)step \d of stage 'text'; lower.*train/.*\.(jpg|png)") as caught:
+        train.train([str(run)])
+    assert "--resume_from_checkpoint True" in str(caught.value)
+
+
+def test_ctrl_c_writes_a_checkpoint_from_which_the_same_weights_come(trained, prepared, tmp_path, monkeypatch):
+    """The signal arrives in the middle of the second stage's first epoch, from the loss function."""
+    import signal
+
+    from nicheclip.losses import LOSSES, multi_positive
+
+    steps = iter(range(99))
+
+    def pressing(*args):
+        if next(steps) == 9:
+            signal.raise_signal(signal.SIGINT)
+        return multi_positive(*args)
+
+    run = fresh(prepared, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setitem(LOSSES, "multi_positive", pressing)
+        with pytest.raises(TrainingInterrupted, match=r"SIGINT.*checkpoint-10"):
+            train.train([str(run)])
+    assert checkpoints(run)[-1].name == "checkpoint-10"
+    assert not (run / "model").exists()
+    train.train([str(run), "--resume_from_checkpoint", "True"])
+    assert not moved(weights(trained / "model"), weights(run / "model"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_wise_ft_mixes_the_base_in_and_says_what_each_mixture_is_worth(trained, base, prepared, tmp_path):
+    run = fresh(prepared, tmp_path)
+    train.train([str(run), "--wise_ft", "0.5"])
+    tuned, mixed = weights(trained / "model"), weights(run / "model")
+    for name in mixed:
+        torch.testing.assert_close(mixed[name], (base[name] + tuned[name]) / 2)
+    record = json.loads((run / "training.json").read_text())["wise_ft"]
+    assert [row["alpha"] for row in record["mixtures"]] == [0, 0.5, 1]
+    assert all(0.3 < row["outside"]["value"] <= 1 for row in record["mixtures"])
 
 
 def test_logit_scale_is_clamped(prepared, tmp_path, domain):
-    copy = tmp_path / "run"
-    shutil.copytree(prepared / "data", copy / "data")
-    hot, processor = load_clip(domain.base)
-    with torch.no_grad():
-        hot.logit_scale.fill_(math.log(100) - 1e-4)
-    hot.save_pretrained(tmp_path / "hot")
-    processor.save_pretrained(tmp_path / "hot")
-    domain.model_copy(update={"base": str(tmp_path / "hot")}).save(copy / "domain.yaml")
-    report = json.loads((copy / "data" / "report.json").read_text())
-    (copy / "data" / "report.json").write_text(json.dumps(report | {"base": str(tmp_path / "hot")}))
-    trainer = train.train([str(copy), "--loss", "info_nce"])
-    assert trainer.model.logit_scale.item() <= math.log(100) + 1e-6
+    run = fresh(prepared, tmp_path)
+    trainer = train.train([str(run), "--initial_logit_scale", "99.99", "--loss", "info_nce"])
+    assert 50 < trainer.model.logit_scale.exp().item() <= 100 * (1 + 1e-6)
 
 
 def test_an_unfinished_training_is_not_thrown_away(trained, tmp_path):
@@ -140,7 +308,7 @@ def test_a_finished_training_makes_room_for_a_new_one(trained, tmp_path):
     stale = copy / "checkpoints" / "checkpoint-999999"
     shutil.copytree(checkpoints(trained)[0], stale)
     (copy / "checkpoints" / "notes.txt").write_text("mine")
-    train.train([str(copy), "--save_total_limit", "9", "--early_stopping_patience", "9"])
+    train.train([str(copy), *KEEP_ALL])
     assert not stale.exists()
     assert (copy / "checkpoints" / "notes.txt").exists()
     assert not moved(weights(checkpoints(copy)[-1]), weights(checkpoints(trained)[-1])), "same seed, same weights"
@@ -155,15 +323,30 @@ def test_stage_patterns_that_match_nothing_are_refused(base):
         trainable_names(base, stage)
 
 
+def test_unknown_patterns_fail_before_anything_is_prepared_or_loaded(tmp_path):
+    facades = Domain.load(FACADES)
+    typo = facades.stages[1].model_copy(update={"train": ["text_modell.*"]})
+    (tmp_path / "domain").mkdir()
+    facades.model_copy(update={"name": "typo", "stages": [facades.stages[0], typo]}).save(tmp_path / "domain.yaml")
+    with pytest.raises(ValueError, match="stage 'visual': pattern 'text_modell.*' matches no parameter"):
+        train.train([str(tmp_path / "domain.yaml")])
+    assert not Path("runs/typo").exists()
+    with pytest.raises(ValueError, match="matches no parameter"):
+        check_stages(facades.base, [typo])
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"learning_rate": 1e-3}, "belong to the stages"),
-        ({"num_train_epochs": 2}, "belong to the stages"),
-        ({"loss": "triplet"}, "expected one of multi_positive, info_nce"),
-        ({"save_strategy": "no"}, "use 'epoch' or 'steps'"),
+        ({"learning_rate": 1e-3}, r"stages\[\].learning_rate"),
+        ({"num_train_epochs": 2}, r"stages\[\].epochs"),
+        ({"warmup_steps": 5}, r"stages\[\].warmup"),
+        ({"loss": "triplet"}, "expected one of multi_positive, info_nce, class_prompts"),
+        ({"wise_ft": "1.5"}, "expected a number from 0 to 1, or auto"),
+        ({"save_strategy": "no"}, "use 'epoch', or 'steps'"),
         ({"logging_strategy": "steps"}, "epochs are compared"),
-        ({"load_best_model_at_end": False}, "the best epoch on validation is kept"),
+        ({"load_best_model_at_end": True}, "kept anyhow"),
+        ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, "repeat the first epoch"),
     ],
 )
 def test_arguments_that_would_mislead_are_refused(tmp_path, options, words):

@@ -6,17 +6,23 @@ content does), class_name, split (None: to be decided) and attribution (None: no
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 
 from data_prep.sources.commons import download_commons
 from data_prep.sources.facades import paint_facades
 from data_prep.sources.folders import read_folders
+from data_prep.sources.shapes import draw_shapes
 from data_prep.sources.tables import is_table, read_table
+from data_prep.verify import verify_image
 from nicheclip.domain import Domain
 from nicheclip.results import read_json
+
+logger = logging.getLogger(__name__)
 
 
 def fetch_images(domain: Domain, run: Path, images: str | None, seed: int, contact: str | None) -> str | Path:
@@ -54,6 +60,51 @@ def read_source(domain: Domain, location: str | Path, own: bool) -> tuple[datase
         options = domain.source.options if domain.source.kind == "dataset" else {}
         return read_table(location, domain.class_names, **options)
     return read_folders(location, domain.class_names)
+
+
+def outside_rows(domain: Domain, seed: int = 0) -> datasets.Dataset:
+    """The images of the domain's outside task, at most `outside.images_per_class` a class.
+
+    Where the images come in splits, those of the test split are taken. What does not decode is left out, with a
+    warning.
+
+    Args:
+        seed: of the draw; the same for models that are compared.
+
+    Returns:
+        image (shrunk as the domain's own, decoded on access) and label (the index of the class in `outside.classes`).
+
+    Raises:
+        ValueError: if the domain has no outside task, or its labels don't fit, or no image of a class can be read.
+        FileNotFoundError: if there are no images.
+    """
+    outside = domain.outside
+    if outside is None:
+        raise ValueError(f"domain '{domain.name}' has no outside task; add `outside` to the domain file")
+    names, source = list(outside.classes), outside.source
+    if source.kind == "shapes":
+        rows = draw_shapes(names, outside.images_per_class, seed)
+    elif source.kind == "dataset":
+        rows, _ = read_table(source.path, names, **source.options)
+    else:
+        rows, _ = read_folders(source.path, names)
+    of_class, splits = np.array(rows["class_name"]), np.array(rows["split"])
+    taken = splits == "test" if "test" in splits else np.ones(len(rows), bool)
+    rng = np.random.default_rng(seed)
+    drawn = [rng.permutation(np.flatnonzero(taken & (of_class == name)))[: outside.images_per_class] for name in names]
+    images, labels = [], []
+    for label, indices in enumerate(drawn):
+        verified = [verify_image(rows[int(index)]["image"], domain.stored_short_side) for index in np.sort(indices)]
+        readable = [entry["image"] for entry in verified if entry["error"] is None]
+        if not readable:
+            raise ValueError(f"no image of outside class '{names[label]}' can be read; check outside.source")
+        if len(readable) < len(verified):
+            unreadable = len(verified) - len(readable)
+            logger.warning("outside: left out %d unreadable images of '%s'", unreadable, names[label])
+        images += readable
+        labels += [label] * len(readable)
+    columns = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    return datasets.Dataset.from_dict({"image": images, "label": labels}, features=columns)
 
 
 def planted_faults(location: str | Path) -> dict[str, Any] | None:

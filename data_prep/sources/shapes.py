@@ -1,0 +1,78 @@
+"""A drawn task outside of the façades: which colour is the shape? The classes are colours.
+
+Circles, triangles, squares and hexagons, in every colour alike, on grey ground. The base of the façades knows the
+names of colours, from walls, and those of shapes it has never read; so colours are what it can forget.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+
+import datasets
+import numpy as np
+from PIL import Image, ImageDraw
+
+from data_prep.sources.rows import SOURCE_FEATURES
+
+COLOURS = {
+    "red": (196, 56, 48), "pink": (236, 160, 176), "brown": (124, 82, 54), "yellow": (232, 198, 70),
+    "green": (84, 150, 76), "blue": (66, 104, 184), "grey": (128, 128, 128), "white": (244, 244, 244),
+}  # fmt: skip
+CORNERS = (0, 3, 4, 6)  # of the shapes; 0 is a circle
+COLOUR_SPREAD = 12.0  # standard deviation of the colour of a shape, of 255
+SIZE = 96  # pixels
+GRAIN = 5.0  # standard deviation of the noise in each pixel
+SUPERSAMPLING = 3
+
+
+def draw_shapes(class_names: list[str], per_class: int, seed: int) -> datasets.Dataset:
+    """Draws `per_class` shapes of each colour, in memory; the same seed draws the same.
+
+    Args:
+        class_names: keys of `COLOURS`.
+
+    Returns:
+        rows as `data_prep.sources` describes them.
+
+    Raises:
+        ValueError: for a colour that does not exist.
+    """
+    unknown = sorted(set(class_names) - set(COLOURS))
+    if unknown:
+        raise ValueError(
+            f"no shape is '{unknown[0]}'; the classes of outside are colours, and known are {', '.join(COLOURS)}"
+        )
+    rows = []
+    for colour in class_names:
+        for index in range(per_class):
+            rng = np.random.default_rng([seed, list(COLOURS).index(colour), index])
+            encoded = io.BytesIO()
+            _draw(COLOURS[colour], CORNERS[index % len(CORNERS)], rng).save(encoded, "PNG")
+            rows.append(
+                {
+                    "image": {"bytes": encoded.getvalue(), "path": None},
+                    "source_id": f"{colour}/{index:04d}.png",
+                    "version": "1",
+                    "class_name": colour,
+                    "split": None,
+                    "attribution": None,
+                }
+            )
+    return datasets.Dataset.from_list(rows, features=SOURCE_FEATURES)
+
+
+def _draw(colour: tuple[int, int, int], corners: int, rng: np.random.Generator) -> Image.Image:
+    """One shape near the middle, RGB (SIZE, SIZE)."""
+    fill = np.clip(np.array(colour) + rng.normal(0, COLOUR_SPREAD, 3), 0, 255)
+    ground = rng.integers(70, 220)
+    while abs(fill.mean() - ground) < 35:  # else a grey shape could not be seen
+        ground = rng.integers(70, 220)
+    side = SUPERSAMPLING * SIZE
+    image = Image.new("RGB", (side, side), (int(ground),) * 3)
+    radius, (x, y), turn = side * rng.uniform(0.26, 0.42), side * rng.uniform(0.42, 0.58, 2), rng.uniform(0, math.tau)
+    angles = [turn + math.tau * corner / (corners or 48) for corner in range(corners or 48)]
+    outline = [(x + radius * math.cos(angle), y + radius * math.sin(angle)) for angle in angles]
+    ImageDraw.Draw(image).polygon(outline, tuple(int(value) for value in fill))
+    pixels = np.asarray(image.resize((SIZE, SIZE), Image.Resampling.LANCZOS), np.float32)
+    return Image.fromarray(np.clip(pixels + rng.normal(0, GRAIN, pixels.shape), 0, 255).astype(np.uint8))

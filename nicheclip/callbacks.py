@@ -1,0 +1,114 @@
+"""What `StagedTrainer` does beside the steps: clamps, ends stages, stops on a signal, prints."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import CLIPModel, ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+MAX_LOGIT_SCALE = math.log(100)
+
+
+class TrainingInterrupted(Exception):
+    """SIGINT or SIGTERM has stopped a training, after its checkpoint was written."""
+
+    def __init__(self, received: signal.Signals, checkpoint: str):
+        super().__init__(
+            f"stopped by {received.name}; '{checkpoint}' is written, go on with --resume_from_checkpoint True"
+        )
+        self.signal = received
+
+
+class ClampLogitScale(TrainerCallback):
+    """Keeps exp(logit_scale) at 100 or below, as CLIP does (Radford et al. 2021, arXiv:2103.00020)."""
+
+    def on_optimizer_step(self, args, state, control, model: CLIPModel, **kwargs: Any) -> None:
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+
+
+class EndOfStage(TrainerCallback):
+    """Stops when the stage is over, and keeps epochs whole.
+
+    Args:
+        is_over: says after an evaluation whether the stage has ended before its time.
+        steps_per_epoch: optimiser steps.
+    """
+
+    def __init__(self, is_over: Callable[[], bool], steps_per_epoch: Callable[[], int]):
+        self.is_over = is_over
+        self.steps_per_epoch = steps_per_epoch
+
+    def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step % self.steps_per_epoch() == 0:
+            control.should_save = False  # not before the epoch has been evaluated: who resumes would skip that
+
+    def on_epoch_end(self, args, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        whole = state.global_step % self.steps_per_epoch() == 0  # else a signal has cut it off
+        control.should_log = control.should_evaluate = whole
+        control.should_save = True
+
+    def on_evaluate(self, args, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.is_over():
+            control.should_training_stop = True
+
+
+class StopOnSignal(TrainerCallback):
+    """A context in which SIGINT and SIGTERM end the training after the step at hand, with a checkpoint.
+
+    With one process, a second signal ends it at once. With several, all agree on the step, and further signals are
+    ignored: launchers send one of their own after the terminal's.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        self.received = None
+        if threading.current_thread() is threading.main_thread():  # signals can't be caught elsewhere
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        if not torch.distributed.is_initialized():
+            self.__exit__()
+
+    def on_step_end(self, args: TrainingArguments, state, control: TrainerControl, **kwargs: Any) -> None:
+        if args.world_size > 1:
+            number = torch.tensor(self.received or 0, device=args.device)
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+            self.received = signal.Signals(number.item()) if number else None
+        if self.received is not None:
+            control.should_training_stop = True
+
+
+def ignore_interrupts(worker: int) -> None:
+    """For workers of a DataLoader: a Ctrl-C reaches them as well, but their parent has a step to finish."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class EpochLines(ProgressCallback):
+    """Progress bars, and one line an epoch instead of the Trainer's dictionaries."""
+
+    def on_log(self, args, state: TrainerState, control, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if state.is_local_process_zero and "eval_accuracy" in logs and self.training_bar is not None:
+            *_, before = (entry for entry in state.log_history if "loss" in entry)
+            self.training_bar.write(
+                f"{before['stage']}, epoch {round(state.epoch)}: loss {before['loss']:.3f}, "
+                f"validation accuracy {logs['eval_accuracy']:.1%}"
+            )

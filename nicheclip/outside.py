@@ -1,0 +1,34 @@
+"""What fine-tuning forgets: a zero-shot task outside of the domain, asked before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from PIL import Image
+from transformers import CLIPModel, CLIPProcessor
+
+from nicheclip.metrics import correct
+from nicheclip.results import Measure, proportion
+from nicheclip.zero_shot import encode_images, encode_texts, zero_shot_logits
+
+
+def outside_accuracy(
+    model: CLIPModel,
+    processor: CLIPProcessor,
+    images: Iterable[Image.Image],
+    labels: np.ndarray,
+    canonical_prompts: list[str],
+    progress: bool = True,
+) -> Measure:
+    """The share of images that the zero-shot classifier of the outside task names rightly.
+
+    Args:
+        images: those of the task, see `data_prep.sources.outside_rows`.
+        labels: (N,) int, their class.
+        canonical_prompts: one of each class (C,).
+        progress: whether to show a progress bar.
+    """
+    image_embeds = encode_images(model, processor, images, len(labels), description="outside", progress=progress)
+    logits = zero_shot_logits(model, image_embeds, encode_texts(model, processor, canonical_prompts))  # (N, C)
+    return proportion(correct(logits, labels), np.arange(len(labels)), "outside")

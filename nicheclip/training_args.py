@@ -1,0 +1,132 @@
+"""The arguments of `StagedTrainer`: transformers' own, with the recipe's defaults and what stages and batches need."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+from nicheclip.losses import LOSSES
+from nicheclip.sampler import CLUSTER_DRAWS
+
+_OF_THE_STAGES = {
+    "learning_rate": "learning_rate",
+    "num_train_epochs": "epochs",
+    "max_steps": "epochs",
+    "warmup_steps": "warmup",
+}
+
+
+@dataclass
+class StagedTrainingArguments(TrainingArguments):
+    """`TrainingArguments` whose defaults are the recipe's, with what staged contrastive training needs besides.
+
+    Learning rates, epochs and warm-up belong to the stages of the domain file; setting them here is an error.
+    """
+
+    loss: str = field(default="multi_positive", metadata={"help": f"One of {', '.join(LOSSES)}."})
+    cluster_share: float = field(
+        default=0.5, metadata={"help": "Share of each batch that comes from one cluster of confusable classes."}
+    )
+    cluster_draw: str = field(
+        default="size", metadata={"help": f"How often a cluster leads a batch, one of {', '.join(CLUSTER_DRAWS)}."}
+    )
+    classes_per_batch: int | None = field(
+        default=None,
+        metadata={"help": "About how many classes the rest of a batch comes from; default: as they are shuffled."},
+    )
+    early_stopping_patience: int = field(
+        default=5, metadata={"help": "End a stage after this many epochs of it without a better validation score."}
+    )
+    initial_logit_scale: float | None = field(
+        default=None,
+        metadata={"help": "exp(logit_scale) to begin with, e.g. the recipe's 14.3; default: the base model's."},
+    )
+    wise_ft: str = field(
+        default="1",
+        metadata={
+            "help": "WiSE-FT: the fine-tuned model's part in the weights, the rest is the base's; "
+            "a number from 0 to 1, or auto: what is best on validation."
+        },
+    )
+    bf16: bool | None = field(
+        default=None, metadata={"help": "Mixed precision in bfloat16; default: where there is a GPU that supports it."}
+    )
+    gradient_accumulation_steps: int = field(
+        default=1,
+        metadata={
+            "help": "Batches whose gradients are averaged before a step. The pair losses see the negatives of one "
+            "batch at a time, so accumulating is no larger batch to them; to class_prompts it is."
+        },
+    )
+    # The recipe's optimiser: CLIP's betas and eps, strong decay, cosine.
+    per_device_train_batch_size: int = 16
+    per_device_eval_batch_size: int = 64
+    label_smoothing_factor: float = 0.1
+    weight_decay: float = 0.1
+    adam_beta2: float = 0.98
+    adam_epsilon: float = 1e-6
+    lr_scheduler_type: str = "cosine"
+    # One row an epoch in the log, on validation, and the best epoch kept (by StagedTrainer, over all stages).
+    eval_strategy: str = "epoch"
+    save_strategy: str = "epoch"
+    logging_strategy: str = "epoch"
+    metric_for_best_model: str = "accuracy"
+    greater_is_better: bool = True
+    save_total_limit: int = 2
+    # A loss that is not finite stops the training: it must not be smoothed over in the log.
+    logging_nan_inf_filter: bool = False
+    # All that a stage trains takes part in each step.
+    ddp_find_unused_parameters: bool = False
+    # Visits carry images and prompts that only our collator understands.
+    remove_unused_columns: bool = False
+    report_to: str = "none"
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.cuda.is_available,
+        metadata={"help": "Pin memory for the copy to the GPU, if there is one."},
+    )
+
+    def __post_init__(self) -> None:
+        defaults = TrainingArguments.__dataclass_fields__
+        for name, of_the_stage in _OF_THE_STAGES.items():
+            if getattr(self, name) != defaults[name].default:
+                raise ValueError(
+                    f"--{name} is {getattr(self, name)}, but it belongs to the stages; "
+                    f"set stages[].{of_the_stage} in the domain file"
+                )
+        if self.loss not in LOSSES:
+            raise ValueError(f"--loss is '{self.loss}'; expected one of {', '.join(LOSSES)}")
+        if self.wise_ft != "auto" and not _is_share(self.wise_ft):
+            raise ValueError(f"--wise_ft is '{self.wise_ft}'; expected a number from 0 to 1, or auto")
+        if self.save_strategy not in ("epoch", "steps"):
+            raise ValueError(
+                f"--save_strategy is '{self.save_strategy}', but a stage starts from a checkpoint of the one before "
+                "it; use 'epoch', or 'steps' for checkpoints in the middle of an epoch as well"
+            )
+        if self.eval_on_start or (self.eval_strategy, self.logging_strategy) != ("epoch", "epoch"):
+            raise ValueError(
+                "--eval_strategy and --logging_strategy must be 'epoch', without --eval_on_start: epochs are compared"
+            )
+        if self.load_best_model_at_end or self.save_only_model:
+            raise ValueError(
+                "--load_best_model_at_end and --save_only_model must be left out: the best epoch of all stages is "
+                "kept anyhow, and stages go on from checkpoints"
+            )
+        if self.dataloader_persistent_workers:
+            raise ValueError(
+                "--dataloader_persistent_workers must be left out: such workers would repeat the first epoch's views"
+            )
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # else --bf16 asks for a GPU
+        if self.bf16 is None:
+            asked = self.fp16 or self.use_cpu or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
+            self.bf16 = not asked and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        super().__post_init__()
+
+
+def _is_share(text: str) -> bool:
+    try:
+        return 0 <= float(text) <= 1
+    except ValueError:
+        return False

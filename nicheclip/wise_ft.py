@@ -1,0 +1,143 @@
+"""WiSE-FT: the weights between the base and the fine-tuned model (Wortsman et al. 2022, arXiv:2109.01903).
+
+alpha 0 is the base, 1 the fine-tuned model. Between them there is often a model that is as good on the domain and has
+forgotten less; which alpha that is, validation says.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+from transformers import CLIPModel, CLIPProcessor
+
+from nicheclip.calibration import nll
+from nicheclip.metrics import correct
+from nicheclip.outside import outside_accuracy
+from nicheclip.results import Measure, proportion
+from nicheclip.zero_shot import encode_images, encode_texts, zero_shot_logits
+
+ALPHAS = tuple(step / 10 for step in range(11))
+
+
+@dataclass(frozen=True)
+class Interpolation:
+    """What the model at one alpha is worth."""
+
+    alpha: float
+    accuracy: Measure  # on validation
+    nll: float  # on validation, in nats, not calibrated
+    outside: Measure | None  # accuracy on the outside task, if there is one
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "alpha": self.alpha,
+            "accuracy": self.accuracy.to_dict(),
+            "nll": self.nll,
+            "outside": self.outside and self.outside.to_dict(),
+        }
+
+
+def interpolate(
+    base: Mapping[str, torch.Tensor], tuned: Mapping[str, torch.Tensor], alpha: float
+) -> dict[str, torch.Tensor]:
+    """(1 - alpha) * base + alpha * tuned, for every floating tensor, `logit_scale` included.
+
+    Args:
+        base, tuned: state dicts of the same architecture.
+        alpha: 0 gives the base, bit for bit, and 1 the fine-tuned model.
+
+    Returns:
+        a state dict of its own storage, floating tensors in float32 on the base's device; others are the base's.
+
+    Raises:
+        ValueError: if alpha is outside of [0, 1], or names or shapes differ.
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is {alpha:g}; expected 0 (the base) to 1 (the fine-tuned model)")
+    different = sorted(set(base) ^ set(tuned)) or [name for name in base if base[name].shape != tuned[name].shape]
+    if different:
+        raise ValueError(
+            f"the base and the fine-tuned model differ in '{different[0]}'; expected the base that was fine-tuned"
+        )
+    mixed = {}
+    for name, tensor in base.items():
+        if not tensor.is_floating_point():
+            mixed[name] = tensor.detach().clone()
+            continue
+        start, end = tensor.detach().float(), tuned[name].detach().to(tensor.device, torch.float32)
+        # at the ends no arithmetic: it would turn -0.0 to 0.0, and 0 times infinity to NaN
+        mixed[name] = start.clone() if alpha == 0 else end.clone() if alpha == 1 else (1 - alpha) * start + alpha * end
+    return mixed
+
+
+def choose_alpha(
+    base: CLIPModel,
+    tuned: CLIPModel,
+    processor: CLIPProcessor,
+    validation: datasets.Dataset,
+    canonical_prompts: list[str],
+    outside: tuple[datasets.Dataset, list[str]] | None = None,
+    alphas: Sequence[float] = ALPHAS,
+    progress: bool = True,
+) -> tuple[float, list[Interpolation]]:
+    """Tries each alpha as the zero-shot classifier of the domain; neither model is changed.
+
+    Images are decoded, resized and cropped once, and kept: 3 bytes a pixel of the side that the model sees.
+
+    Args:
+        validation: the prepared split: image, label, group_id.
+        canonical_prompts: one of each class (C,).
+        outside: rows of image and label, and the canonical prompts, of the task outside of the domain. It is measured
+            and does not choose.
+
+    Returns:
+        the alpha of the best accuracy on validation, of several the smallest, which keeps most of the base; and what
+        each alpha is worth, in the order of `alphas`. The accuracy of the chosen one flatters, as it was chosen by it.
+
+    Raises:
+        ValueError: as `interpolate`.
+    """
+    images = _as_the_model_sees(processor, validation)
+    labels, groups = np.array(validation["label"]), np.array(validation["group_id"])
+    if outside is not None:
+        outside_rows, outside_prompts = outside
+        outside_images, outside_labels = _as_the_model_sees(processor, outside_rows), np.array(outside_rows["label"])
+    start, end, model = base.state_dict(), tuned.state_dict(), copy.deepcopy(base).float().eval()
+    table = []
+    for alpha in tqdm(alphas, desc="WiSE-FT", unit="alpha", leave=False, disable=not progress):
+        model.load_state_dict(interpolate(start, end, alpha))
+        image_embeds = encode_images(model, processor, images, len(images), progress=False)
+        logits = zero_shot_logits(model, image_embeds, encode_texts(model, processor, canonical_prompts))  # (N, C)
+        table.append(
+            Interpolation(
+                alpha,
+                proportion(correct(logits, labels), groups, "validation"),
+                nll(logits, labels),
+                None
+                if outside is None
+                else outside_accuracy(
+                    model, processor, outside_images, outside_labels, outside_prompts, progress=False
+                ),
+            )
+        )
+    best = max(table, key=lambda row: (row.accuracy.value, -row.alpha))
+    return best.alpha, table
+
+
+def _as_the_model_sees(processor: CLIPProcessor, rows: Iterable[dict[str, Any]]) -> list[Image.Image]:
+    """The images resized and cropped; the processor then finds nothing to do but to normalise."""
+    views = []
+    for row in rows:
+        pixels = processor.image_processor(
+            row["image"].convert("RGB"), do_rescale=False, do_normalize=False, return_tensors="pt"
+        )["pixel_values"][0]  # (3, S, S), 0 to 255
+        views.append(Image.fromarray(pixels.permute(1, 2, 0).byte().numpy()))
+    return views

@@ -1,0 +1,142 @@
+"""The losses against known answers, their floors, and batches that are spread over processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+
+from nicheclip.losses import LOSSES, class_prompts, gather, info_nce, loss_floor, multi_positive
+from tests.conftest import ROOT
+from tests.two_processes import gradients, joint_batch, tiny_model
+
+
+def random_logits(rows: int, columns: int) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * 3
+
+
+def test_losses_by_hand_where_both_images_are_of_one_class():
+    logits = torch.tensor([[1.0, 0.0], [0.0, 1.0]]) * np.log(3)  # probabilities 3/4 and 1/4 in both directions
+    labels = torch.tensor([0, 0])
+    assert info_nce(logits, labels).item() == pytest.approx(-np.log(3 / 4))
+    assert info_nce(logits, labels, 0.2).item() == pytest.approx(-0.9 * np.log(3 / 4) - 0.1 * np.log(1 / 4))
+    assert multi_positive(logits, labels).item() == pytest.approx(-(np.log(3 / 4) + np.log(1 / 4)) / 2)
+
+
+def test_info_nce_and_multi_positive_agree_when_no_class_comes_twice_and_differ_when_one_does():
+    logits = random_logits(6, 6)
+    distinct, repeated = torch.arange(6), torch.tensor([0, 0, 1, 2, 3, 4])
+    by_hand = (cross_entropy(logits, distinct) + cross_entropy(logits.T, distinct)) / 2
+    assert info_nce(logits, repeated).item() == pytest.approx(by_hand.item(), rel=1e-5)
+    assert multi_positive(logits, distinct).item() == pytest.approx(by_hand.item(), rel=1e-5)
+    assert multi_positive(logits, repeated).item() != pytest.approx(by_hand.item(), rel=1e-3)
+    smoothed = multi_positive(logits, distinct, 0.1).item()
+    assert smoothed == pytest.approx(info_nce(logits, distinct, 0.1).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_info_nce_pushes_same_class_pairs_apart_and_multi_positive_pulls_them_together(label_smoothing):
+    labels = torch.tensor([0, 0, 1, 1])
+    others_alike = (labels[:, None] == labels[None, :]) & ~torch.eye(4, dtype=torch.bool)
+    for loss, sign in ((info_nce, 1), (multi_positive, -1)):
+        logits = torch.zeros(4, 4, requires_grad=True)
+        loss(logits, labels, label_smoothing).backward()
+        assert (logits.grad[others_alike].sign() == sign).all()  # descent moves against the gradient
+
+
+def test_multi_positive_rests_where_same_class_pairs_are_alike():
+    labels = torch.tensor([0, 0, 1, 1])
+    same = labels[:, None] == labels[None, :]
+    for loss, rests in ((multi_positive, True), (info_nce, False)):
+        logits = (10.0 * same).requires_grad_()  # already right: same-class pairs alike, others far
+        loss(logits, labels).backward()
+        assert (logits.grad[same].abs() < 1e-4).all().item() is rests
+
+
+def test_class_prompts_is_the_cross_entropy_of_the_zero_shot_classifier():
+    logits, labels = random_logits(7, 4), torch.tensor([0, 1, 2, 3, 3, 3, 0])
+    for smoothing in (0.0, 0.1):
+        by_torch = cross_entropy(logits, labels, label_smoothing=smoothing)
+        assert class_prompts(logits, labels, smoothing).item() == pytest.approx(by_torch.item())
+
+
+def lowest(loss: str, labels: np.ndarray, label_smoothing: float, num_classes: int) -> float:
+    """What descent reaches on logits that are free, but the same for all prompts of a class."""
+    free = torch.zeros(len(labels), num_classes, dtype=torch.float64, requires_grad=True)
+    labels = torch.from_numpy(labels)
+    optimizer = torch.optim.LBFGS([free], max_iter=300, line_search_fn="strong_wolfe", tolerance_grad=1e-9)
+
+    def step() -> torch.Tensor:
+        optimizer.zero_grad()
+        logits = free if loss == "class_prompts" else free[:, labels]
+        value = LOSSES[loss](logits, labels, label_smoothing)
+        value.backward()
+        return value
+
+    optimizer.step(step)
+    return step().item()
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0, 1, 2, 2, 3, 1], [0, 1, 2, 3], [2, 2, 2]], ids=["mixed", "all", "one"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_descent_reaches_the_floor_and_no_lower(loss, label_smoothing, labels):
+    floor = loss_floor(np.array(labels), loss, label_smoothing, num_classes=4)
+    reached = lowest(loss, np.array(labels), label_smoothing, num_classes=4)
+    assert floor - 1e-6 <= reached <= floor + 1e-3
+
+
+def test_floors_by_hand():
+    assert loss_floor(np.arange(4), "info_nce", 0.0, 4) == 0
+    assert loss_floor(np.zeros(4), "info_nce", 0.1, 4) == pytest.approx(np.log(4))
+    assert loss_floor(np.array([0, 0, 1]), "multi_positive", 0.0, 2) == pytest.approx(2 / 3 * np.log(2))
+    assert loss_floor(np.array([0, 1]), "class_prompts", 0.2, 2) == pytest.approx(
+        -0.9 * np.log(0.9) - 0.1 * np.log(0.1)
+    )
+
+
+def test_half_a_batch_from_one_cluster_puts_the_floor_far_above_zero():
+    """Batches of 16: eight of three confusable classes, eight of 25 classes."""
+    rng = np.random.default_rng(0)
+    batches = [np.concatenate([rng.integers(0, 3, 8), rng.integers(0, 25, 8)]) for _ in range(500)]
+    smoothed = np.mean([loss_floor(batch, "info_nce", 0.1, 25) for batch in batches])
+    plain = np.mean([loss_floor(batch, "info_nce", 0.0, 25) for batch in batches])
+    assert 0.5 < plain < smoothed < np.log(16)
+    assert 1.1 < smoothed < 1.4
+
+
+def test_a_single_process_gathers_nothing():
+    embeds = torch.ones(2, 3, requires_grad=True)
+    assert gather(embeds) is embeds
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    out = tmp_path_factory.mktemp("two") / "gradients.safetensors"
+    script = Path(__file__).with_name("two_processes.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, out]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([str(part) for part in launch], env=env, stderr=subprocess.PIPE, text=True) as launched:
+        try:
+            _, errors = launched.communicate(timeout=120)
+        finally:
+            launched.terminate()  # a launcher that is terminated takes its processes along, a killed one leaves them
+    assert launched.returncode == 0, errors[-3000:]
+    return load_file(out)
+
+
+@pytest.mark.parametrize("find_unused", [False, True])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_two_processes_give_the_gradients_of_one_with_the_joint_batch(loss, find_unused, of_two):
+    model = tiny_model()
+    of_one = gradients(loss, model, model, joint_batch())
+    assert of_one["logit_scale"].abs() > 1e-3
+    for name, expected in of_one.items():
+        torch.testing.assert_close(of_two[f"{loss}/{find_unused}/{name}"], expected, rtol=1e-4, atol=1e-6)
