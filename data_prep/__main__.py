@@ -2,8 +2,8 @@
 
 Reads class folders, a dataset or Wikimedia Commons (or paints the embedded façades), verifies each image, groups
 near-duplicates, makes the four splits, suspects wrong labels in train, and writes RUN/data with report.html, and
-RUN/review.csv for a person to decide on the suspects. A killed run goes on where it was. On several
-GPUs: accelerate launch -m data_prep DOMAIN; on CPUs: torchrun --nproc_per_node 2 -m -- data_prep DOMAIN.
+RUN/review.csv for a person to decide on the suspects. A killed run goes on where it was. On several GPUs:
+accelerate launch -m data_prep DOMAIN; in two processes on a CPU: the same with --cpu --num_processes 2 after launch.
 """
 
 from __future__ import annotations

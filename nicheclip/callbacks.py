@@ -15,7 +15,7 @@ from transformers import CLIPModel, ProgressCallback, TrainerCallback, TrainerCo
 MAX_LOGIT_SCALE = math.log(100)
 
 
-class TrainingInterrupted(Exception):
+class TrainingInterrupted(KeyboardInterrupt):
     """SIGINT or SIGTERM has stopped a training, after its checkpoint was written."""
 
     def __init__(self, received: signal.Signals, checkpoint: str):

@@ -61,7 +61,6 @@ def test_a_killed_run_ends_with_the_same_bytes(prepared, uninterrupted, tmp_path
 
 
 def test_two_processes_make_the_same_dataset(prepared, uninterrupted, tmp_path):
-    """On CPU cores torchrun starts them; `accelerate launch` does on GPUs."""
     run, script = tmp_path / "run", tmp_path / "launched.py"
     script.write_text(
         "from data_prep.__main__ import main\n"
@@ -70,10 +69,10 @@ def test_two_processes_make_the_same_dataset(prepared, uninterrupted, tmp_path):
         "    assert processes().num_processes == 2\n"
         "    main()\n"
     )
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29541", "--", str(script)]
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--main_process_port", "29541"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run(
-        [sys.executable, *launch, *command(prepared, run)[2:]],
+        [sys.executable, *launch, str(script), *command(prepared, run)[2:]],
         cwd=ROOT, check=True, capture_output=True, timeout=240, env=environment,
     )  # fmt: skip
     alone, together = (json.loads((folder / "data" / "report.json").read_text()) for folder in (uninterrupted, run))

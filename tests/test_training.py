@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 import train
 from nicheclip.callbacks import TrainingInterrupted
 from nicheclip.domain import Domain, Stage
+from nicheclip.losses import LOSSES, multi_positive
 from nicheclip.stages import check_stages, current_stage, trainable_names
 from nicheclip.training_args import StagedTrainingArguments
 from nicheclip.zero_shot import load_clip
@@ -243,23 +245,22 @@ def test_a_loss_that_is_not_finite_stops_with_step_images_and_remedy(prepared, t
     assert "--resume_from_checkpoint True" in str(caught.value)
 
 
-def test_ctrl_c_writes_a_checkpoint_from_which_the_same_weights_come(trained, prepared, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_writes_a_checkpoint_from_which_the_same_weights_come(
+    trained, prepared, tmp_path, monkeypatch, number
+):
     """The signal arrives in the middle of the second stage's first epoch, from the loss function."""
-    import signal
-
-    from nicheclip.losses import LOSSES, multi_positive
-
     steps = iter(range(99))
 
     def pressing(*args):
         if next(steps) == 9:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return multi_positive(*args)
 
     run = fresh(prepared, tmp_path)
     with monkeypatch.context() as patch:
         patch.setitem(LOSSES, "multi_positive", pressing)
-        with pytest.raises(TrainingInterrupted, match=r"SIGINT.*checkpoint-10"):
+        with pytest.raises(TrainingInterrupted, match=rf"{number.name}.*checkpoint-10"):
             train.train([str(run)])
     assert checkpoints(run)[-1].name == "checkpoint-10"
     assert not (run / "model").exists()

@@ -1,0 +1,117 @@
+"""Training as it is launched: killed at any moment, and in several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from nicheclip.data import load_prepared
+from nicheclip.domain import Domain
+from nicheclip.sampler import ClusterBatchSampler
+from tests.conftest import ROOT
+
+KILLS = 10
+EVERY_STEP = ["--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "3"]
+
+
+def fresh(prepared: Path, run: Path) -> Path:
+    shutil.copytree(prepared / "data", run / "data")
+    shutil.copy(prepared / "domain.yaml", run)
+    return run
+
+
+def start(run: Path, *options: str) -> subprocess.Popen:
+    """Starts train.py, and returns when it has written its first checkpoint."""
+    command = [sys.executable, "train.py", str(run), *EVERY_STEP, *options]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not any((run / "checkpoints").glob("checkpoint-*")):
+        assert process.poll() is None, "it ended before its first checkpoint"
+        time.sleep(0.005)
+    return process
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_weights(prepared, tmp_path):
+    whole = fresh(prepared, tmp_path / "whole")
+    process = start(whole)
+    began = time.perf_counter()
+    assert process.wait() == 0
+    seconds, expected = time.perf_counter() - began, (whole / "model" / "model.safetensors").read_bytes()
+    rng, last_steps = np.random.default_rng(0), []
+    for kill in range(KILLS):
+        run = fresh(prepared, tmp_path / f"killed-{kill}")
+        process = start(run)
+        time.sleep(0.8 * seconds * (kill + rng.random()) / KILLS)  # the last fifth is WiSE-FT and writing
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it was still running"
+        last_steps.append(max(int(folder.name.split("-")[1]) for folder in (run / "checkpoints").glob("checkpoint-*")))
+        subprocess.run(
+            [sys.executable, "train.py", str(run), *EVERY_STEP, "--resume_from_checkpoint", "True"],
+            cwd=ROOT, check=True, capture_output=True,
+        )  # fmt: skip
+        assert (run / "model" / "model.safetensors").read_bytes() == expected, f"killed after step {last_steps[-1]}"
+        shutil.rmtree(run)
+    print(f"killed after the steps {last_steps}")
+    assert min(last_steps) < 7 < max(last_steps), "in both stages"
+
+
+def test_two_processes_see_each_batch_once_and_learn_as_one(prepared, tmp_path):
+    """`accelerate launch --num_processes 2 --cpu`: the same global batches, loss curve and files as one process."""
+    alone, together = fresh(prepared, tmp_path / "alone"), fresh(prepared, tmp_path / "together")
+    script = tmp_path / "watched.py"  # train.py, which writes down who visits what
+    script.write_text(
+        "import json, os, sys, train\n"
+        "from nicheclip.data import TrainingVisits\n"
+        "seen, visit = [], TrainingVisits.__getitem__\n"
+        "def watched(self, index):\n"
+        "    seen.append([self.epoch, int(index)])\n"
+        "    return visit(self, index)\n"
+        "TrainingVisits.__getitem__ = watched\n"
+        "train.main()\n"
+        f"json.dump(seen, open(os.path.join({str(tmp_path)!r}, 'rank' + os.environ.get('RANK', '') + '.json'), 'w'))\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launch = ["accelerate.commands.launch", "--num_processes", "2", "--cpu", "--main_process_port", port]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for command in (
+        [str(script), str(alone)],
+        ["-m", *launch, str(script), str(together), "--per_device_train_batch_size", "12"],
+    ):
+        subprocess.run(
+            [sys.executable, *command],
+            cwd=ROOT, check=True, capture_output=True, timeout=240, env=environment,
+        )  # fmt: skip
+
+    one, first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in ("", "0", "1"))
+    domain, labels = Domain.load(prepared), load_prepared(prepared)["train"]
+    visited = np.repeat(labels["label"][:], labels["repeats"][:])
+    sampler = ClusterBatchSampler(visited, domain.class_clusters, 24, seed=42)
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        promised = np.array(list(sampler.global_batches()))
+        of_ranks = [np.array([i for e, i in seen if e == epoch]).reshape(-1, 12) for seen in (first, second)]
+        assert (np.hstack(of_ranks) == promised).all()
+        assert [i for e, i in one if e == epoch] == promised.ravel().tolist()
+        assert set(promised.ravel()) == set(range(len(visited)))
+
+    records = [json.loads((run / "training.json").read_text()) for run in (alone, together)]
+    assert [record["processes"] for record in records] == [1, 2]
+    curves = [[row["loss"] for row in record["epochs"]] for record in records]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+    states = [load_file(run / "model" / "model.safetensors") for run in (alone, together)]
+    assert max((states[0][name] - states[1][name]).abs().max().item() for name in states[0]) < 1e-3
+    files = [{path.name for path in run.iterdir()} for run in (alone, together)]
+    assert files[0] == files[1] == {"data", "domain.yaml", "checkpoints", "model", "training.json"}
