@@ -26,7 +26,7 @@ from nicheclip.data import TrainingVisits, image_side, load_prepared
 from nicheclip.domain import Domain, DomainError
 from nicheclip.launch import processes
 from nicheclip.results import format_table, read_json, replaced_folder, write_json
-from nicheclip.run import check_same_data, check_unchanged, start_afresh
+from nicheclip.run import begin, check_begun_alike, check_not_begun, check_unchanged
 from nicheclip.stages import check_stages
 from nicheclip.trainer import StagedTrainer
 from nicheclip.training_args import StagedTrainingArguments
@@ -61,11 +61,8 @@ def train(argv: list[str]) -> StagedTrainer:
         splits = load_prepared(run)
         report = read_json(run / "data" / "report.json", f"run `python -m data_prep {target}` again")
         check_unchanged(domain, report, splits["train"].features["label"].names)
-        if resume is not None:
-            check_same_data(Path(args.output_dir), report["fingerprint"])
-        elif args.process_index == 0:
-            start_afresh(run, Path(args.output_dir), report["fingerprint"])
-
+        if resume is None:
+            check_not_begun(run, Path(args.output_dir))
     outside = (outside_rows(domain), domain.outside.canonical_prompts) if domain.outside else None
     set_seed(args.seed)
     model, processor = load_clip(domain.base)
@@ -73,6 +70,12 @@ def train(argv: list[str]) -> StagedTrainer:
         splits["train"], domain.prompt_bank[1], domain.augmentation, image_side(processor), args.seed
     )
     trainer = StagedTrainer(model, args, domain, processor, visits, splits["validation"])
+    settings = {"data_fingerprint": report["fingerprint"], **trainer.settings()}
+    if resume is not None:
+        check_begun_alike(Path(args.output_dir), settings)
+    trainer.accelerator.wait_for_everyone()  # so that all have looked before one of them writes
+    if trainer.is_world_process_zero():
+        begin(run, Path(args.output_dir), settings, resume is not None)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
@@ -122,7 +125,7 @@ def mix_with_base(
 
 
 def save_model(trainer: StagedTrainer, run: Path) -> None:
-    """Writes RUN/model, and the domain as it was trained; not `Trainer.save_model`, which adds a pickle."""
+    """Writes RUN/model, and the domain as it was trained."""
     with replaced_folder(run / "model") as folder:
         trainer.model.save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)

@@ -41,16 +41,16 @@ class EndOfStage(TrainerCallback):
         steps_per_epoch: optimiser steps.
     """
 
-    def __init__(self, is_over: Callable[[], bool], steps_per_epoch: Callable[[], int]):
+    def __init__(self, is_over: Callable[[], bool], steps_per_epoch: int):
         self.is_over = is_over
         self.steps_per_epoch = steps_per_epoch
 
     def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step % self.steps_per_epoch() == 0:
+        if state.global_step % self.steps_per_epoch == 0:
             control.should_save = False  # not before the epoch has been evaluated: who resumes would skip that
 
     def on_epoch_end(self, args, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        whole = state.global_step % self.steps_per_epoch() == 0  # else a signal has cut it off
+        whole = state.global_step % self.steps_per_epoch == 0  # else a signal has cut it off
         control.should_log = control.should_evaluate = whole
         control.should_save = True
 
@@ -87,12 +87,19 @@ class StopOnSignal(TrainerCallback):
         if not torch.distributed.is_initialized():
             self.__exit__()
 
-    def on_step_end(self, args: TrainingArguments, state, control: TrainerControl, **kwargs: Any) -> None:
+    def agree(self, args: TrainingArguments) -> bool:
+        """Whether any of the processes has received a signal."""
+        number = int(self.received or 0)
         if args.world_size > 1:
-            number = torch.tensor(self.received or 0, device=args.device)
-            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
-            self.received = signal.Signals(number.item()) if number else None
-        if self.received is not None:
+            highest = torch.tensor(number, device=args.device)
+            torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
+            number = int(highest.item())
+        if number:
+            self.received = signal.Signals(number)
+        return bool(number)
+
+    def on_step_end(self, args: TrainingArguments, state, control: TrainerControl, **kwargs: Any) -> None:
+        if self.agree(args):
             control.should_training_stop = True
 
 

@@ -141,7 +141,7 @@ class Stage(_Section):
     learning_rate: float = Field(gt=0)
     train: list[Text]
     last_visual_blocks: int = Field(0, ge=0)
-    warmup: Share = 0.1
+    warmup: float = Field(0.1, ge=0, lt=1)
 
 
 class Domain(_Section):
@@ -236,9 +236,12 @@ class Domain(_Section):
             raise DomainError(f"{path} can't be used:\n{problems}") from error
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(
+        """Writes the file in one piece."""
+        unfinished = Path(f"{path}.tmp")
+        unfinished.write_text(
             yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True), "utf-8"
         )
+        unfinished.replace(path)
 
     @property
     def class_names(self) -> list[str]:

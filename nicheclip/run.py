@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from nicheclip.domain import Domain, DomainError
 from nicheclip.results import read_json, write_json
 
+RESULTS = ("training.json", "calibration.json", "scorecard.json")  # they speak of one model
+BEGUN = "begun.json"  # beside the checkpoints: the data and the settings that they depend on
 
-def start_afresh(run: Path, checkpoints: Path, fingerprint: str) -> None:
-    """Clears the checkpoints of a finished training (RUN/training.json is there); those of an unfinished one stay.
 
-    Raises:
-        ValueError: if there are checkpoints of an unfinished training.
-    """
-    if any(checkpoints.glob("checkpoint-*")):
-        if not (run / "training.json").is_file():
+def check_not_begun(run: Path, checkpoints: Path) -> None:
+    """Raises: ValueError if there are checkpoints of an unfinished training (RUN/training.json is not there)."""
+    if any(checkpoints.glob("checkpoint-*")) and not (run / "training.json").is_file():
+        raise ValueError(
+            f"'{checkpoints}' holds an unfinished training; go on with --resume_from_checkpoint True, or remove it"
+        )
+
+
+def check_begun_alike(checkpoints: Path, settings: dict[str, Any]) -> None:
+    """Raises: ValueError if the checkpoints are of a training on other data or with other settings."""
+    begun = read_json(checkpoints / BEGUN, "there is no training to resume")
+    for name, value in json.loads(json.dumps(settings)).items():
+        if begun[name] != value:
             raise ValueError(
-                f"'{checkpoints}' holds an unfinished training; go on with --resume_from_checkpoint True, or remove it"
+                f"{name} was {begun[name]} when '{checkpoints}' was begun, and is {value} now; change it back, or "
+                "remove the folder and train afresh"
             )
+
+
+def begin(run: Path, checkpoints: Path, settings: dict[str, Any], resume: bool) -> None:
+    """Removes what speaks of the model that goes; and, but for a resume, the checkpoints of a finished training."""
+    for name in RESULTS:
+        (run / name).unlink(missing_ok=True)
+    if not resume:
         for checkpoint in checkpoints.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
-    for name in ("training.json", "calibration.json", "scorecard.json"):  # they speak of the model that goes
-        (run / name).unlink(missing_ok=True)
-    write_json(checkpoints / "data.json", {"fingerprint": fingerprint})
-
-
-def check_same_data(checkpoints: Path, fingerprint: str) -> None:
-    """Raises: ValueError if the checkpoints are of a training on other data, or on other splits of it."""
-    begun_with = read_json(checkpoints / "data.json", "there is no training to resume")["fingerprint"]
-    if begun_with != fingerprint:
-        raise ValueError(
-            f"the data has been prepared anew since '{checkpoints}' was begun; remove it and train afresh"
-        )
+        write_json(checkpoints / BEGUN, settings)
 
 
 def check_trained_on(run: Path) -> None:

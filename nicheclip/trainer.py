@@ -43,7 +43,7 @@ from nicheclip.zero_shot import encode_texts
 
 logger = logging.getLogger(__name__)
 
-TEXTS = 4  # a stream of chance of its own, for the prompts that a step draws for the classes
+OF_STEPS = (1,)  # spawn key: the prompts that a step draws are no visit's and no epoch's stream of chance
 
 
 class StagedTrainer(Trainer):
@@ -83,6 +83,7 @@ class StagedTrainer(Trainer):
                 model.logit_scale.fill_(math.log(args.initial_logit_scale))
         self.domain = domain
         self.stage = domain.stages[0]
+        self._running: tuple[Stage, int] | None = None  # the stage, and the epochs before it
         self._stage_start = 0  # the global step at which the stage begins
         prompts, classes = domain.prompt_bank
         self._bank = tokenize(processor, prompts)  # (P, L) each
@@ -113,7 +114,7 @@ class StagedTrainer(Trainer):
             compute_metrics=self._compute_metrics,
             callbacks=[
                 ClampLogitScale(),
-                EndOfStage(lambda: self._position() != self._running, lambda: self._steps_per_epoch),
+                EndOfStage(lambda: self._position() != self._running, self._steps_per_epoch),
                 self._interruption,
             ],
         )
@@ -139,17 +140,16 @@ class StagedTrainer(Trainer):
             with self._interruption:
                 output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             checkpoint = self._checkpoint(self.state.global_step)
-            if self._interruption.received is not None:
+            if self._interruption.agree(self.args):
                 raise TrainingInterrupted(self._interruption.received, str(checkpoint))
         super()._load_from_checkpoint(str(self._checkpoint(self.state.best_global_step)))
         return output
 
     def _position(self) -> tuple[Stage, int] | None:
         """The stage to run, and the epochs before it; None after the last."""
-        sign = 1 if self.args.greater_is_better else -1
-        name = f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}"
-        scores = [sign * entry[name] for entry in self.state.log_history if name in entry]
-        return current_stage(self.domain.stages, scores, self.args.early_stopping_patience)
+        sign, name = 1 if self.args.greater_is_better else -1, f"eval_{self.args.metric_for_best_model}"
+        scores = {round(entry["epoch"]): sign * entry[name] for entry in self.state.log_history if name in entry}
+        return current_stage(self.domain.stages, list(scores.values()), self.args.early_stopping_patience)
 
     def _enter(self, stage: Stage, epochs_before: int) -> None:
         self.stage = stage
@@ -171,15 +171,34 @@ class StagedTrainer(Trainer):
         if not asked:
             return None
         if asked is not True:
-            if not (Path(asked) / TRAINER_STATE_NAME).is_file():
-                raise FileNotFoundError(f"'{asked}' is no checkpoint: it has no {TRAINER_STATE_NAME}")
-            return Path(asked)
+            return self._checked_checkpoint(Path(asked))
         for folder in reversed(sort_checkpoints(self.args.output_dir)):
             if _is_json(Path(folder) / TRAINER_STATE_NAME):
                 return Path(folder)
             logger.warning(f"'{folder}' is unfinished; going on from the one before it")
         logger.warning(f"no checkpoint in '{self.args.output_dir}' yet; beginning at the beginning")
         return None
+
+    def _checked_checkpoint(self, folder: Path) -> Path:
+        """Raises: ValueError if a training can't go on from there."""
+        if not _is_json(folder / TRAINER_STATE_NAME):
+            raise ValueError(f"'{folder}' is no whole checkpoint: it has no {TRAINER_STATE_NAME} that can be read")
+        state = TrainerState.load_from_json(folder / TRAINER_STATE_NAME)
+        later = [path for path in sort_checkpoints(self.args.output_dir) if _step(path) > state.global_step]
+        if later:
+            raise ValueError(
+                f"'{folder}' is not the last checkpoint; remove the later ones first, such as {later[-1]}"
+            )
+        if state.best_global_step and not self._checkpoint(state.best_global_step).is_dir():
+            raise ValueError(
+                f"the best checkpoint before '{folder}', {self._checkpoint(state.best_global_step)}, is gone; "
+                "begin afresh, and keep more of them with --save_total_limit"
+            )
+        return folder
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # the state, which comes next, says that the files of all are there
 
     def _save_checkpoint(self, model, trial) -> None:
         """The state goes first and comes last, so that a checkpoint that has one is whole."""
@@ -258,32 +277,35 @@ class StagedTrainer(Trainer):
         self, model, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch=None
     ):
         """The loss of the batch of all processes together; each distinct prompt is encoded once in a process."""
-        loss_function, labels = LOSSES[self.args.loss], inputs["labels"]
+        loss_function, labels, self._visits = LOSSES[self.args.loss], inputs["labels"], inputs["visits"]
         if loss_function is class_prompts:
             prompts = self._prompt_of_each_class()
         else:
             prompts, prompt_of_image = inputs["prompts"].unique(return_inverse=True)
         outputs = model(pixel_values=inputs["pixel_values"], **self._texts(prompts.cpu()))
         # Normalised and multiplied in float32: under autocast the logits would be rounded to 8 bits.
-        image_embeds, text_embeds = (
-            normalize(embeds.float(), dim=-1) for embeds in (outputs.image_embeds, outputs.text_embeds)
-        )
+        image_embeds = normalize(outputs.image_embeds.float(), dim=-1)  # (B, D)
+        text_embeds = normalize(outputs.text_embeds.float(), dim=-1)
         if loss_function is not class_prompts:
-            image_embeds, text_embeds, labels = (
-                gather(image_embeds),
-                gather(text_embeds[prompt_of_image]),
-                gather(labels),
-            )
+            text_embeds = gather(text_embeds[prompt_of_image])
+            image_embeds, labels = gather(image_embeds), gather(labels)
         with torch.autocast(image_embeds.device.type, enabled=False):
             logits = self.model.logit_scale.exp() * image_embeds @ text_embeds.T
             loss = loss_function(logits, labels, self.args.label_smoothing_factor)
         if not torch.isfinite(loss):
-            self._report_not_finite(loss, inputs["visits"])
+            self._stop_not_finite("loss", loss.item())
         return (loss, outputs) if return_outputs else loss
+
+    def _clip_grad_norm(self, model) -> torch.Tensor:
+        norm = super()._clip_grad_norm(model)
+        if not self.args.fp16 and not math.isfinite(norm):  # with fp16 the scaler leaves out such steps
+            self._stop_not_finite("norm of the gradient", float(norm))
+        return norm
 
     def _prompt_of_each_class(self) -> torch.Tensor:
         """One prompt of every class, (C,) indices of the bank; drawn for the step, the same in all processes."""
-        rng = np.random.default_rng([self.args.seed, TEXTS, self.state.global_step])
+        seeds = np.random.SeedSequence([self.args.seed, self.state.global_step], spawn_key=OF_STEPS)
+        rng = np.random.default_rng(seeds)
         return torch.tensor([rng.choice(prompts) for prompts in self._bank_of_class])
 
     def _texts(self, prompts: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -291,12 +313,12 @@ class StagedTrainer(Trainer):
         length = self._bank["attention_mask"][prompts].sum(dim=1).max()
         return {name: tokens[prompts, :length].to(self.args.device) for name, tokens in self._bank.items()}
 
-    def _report_not_finite(self, loss: torch.Tensor, visits: torch.Tensor) -> None:
-        rows = self.train_dataset.row_of_visit[visits.cpu().numpy()]
+    def _stop_not_finite(self, what: str, value: float) -> None:
+        rows = self.train_dataset.row_of_visit[self._visits.cpu().numpy()]
         raise FloatingPointError(
-            f"the loss is {loss.item()} at step {self.state.global_step} of stage '{self.stage.name}'; lower its "
-            "learning rate or raise its warm-up, or train in float32 or with --bf16 instead of --fp16, and go on with "
-            "--resume_from_checkpoint True. The batch: "
+            f"the {what} is {value} at step {self.state.global_step + 1}, in stage '{self.stage.name}'; remove "
+            f"'{self.args.output_dir}' and train afresh with a lower learning rate or a longer warm-up of this stage, "
+            "or in float32 or with --bf16 instead of --fp16. The images of the batch (of this process's part): "
             + ", ".join(dict.fromkeys(self.train_dataset.rows[rows.tolist()]["source_id"]))
         )
 
@@ -324,6 +346,7 @@ class StagedTrainer(Trainer):
 
     def batch_record(self) -> dict[str, float]:
         """How the batches of an epoch are composed, and the lowest value that the loss can reach on them."""
+        self.sampler.set_epoch(0)
         floors = [
             loss_floor(
                 self.train_dataset.labels[batch],
@@ -347,17 +370,23 @@ class StagedTrainer(Trainer):
             "best_epoch": self.state.best_global_step // self._steps_per_epoch,
             "batches": self.batch_record(),
             "processes": self.args.world_size,
-            "settings": {
-                "seed": self.args.seed,
-                "loss": self.args.loss,
-                "batch_size": self.args.train_batch_size * self.args.world_size,
-                "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
-                "cluster_share": self.args.cluster_share,
-                "label_smoothing": self.args.label_smoothing_factor,
-                "weight_decay": self.args.weight_decay,
-                "precision": "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "float32",
-            },
+            "settings": self.settings(),
         }
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the weights, beside model and data."""
+        names = ("seed", "data_seed", "loss", "cluster_share", "cluster_draw", "classes_per_batch", "weight_decay")
+        return {name: getattr(self.args, name) for name in names} | {
+            "batch_size": self.args.train_batch_size * self.args.world_size,
+            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+            "label_smoothing": self.args.label_smoothing_factor,
+            "precision": "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "float32",
+            "stages": [stage.model_dump(mode="json") for stage in self.domain.stages],
+        }
+
+
+def _step(checkpoint: str) -> int:
+    return int(checkpoint.rsplit("-", 1)[1])
 
 
 def _is_json(path: Path) -> bool:

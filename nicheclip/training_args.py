@@ -11,11 +11,22 @@ from transformers import TrainingArguments
 from nicheclip.losses import LOSSES
 from nicheclip.sampler import CLUSTER_DRAWS
 
+METRICS = ("accuracy", "macro_f1", "ece", "loss")  # of validation, each epoch
 _OF_THE_STAGES = {
     "learning_rate": "learning_rate",
     "num_train_epochs": "epochs",
     "max_steps": "epochs",
     "warmup_steps": "warmup",
+}
+_REFUSED = {
+    "load_best_model_at_end": "the best epoch of all stages is kept anyhow",
+    "save_only_model": "stages go on from whole checkpoints",
+    "ignore_data_skip": "a resumed epoch would be trained twice in part",
+    "dataloader_persistent_workers": "such workers would repeat the first epoch's views",
+    "dataloader_drop_last": "all batches are full",
+    "auto_find_batch_size": "the batches are composed beforehand",
+    "fsdp": "the loss needs the whole model in each process",
+    "deepspeed": "the loss needs the whole model in each process",
 }
 
 
@@ -73,8 +84,9 @@ class StagedTrainingArguments(TrainingArguments):
     eval_strategy: str = "epoch"
     save_strategy: str = "epoch"
     logging_strategy: str = "epoch"
-    metric_for_best_model: str = "accuracy"
-    greater_is_better: bool = True
+    metric_for_best_model: str = field(
+        default="accuracy", metadata={"help": f"What chooses the epoch on validation, one of {', '.join(METRICS)}."}
+    )
     save_total_limit: int = 2
     # A loss that is not finite stops the training: it must not be smoothed over in the log.
     logging_nan_inf_filter: bool = False
@@ -109,15 +121,26 @@ class StagedTrainingArguments(TrainingArguments):
             raise ValueError(
                 "--eval_strategy and --logging_strategy must be 'epoch', without --eval_on_start: epochs are compared"
             )
-        if self.load_best_model_at_end or self.save_only_model:
+        for name, reason in _REFUSED.items():
+            if getattr(self, name):
+                raise ValueError(f"--{name} is {getattr(self, name)}, but {reason}; leave it out")
+        if self.save_total_limit == 1:
             raise ValueError(
-                "--load_best_model_at_end and --save_only_model must be left out: the best epoch of all stages is "
-                "kept anyhow, and stages go on from checkpoints"
+                "--save_total_limit is 1; expected 2 or more: the last and the best checkpoint are needed"
             )
-        if self.dataloader_persistent_workers:
+        if self.early_stopping_patience < 1:
             raise ValueError(
-                "--dataloader_persistent_workers must be left out: such workers would repeat the first epoch's views"
+                f"--early_stopping_patience is {self.early_stopping_patience}; expected 1 or more, and to switch it "
+                "off as many as the longest stage has epochs"
             )
+        if self.initial_logit_scale is not None and not self.initial_logit_scale > 0:
+            raise ValueError(f"--initial_logit_scale is {self.initial_logit_scale}; expected a number above 0")
+        self.metric_for_best_model = self.metric_for_best_model.removeprefix("eval_")
+        if self.metric_for_best_model not in METRICS:
+            raise ValueError(
+                f"--metric_for_best_model is '{self.metric_for_best_model}'; expected one of {', '.join(METRICS)}"
+            )
+        self.greater_is_better = self.metric_for_best_model not in ("ece", "loss")
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # else --bf16 asks for a GPU
         if self.bf16 is None:
             asked = self.fp16 or self.use_cpu or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"

@@ -29,6 +29,7 @@ def tiny_facades(folder: Path) -> Path:
     raw["source"]["options"] |= {
         "smallest_class": 4, "largest_class": 16, "validation": 4, "calibration": 10, "test": 5, "unreadable": 0.04
     }  # fmt: skip
+    raw["outside"]["images_per_class"] = 5
     raw["samples_per_class"] = 12
     raw["stages"][0]["epochs"], raw["stages"][1]["epochs"] = 1, 2
     raw["training"] |= {"per_device_train_batch_size": 24, "disable_tqdm": True}
