@@ -41,5 +41,5 @@ def _become_torchrun(launcher: list[str]) -> None:
             "torchrun, with --nnodes for several machines"
         )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(asked.num_processes)]
-    command += ["--master_port", os.environ["MASTER_PORT"], *(["-m", "--"] if asked.module else [])]
-    os.execv(sys.executable, [*command, asked.training_script, *asked.training_script_args])
+    command += ["--master_port", os.environ["MASTER_PORT"], *(["-m"] if asked.module else [])]
+    os.execv(sys.executable, [*command, "--", asked.training_script, *asked.training_script_args])

@@ -62,6 +62,7 @@ def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_weights(prep
         shutil.rmtree(run)
 
 
+@pytest.mark.slow
 def test_two_processes_see_each_batch_once_and_learn_as_one(prepared, tmp_path):
     """`accelerate launch --num_processes 2 --cpu`: the same global batches, loss curve and files as one process."""
     alone, together = fresh(prepared, tmp_path / "alone"), fresh(prepared, tmp_path / "together")
