@@ -8,6 +8,7 @@ processes share the work.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -124,8 +125,9 @@ def main() -> None:
     listed = variants(domain)
     if unknown := sorted(set(args.only or []) - set(listed)):
         parser.error(f"--only {unknown[0]}: expected of {', '.join(listed)}")
+    failures = 0
     if not args.table_only:
-        run_jobs(
+        failures = run_jobs(
             [
                 (f"{name}, seed {seed}", partial(run, name, listed[name], domain, args.images, seed, out))
                 for seed in args.seeds
@@ -139,6 +141,7 @@ def main() -> None:
         if listed[OURS].title in rows:
             draw(domain, rows, args.docs / "images")
             write_docs(args.docs / "ablations.md", domain, markdown_table("variant", rows), notes)
+    sys.exit(bool(failures))
 
 
 def run(name: str, variant: Variant, domain: Domain, images: str | None, seed: int, out: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ and the article's recipe, all on the same data. Started twice, the two processes
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,9 @@ def main() -> None:
     out = args.out or Path("runs/benchmarks") / f"baselines-{domain.name}"
     if unknown := sorted(set(args.only or []) - set(TITLES)):
         parser.error(f"--only {unknown[0]}: expected of {', '.join(TITLES)}")
+    failures = 0
     if not args.table_only:
-        run_jobs(
+        failures = run_jobs(
             [
                 (f"{name}, seed {seed}", partial(run, name, domain, args.images, seed, out))
                 for seed in args.seeds
@@ -56,6 +58,7 @@ def main() -> None:
             ]
         )
     table(domain, args.seeds, out)
+    sys.exit(bool(failures))
 
 
 def files(recipes: Any) -> list[str]:

@@ -334,8 +334,12 @@ def stored(out: Path, name: str, seeds: Iterable[int], domain: Domain) -> list[d
     return [result for result in results if result["ours"] == identity(domain)]
 
 
-def run_jobs(jobs: Sequence[tuple[str, Callable[[], Any]]]) -> None:
-    """Runs all; what another process is at is left for the end, and a failure does not keep the others back."""
+def run_jobs(jobs: Sequence[tuple[str, Callable[[], Any]]]) -> int:
+    """Runs all; what another process is at is left for the end, and a failure does not keep the others back.
+
+    Returns:
+        how many failed.
+    """
     failures = 0
     waiting = list(jobs)
     while waiting:
@@ -357,6 +361,7 @@ def run_jobs(jobs: Sequence[tuple[str, Callable[[], Any]]]) -> None:
         waiting = busy
     if failures:
         print(f"{failures} runs failed; the same command tries them again", file=sys.stderr, flush=True)
+    return failures
 
 
 def pooled(results: Sequence[dict[str, Any]]) -> Measure:
