@@ -16,7 +16,6 @@ from typing import Any
 import accelerate
 import torch
 import transformers
-from datasets import Dataset
 from transformers import HfArgumentParser, set_seed
 
 from data_prep.prepare import prepare
@@ -30,7 +29,7 @@ from nicheclip.run import begin, check_begun_alike, check_not_begun, check_uncha
 from nicheclip.stages import check_stages
 from nicheclip.trainer import StagedTrainer
 from nicheclip.training_args import StagedTrainingArguments
-from nicheclip.wise_ft import ALPHAS, choose_alpha, interpolate
+from nicheclip.wise_ft import mix_with_base
 from nicheclip.zero_shot import load_clip
 
 DEFAULT_DOMAIN = Path(__file__).parent / "domains" / "facades"
@@ -80,7 +79,9 @@ def train(argv: list[str]) -> StagedTrainer:
     trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
         seconds = time.perf_counter() - started
-        mixed = mix_with_base(trainer, splits["validation"], outside)
+        mixed = mix_with_base(
+            domain.base, trainer.model, args.wise_ft, splits["validation"], domain.canonical_prompts, outside
+        )
         save_model(trainer, run)
         record(
             trainer, run, {"data_fingerprint": report["fingerprint"], "seconds": round(seconds, 1), "wise_ft": mixed}
@@ -109,19 +110,6 @@ def parse_arguments(domain: Domain, run: Path, options: list[str]) -> StagedTrai
 def parse_resume(value: str | None) -> str | bool | None:
     """TrainingArguments has a path; True and False are meant as such."""
     return {"true": True, "false": None}.get((value or "false").lower(), value)
-
-
-def mix_with_base(
-    trainer: StagedTrainer, validation: Dataset, outside: tuple[Dataset, list[str]] | None
-) -> dict[str, Any]:
-    """WiSE-FT by `--wise_ft`; what each mixture is worth on validation and on the domain's outside task."""
-    prompts, asked = trainer.domain.canonical_prompts, trainer.args.wise_ft
-    base, processor = load_clip(trainer.domain.base)
-    alphas = ALPHAS if asked == "auto" else sorted({0.0, float(asked), 1.0})
-    best, table = choose_alpha(base, trainer.model, processor, validation, prompts, outside, alphas)
-    alpha = best if asked == "auto" else float(asked)
-    trainer.model.load_state_dict(interpolate(base.state_dict(), trainer.model.state_dict(), alpha))
-    return {"alpha": alpha, "asked": asked, "mixtures": [row.to_dict() for row in table]}
 
 
 def save_model(trainer: StagedTrainer, run: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -22,7 +23,7 @@ from nicheclip.calibration import nll
 from nicheclip.metrics import correct
 from nicheclip.outside import outside_accuracy
 from nicheclip.results import Measure, proportion
-from nicheclip.zero_shot import encode_images, encode_texts, zero_shot_logits
+from nicheclip.zero_shot import encode_images, encode_texts, load_clip, zero_shot_logits
 
 ALPHAS = tuple(step / 10 for step in range(11))
 
@@ -130,6 +131,31 @@ def choose_alpha(
         )
     best = max(table, key=lambda row: (row.accuracy.value, -row.alpha))
     return best.alpha, table
+
+
+def mix_with_base(
+    base: str | Path,
+    tuned: CLIPModel,
+    asked: str,
+    validation: datasets.Dataset,
+    canonical_prompts: list[str],
+    outside: tuple[datasets.Dataset, list[str]] | None = None,
+) -> dict[str, Any]:
+    """Mixes the base into `tuned`, in place.
+
+    Args:
+        base: a folder or a Hub id.
+        asked: the alpha, or "auto" for the one that validation chooses.
+
+    Returns:
+        for training.json: "alpha", "asked", and "mixtures", what each alpha is worth; at least the two ends.
+    """
+    start, processor = load_clip(base)
+    alphas = ALPHAS if asked == "auto" else sorted({0.0, float(asked), 1.0})
+    best, table = choose_alpha(start, tuned, processor, validation, canonical_prompts, outside, alphas)
+    alpha = best if asked == "auto" else float(asked)
+    tuned.load_state_dict(interpolate(start.state_dict(), tuned.state_dict(), alpha))
+    return {"alpha": alpha, "asked": asked, "mixtures": [row.to_dict() for row in table]}
 
 
 def _as_the_model_sees(processor: CLIPProcessor, rows: Iterable[dict[str, Any]]) -> list[Image.Image]:
