@@ -69,7 +69,8 @@ def train(argv: list[str]) -> StagedTrainer:
         splits["train"], domain.prompt_bank[1], domain.augmentation, image_side(processor), args.seed
     )
     trainer = StagedTrainer(model, args, domain, processor, visits, splits["validation"])
-    settings = {"data_fingerprint": report["fingerprint"], **trainer.settings()}
+    of_domain = domain.model_dump(mode="json", include={"classes", "clusters", "augmentation"})
+    settings = {"data_fingerprint": report["fingerprint"], **trainer.settings(), **of_domain}
     if resume is not None:
         check_begun_alike(Path(args.output_dir), settings)
     trainer.accelerator.wait_for_everyone()  # so that all have looked before one of them writes
@@ -78,14 +79,12 @@ def train(argv: list[str]) -> StagedTrainer:
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
-        seconds = time.perf_counter() - started
+        facts = {"data_fingerprint": report["fingerprint"], "seconds": round(time.perf_counter() - started, 1)}
         mixed = mix_with_base(
             domain.base, trainer.model, args.wise_ft, splits["validation"], domain.canonical_prompts, outside
         )
         save_model(trainer, run)
-        record(
-            trainer, run, {"data_fingerprint": report["fingerprint"], "seconds": round(seconds, 1), "wise_ft": mixed}
-        )
+        record(trainer, run, facts | {"resumed": resume is not None, "wise_ft": mixed})
     return trainer
 
 
@@ -147,7 +146,8 @@ def record(trainer: StagedTrainer, run: Path, facts: dict[str, Any]) -> None:
         outside = mixtures[alpha]["outside"]
         told += f", outside the domain {outside['value']:.1%} (n = {outside['n']})" if outside else ""
         print(told + (", kept" if alpha == training["wise_ft"]["alpha"] else ""))
-    print(f"in {run / 'model'} ({training['seconds']:.0f} s); next: python calibrate.py {run}")
+    since = " since it was resumed" if training["resumed"] else ""
+    print(f"in {run / 'model'} ({training['seconds']:.0f} s{since}); next: python calibrate.py {run}")
 
 
 if __name__ == "__main__":

@@ -26,10 +26,11 @@ def check_begun_alike(checkpoints: Path, settings: dict[str, Any]) -> None:
     """Raises: ValueError if the checkpoints are of a training on other data or with other settings."""
     begun = read_json(checkpoints / BEGUN, "there is no training to resume")
     for name, value in json.loads(json.dumps(settings)).items():
-        if begun[name] != value:
+        if begun.get(name) != value:
+            values = f" was {begun.get(name)} and is {value} now" if not isinstance(value, dict | list) else ""
             raise ValueError(
-                f"{name} was {begun[name]} when '{checkpoints}' was begun, and is {value} now; change it back, or "
-                "remove the folder and train afresh"
+                f"since '{checkpoints}' was begun, {name}{values or ' has changed'}; change it back, or remove the "
+                "folder and train afresh"
             )
 
 
