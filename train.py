@@ -21,7 +21,7 @@ from transformers import HfArgumentParser, set_seed
 from data_prep.prepare import prepare
 from data_prep.sources import outside_rows
 from nicheclip.callbacks import TrainingInterrupted
-from nicheclip.data import TrainingVisits, image_side, load_prepared
+from nicheclip.data import TrainingVisits, Views, load_prepared
 from nicheclip.domain import Domain, DomainError
 from nicheclip.launch import processes
 from nicheclip.results import format_table, read_json, replaced_folder, write_json
@@ -65,10 +65,8 @@ def train(argv: list[str]) -> StagedTrainer:
     outside = (outside_rows(domain), domain.outside.canonical_prompts) if domain.outside else None
     set_seed(args.seed)
     model, processor = load_clip(domain.base)
-    visits = TrainingVisits(
-        splits["train"], domain.prompt_bank[1], domain.augmentation, image_side(processor), args.seed
-    )
-    trainer = StagedTrainer(model, args, domain, processor, visits, splits["validation"])
+    visits = TrainingVisits(splits["train"], domain.prompt_bank[1], domain.augmentation, processor, args.seed)
+    trainer = StagedTrainer(model, args, domain, processor, visits, Views(splits["validation"], processor))
     of_domain = domain.model_dump(mode="json", include={"classes", "clusters", "augmentation"})
     settings = {"data_fingerprint": report["fingerprint"], **trainer.settings(), **of_domain}
     if resume is not None:
@@ -102,7 +100,8 @@ def parse_arguments(domain: Domain, run: Path, options: list[str]) -> StagedTrai
     unknown = sorted(set(domain.training) - set(known))
     if unknown:
         raise DomainError(f"training: unknown key '{unknown[0]}'; expected a field of transformers' TrainingArguments")
-    parser.set_defaults(**{"output_dir": str(run / "checkpoints"), **domain.training})
+    of_run = {"output_dir": str(run / "checkpoints"), "feature_cache": str(run / "cache" / "features")}
+    parser.set_defaults(**of_run | domain.training)
     return parser.parse_args_into_dataclasses(options)[0]
 
 
@@ -141,6 +140,12 @@ def record(trainer: StagedTrainer, run: Path, facts: dict[str, Any]) -> None:
         f"{batches['hard_pairs']:.1%} are of classes in one cluster; "
         f"the loss can't fall below {batches['loss_floor']:.3f}"
     )
+    if (features := training["features"])["views"]:
+        print(
+            f"{features['encoded']:,} views, encoded in {features['seconds']:.0f} s, took the place of "
+            f"{features['visits']:,} passes through the frozen part of the visual tower "
+            f"({features['bytes'] / 1e6:.0f} MB in {trainer.args.feature_cache}, which can be removed)"
+        )
     for alpha in sorted({0.0, training["wise_ft"]["alpha"], 1.0}):
         told = f"weights {alpha:.0%} fine-tuned: validation {mixtures[alpha]['accuracy']['value']:.1%}"
         outside = mixtures[alpha]["outside"]

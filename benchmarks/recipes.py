@@ -140,6 +140,7 @@ def run_recipe(
         trained = read_json(run / "training.json", "")
         result = evaluate_model(*load_clip(run / "model"), domain, data_run)
         shutil.rmtree(run / "checkpoints")
+        shutil.rmtree(run / "cache", ignore_errors=True)  # not there if no stage leaves the first blocks frozen
         if not keep_model:
             shutil.rmtree(run / "model")
         return result | {

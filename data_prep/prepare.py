@@ -20,11 +20,10 @@ from scipy.special import softmax
 from data_prep import findings
 from data_prep.divide import Catalogue, Division, divide
 from data_prep.duplicates import Fingerprints
-from data_prep.encode import encode_rows, fast_dtype
+from data_prep.encode import encode_rows
 from data_prep.quality import Verdict, judge, out_of_fold_probabilities, visits_per_epoch
 from data_prep.report import write_report
 from data_prep.review import read_decisions, write_review
-from data_prep.shards import map_shards
 from data_prep.sources import fetch_images, planted_faults, read_source
 from data_prep.sources.facades import found_faults
 from data_prep.sources.rows import check_classes
@@ -33,7 +32,8 @@ from nicheclip.data import SPLITS, features, quiet_datasets
 from nicheclip.domain import Domain
 from nicheclip.launch import processes
 from nicheclip.results import replaced_folder, write_json
-from nicheclip.zero_shot import encode_images, encode_texts, load_clip, zero_shot_logits
+from nicheclip.shards import map_shards
+from nicheclip.zero_shot import encode_images, encode_texts, fast_dtype, load_clip, zero_shot_logits
 
 DATA_SETTINGS = {"splits", "quality_filter", "samples_per_class", "smallest_side", "stored_short_side"}
 

@@ -6,6 +6,7 @@ import math
 import signal
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -16,12 +17,11 @@ MAX_LOGIT_SCALE = math.log(100)
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM has stopped a training, after its checkpoint was written."""
+    """SIGINT or SIGTERM has stopped a training, after its checkpoint was written; None: before there was one."""
 
-    def __init__(self, received: signal.Signals, checkpoint: str):
-        super().__init__(
-            f"stopped by {received.name}; '{checkpoint}' is written, go on with --resume_from_checkpoint True"
-        )
+    def __init__(self, received: signal.Signals, checkpoint: Path | None):
+        go_on = f"'{checkpoint}' is written, go on with --resume_from_checkpoint True" if checkpoint else "begin again"
+        super().__init__(f"stopped by {received.name}; {go_on}")
         self.signal = received
 
 

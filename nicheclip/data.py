@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import CLIPProcessor
 
 from nicheclip.domain import Augmentation
 
+VIEW = (2,)  # spawn key: the views that are kept are no visit's stream of chance
 SPLITS = ("train", "validation", "calibration", "test")
 
 
@@ -111,15 +112,57 @@ def augment(image: Image.Image, side: int, how: Augmentation, rng: np.random.Gen
     return view
 
 
-class TrainingVisits(torch.utils.data.Dataset):
-    """The visits of one epoch: each image as often as its `repeats`, each visit with its own view and prompt.
+class Views(torch.utils.data.Dataset):
+    """What the model is shown of each image: of row `r` the views (r, 0), (r, 1), …, always the same.
+
+    Args:
+        rows: a prepared split.
+
+    Attributes:
+        features: kept states of the views, (row, view) -> array, which take the place of the pixels; None: pixels.
+    """
+
+    def __init__(self, rows: datasets.Dataset, processor: CLIPProcessor):
+        self.rows = rows
+        self.processor = processor
+        self.labels = np.asarray(rows["label"])
+        self.features: Mapping[tuple[int, int], np.ndarray] | None = None
+
+    def view(self, row: int, view: int) -> torch.Tensor:
+        """Pixels (3, S, S): resized and cropped as the processor does it. There is but one such view."""
+        return self._pixels(self.rows[row]["image"].convert("RGB"))
+
+    def identity(self) -> dict[str, Any]:
+        """What views depend on beside the images, for JSON."""
+        return {"processor": self.processor.image_processor.to_json_string()}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return {"images": self._images(row, 0), "labels": int(self.labels[row])}
+
+    def _images(self, row: int, view: int) -> torch.Tensor:
+        if self.features is not None:
+            return torch.from_numpy(self.features[row, view])
+        return self.view(row, view)
+
+    def _pixels(self, image: Image.Image, **options: Any) -> torch.Tensor:
+        return self.processor.image_processor(image, return_tensors="pt", **options)["pixel_values"][0]
+
+
+class TrainingVisits(Views):
+    """The visits of one epoch: each image as often as its `repeats`, each visit with a view and a prompt.
 
     What a visit draws depends on seed, epoch and its index alone, so not on workers, processes or a restart.
 
     Args:
         rows: the prepared train split.
         prompt_classes: class index of each prompt of the bank, (P,) int.
-        side: of the views, in pixels.
+
+    Attributes:
+        views: how many augmented views there are of each image; its visits take them in turn. 0: each visit draws
+            one of its own.
     """
 
     def __init__(
@@ -127,71 +170,59 @@ class TrainingVisits(torch.utils.data.Dataset):
         rows: datasets.Dataset,
         prompt_classes: Sequence[int],
         augmentation: Augmentation,
-        side: int,
+        processor: CLIPProcessor,
         seed: int,
     ):
-        self.rows = rows
+        super().__init__(rows, processor)
         self.prompts_of_class = [
             np.flatnonzero(np.asarray(prompt_classes) == c) for c in range(max(prompt_classes) + 1)
         ]
         self.augmentation = augmentation
-        self.side = side
+        self.side = image_side(processor)
         self.seed = seed
+        self.views = 0
         self.epoch = 0
-        self.row_of_visit = np.repeat(np.arange(len(rows)), rows["repeats"])
-        self.labels = np.asarray(rows["label"])[self.row_of_visit]
+        self.repeats = np.asarray(rows["repeats"])
+        self.row_of_visit = np.repeat(np.arange(len(rows)), self.repeats)
+        self.first_visit = np.cumsum(self.repeats) - self.repeats
+        self.labels = self.labels[self.row_of_visit]
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer (through accelerate's data loader) before each epoch."""
         self.epoch = epoch
+
+    def view(self, row: int, view: int) -> torch.Tensor:
+        """Pixels (3, S, S) of an augmented view, drawn by seed, view and the image's sha256."""
+        entry = self.rows[row]
+        rng = np.random.default_rng(
+            np.random.SeedSequence([self.seed, view, int(entry["sha256"], 16)], spawn_key=VIEW)
+        )
+        return self._augmented(entry["image"], rng)
+
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | {"augmentation": self.augmentation.model_dump(mode="json"), "seed": self.seed}
 
     def __len__(self) -> int:
         return len(self.row_of_visit)
 
     def __getitem__(self, visit: int) -> dict[str, Any]:
         rng = np.random.default_rng([self.seed, self.epoch, visit])
-        row = self.rows[int(self.row_of_visit[visit])]
-        prompts = self.prompts_of_class[row["label"]]
-        return {
-            "image": augment(row["image"].convert("RGB"), self.side, self.augmentation, rng),
-            "prompt": prompts[rng.integers(len(prompts))],
-            "label": row["label"],
-            "visit": visit,
-        }
+        row = int(self.row_of_visit[visit])
+        if self.views:
+            turn = self.epoch * self.repeats[row] + visit - self.first_visit[row]
+            images = self._images(row, int(turn % self.views))
+        else:
+            images = self._augmented(self.rows[row]["image"], rng)
+        label = int(self.labels[visit])
+        prompts = self.prompts_of_class[label]
+        prompt = int(prompts[rng.integers(len(prompts))])
+        return {"images": images, "prompts": prompt, "labels": label, "visits": visit}
+
+    def _augmented(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
+        view = augment(image.convert("RGB"), self.side, self.augmentation, rng)
+        return self._pixels(view, do_resize=False, do_center_crop=False)
 
 
 def tokenize(processor: CLIPProcessor, prompts: list[str]) -> dict[str, torch.Tensor]:
     """`input_ids` and `attention_mask`, each (P, L), padded to the longest prompt only."""
     return processor.tokenizer(prompts, padding=True, truncation=True, max_length=77, return_tensors="pt")
-
-
-class TrainingCollator:
-    """Visits -> pixel_values (B, 3, S, S); prompts, indices of the bank, labels and visits, each (B,)."""
-
-    def __init__(self, processor: CLIPProcessor):
-        self.processor = processor
-
-    def __call__(self, visits: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        views = self.processor.image_processor(
-            [visit["image"] for visit in visits], do_resize=False, do_center_crop=False, return_tensors="pt"
-        )
-        return {
-            "pixel_values": views["pixel_values"],
-            "prompts": torch.tensor([visit["prompt"] for visit in visits]),
-            "labels": torch.tensor([visit["label"] for visit in visits]),
-            "visits": torch.tensor([visit["visit"] for visit in visits]),
-        }
-
-
-class ImageCollator:
-    """Rows -> pixel_values (B, 3, S, S) as the processor makes them, labels (B,)."""
-
-    def __init__(self, processor: CLIPProcessor):
-        self.processor = processor
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        images = [row["image"].convert("RGB") for row in rows]
-        return {
-            "pixel_values": self.processor.image_processor(images, return_tensors="pt")["pixel_values"],
-            "labels": torch.tensor([row["label"] for row in rows]),
-        }

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,9 @@ import evaluate
 import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
-from datasets import Dataset
 from scipy.special import softmax
 from torch.nn.functional import cross_entropy, normalize
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from transformers import CLIPModel, CLIPProcessor, ProgressCallback, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, sort_checkpoints
@@ -32,12 +33,14 @@ from nicheclip.callbacks import (
     TrainingInterrupted,
     ignore_interrupts,
 )
-from nicheclip.data import ImageCollator, TrainingCollator, TrainingVisits, tokenize
+from nicheclip.data import TrainingVisits, Views, tokenize
 from nicheclip.domain import Domain, Stage
+from nicheclip.feature_cache import encode_views
 from nicheclip.losses import LOSSES, class_prompts, gather, loss_floor
 from nicheclip.metrics import Accuracy, ExpectedCalibrationError, MacroF1
 from nicheclip.sampler import ClusterBatchSampler
 from nicheclip.stages import current_stage, set_trainable, trainable_names
+from nicheclip.towers import PIXELS, begin_later, cut_before
 from nicheclip.training_args import StagedTrainingArguments
 from nicheclip.zero_shot import encode_texts
 
@@ -57,7 +60,7 @@ class StagedTrainer(Trainer):
     Args:
         domain: whose stages, prompts and clusters are trained.
         train_dataset: visits of the train split.
-        eval_dataset: rows of the validation split.
+        eval_dataset: the validation split.
 
     Raises:
         ValueError: if a stage names parameters that the model does not have, or one process sees several GPUs.
@@ -70,10 +73,11 @@ class StagedTrainer(Trainer):
         domain: Domain,
         processor: CLIPProcessor,
         train_dataset: TrainingVisits,
-        eval_dataset: Dataset,
+        eval_dataset: Views,
     ):
-        for stage in domain.stages:
-            trainable_names((name for name, _ in model.named_parameters()), stage)
+        begin_later(model)
+        names = [name for name, _ in model.named_parameters()]
+        self._cuts = [cut_before(model.vision_model, trainable_names(names, stage)) for stage in domain.stages]
         if args.n_gpu > 1:
             raise ValueError(
                 f"one process sees {args.n_gpu} GPUs; start one a GPU: accelerate launch --num_processes {args.n_gpu}"
@@ -84,7 +88,9 @@ class StagedTrainer(Trainer):
         self.domain = domain
         self.stage = domain.stages[0]
         self._running: tuple[Stage, int] | None = None  # the stage, and the epochs before it
+        self._encoding_seconds = 0.0
         self._stage_start = 0  # the global step at which the stage begins
+        self._feature_cache = Path(args.feature_cache or Path(args.output_dir) / "features")
         prompts, classes = domain.prompt_bank
         self._bank = tokenize(processor, prompts)  # (P, L) each
         self._bank_of_class = [np.flatnonzero(np.equal(classes, c)) for c in range(len(domain.classes))]
@@ -107,7 +113,7 @@ class StagedTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=TrainingCollator(processor),
+            data_collator=default_collate,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processor,
@@ -136,12 +142,15 @@ class StagedTrainer(Trainer):
         checkpoint = self._find_checkpoint(resume_from_checkpoint)
         self.state = TrainerState.load_from_json(checkpoint / TRAINER_STATE_NAME) if checkpoint else TrainerState()
         while (position := self._position()) is not None:
-            self._enter(*position)
+            try:
+                self._enter(*position, checkpoint)
+            except KeyboardInterrupt as interrupt:  # while encoding: what is done of it is kept
+                raise TrainingInterrupted(signal.SIGINT, checkpoint) from interrupt
             with self._interruption:
                 output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             checkpoint = self._checkpoint(self.state.global_step)
             if self._interruption.agree(self.args):
-                raise TrainingInterrupted(self._interruption.received, str(checkpoint))
+                raise TrainingInterrupted(self._interruption.received, checkpoint)
         super()._load_from_checkpoint(str(self._checkpoint(self.state.best_global_step)))
         return output
 
@@ -151,7 +160,7 @@ class StagedTrainer(Trainer):
         scores = {round(entry["epoch"]): sign * entry[name] for entry in self.state.log_history if name in entry}
         return current_stage(self.domain.stages, list(scores.values()), self.args.early_stopping_patience)
 
-    def _enter(self, stage: Stage, epochs_before: int) -> None:
+    def _enter(self, stage: Stage, epochs_before: int, checkpoint: Path | None) -> None:
         self.stage = stage
         self._running = (stage, epochs_before)
         self._stage_start = epochs_before * self._steps_per_epoch
@@ -162,6 +171,33 @@ class StagedTrainer(Trainer):
         self.model_wrapped = self.model  # wrapped anew: DDP only reduces what trained when it wrapped the model
         self.optimizer = None  # created anew: it only holds what trained when it was created
         self.lr_scheduler = None
+        if checkpoint:
+            self._load_from_checkpoint(str(checkpoint))  # what is encoded beforehand depends on it
+        self._encode_frozen()
+
+    def _encode_frozen(self) -> None:
+        """Encodes beforehand what no longer changes: the views up to the cut, and all prompts."""
+        started = time.perf_counter()
+        self._frozen_texts = None
+        if not any(parameter.requires_grad for parameter in self.model.text_model.parameters()):
+            bank = torch.arange(len(self._bank["input_ids"]))
+            with torch.no_grad():
+                self._frozen_texts = self.model.text_model(**self._texts(bank)).pooler_output  # (P, D)
+        tower, cut = self.model.vision_model, self._cuts[self.domain.stages.index(self.stage)]
+        tower.cut = cut
+        # What no stage trains is encoded for all of them; where this stage's cut is later, from there on.
+        cuts = sorted({min(self._cuts), cut} - {PIXELS}) if self.args.cached_views else []
+        self.train_dataset.views = self.args.cached_views if cuts else 0
+        precision = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+        for name, views, count in (
+            ("train", self.train_dataset, self.train_dataset.views),
+            ("validation", self.eval_dataset, 1),
+        ):
+            folder = self._feature_cache / name
+            views.features = (
+                encode_views(tower, views, count, cuts, folder, self.args.feature_dtype, precision) if cuts else None
+            )
+        self._encoding_seconds += time.perf_counter() - started
 
     def _checkpoint(self, step: int) -> Path:
         return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
@@ -256,11 +292,11 @@ class StagedTrainer(Trainer):
         # The sampler has dealt out each batch among the processes, so that together they see one composed batch.
         return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
 
-    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
+    def get_eval_dataloader(self, eval_dataset: Views | None = None) -> DataLoader:
         loader = DataLoader(
             eval_dataset if eval_dataset is not None else self.eval_dataset,
             batch_size=self.args.eval_batch_size,
-            collate_fn=ImageCollator(self.processing_class),
+            collate_fn=self.data_collator,
             **self._loader_options(),
         )
         return self.accelerator.prepare(loader)
@@ -282,7 +318,10 @@ class StagedTrainer(Trainer):
             prompts = self._prompt_of_each_class()
         else:
             prompts, prompt_of_image = inputs["prompts"].unique(return_inverse=True)
-        outputs = model(pixel_values=inputs["pixel_values"], **self._texts(prompts.cpu()))
+        texts = (
+            self._texts(prompts.cpu()) if self._frozen_texts is None else {"input_ids": self._frozen_texts[prompts]}
+        )
+        outputs = model(pixel_values=inputs["images"], **texts)
         # Normalised and multiplied in float32: under autocast the logits would be rounded to 8 bits.
         image_embeds = normalize(outputs.image_embeds.float(), dim=-1)  # (B, D)
         text_embeds = normalize(outputs.text_embeds.float(), dim=-1)
@@ -336,7 +375,7 @@ class StagedTrainer(Trainer):
         """Zero-shot logits (B, C) of the canonical prompts, and their cross-entropy."""
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
-            image_embeds = self.model.get_image_features(inputs["pixel_values"]).pooler_output
+            image_embeds = self.model.get_image_features(inputs["images"]).pooler_output
         logits = self.model.logit_scale.exp() * normalize(image_embeds.float(), dim=-1) @ self._prototypes.T
         return cross_entropy(logits, inputs["labels"]), logits, inputs["labels"]
 
@@ -358,6 +397,19 @@ class StagedTrainer(Trainer):
         ]
         return self.sampler.composition() | {"loss_floor": float(np.mean(floors))}
 
+    def feature_record(self) -> dict[str, float]:
+        """What was encoded beforehand, and the visits that it served; bytes on disk, seconds in this session."""
+        frozen = {stage.name for stage, cut in zip(self.domain.stages, self._cuts, strict=True) if cut != PIXELS}
+        epochs = sum(entry["stage"] in frozen for entry in self.state.log_history if "loss" in entry)
+        views = self.args.cached_views if frozen else 0
+        return {
+            "views": views,
+            "encoded": views * len(self.train_dataset.rows),
+            "visits": epochs * len(self.train_dataset) if views else 0,
+            "bytes": sum(path.stat().st_size for path in self._feature_cache.rglob("*.arrow")),
+            "seconds": round(self._encoding_seconds, 1),
+        }
+
     def training_record(self) -> dict[str, Any]:
         """What was trained and how: one row an epoch with its stage, loss and validation metrics; settings."""
         rows: dict[int, dict[str, Any]] = {}
@@ -369,6 +421,7 @@ class StagedTrainer(Trainer):
             "epochs": [row for row in rows.values() if "eval_accuracy" in row],
             "best_epoch": self.state.best_global_step // self._steps_per_epoch,
             "batches": self.batch_record(),
+            "features": self.feature_record(),
             "processes": self.args.world_size,
             "settings": self.settings(),
         }
@@ -380,6 +433,8 @@ class StagedTrainer(Trainer):
             "batch_size": self.args.train_batch_size * self.args.world_size,
             "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
             "label_smoothing": self.args.label_smoothing_factor,
+            "cached_views": self.args.cached_views,
+            "feature_dtype": self.args.feature_dtype,
             "precision": "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "float32",
             "stages": [stage.model_dump(mode="json") for stage in self.domain.stages],
         }

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
+from nicheclip.feature_cache import DTYPES as FEATURE_DTYPES
 from nicheclip.losses import LOSSES
 from nicheclip.sampler import CLUSTER_DRAWS
 
@@ -61,6 +62,20 @@ class StagedTrainingArguments(TrainingArguments):
             "help": "WiSE-FT: the fine-tuned model's part in the weights, the rest is the base's; "
             "a number from 0 to 1, or auto: what is best on validation."
         },
+    )
+    cached_views: int = field(
+        default=8,
+        metadata={
+            "help": "Augmented views of each image; what the frozen part of the visual tower makes of them is kept on "
+            "disk and its visits take them in turn. 0: a new view at each visit, and nothing is kept."
+        },
+    )
+    feature_dtype: str = field(
+        default="float16", metadata={"help": f"Of what is kept of the views, one of {', '.join(FEATURE_DTYPES)}."}
+    )
+    feature_cache: str | None = field(
+        default=None,
+        metadata={"help": "Where it is kept; default: RUN/cache/features, which may be removed any time."},
     )
     bf16: bool | None = field(
         default=None, metadata={"help": "Mixed precision in bfloat16; default: where there is a GPU that supports it."}
@@ -121,6 +136,10 @@ class StagedTrainingArguments(TrainingArguments):
             raise ValueError(
                 "--eval_strategy and --logging_strategy must be 'epoch', without --eval_on_start: epochs are compared"
             )
+        if self.cached_views < 0:
+            raise ValueError(f"--cached_views is {self.cached_views}; expected 0 (none) or more")
+        if self.feature_dtype not in FEATURE_DTYPES:
+            raise ValueError(f"--feature_dtype is '{self.feature_dtype}'; expected one of {', '.join(FEATURE_DTYPES)}")
         for name, reason in _REFUSED.items():
             if getattr(self, name):
                 raise ValueError(f"--{name} is {getattr(self, name)}, but {reason}; leave it out")

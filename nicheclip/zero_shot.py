@@ -33,6 +33,15 @@ def load_clip(base: str | Path) -> tuple[CLIPModel, CLIPProcessor]:
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
 
 
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the processor computes in it, else float32."""
+    if device.type == "cuda":
+        capable = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capable = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if capable else torch.float32
+
+
 @torch.inference_mode()
 def encode_texts(model: CLIPModel, processor: CLIPProcessor, prompts: list[str]) -> torch.Tensor:
     """Unit-length text_embeds (P, D), on the model's device."""
@@ -60,7 +69,7 @@ def encode_images(
     """
     batches = []
     with tqdm(total=total, desc=description, unit="img", leave=False, disable=not progress) as bar:
-        for pixel_values in _prefetched(_pixel_values(processor, batch) for batch in _batched(images, batch_size)):
+        for pixel_values in prefetched(_pixel_values(processor, batch) for batch in _batched(images, batch_size)):
             with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
                 image_embeds = model.get_image_features(pixel_values.to(model.device)).pooler_output
             batches.append(torch.nn.functional.normalize(image_embeds.float(), dim=-1).cpu().numpy())
@@ -78,7 +87,7 @@ def _pixel_values(processor: CLIPProcessor, images: Sequence[Image.Image]) -> to
     return processor.image_processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
 
 
-def _prefetched(items: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+def prefetched(items: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
     """The items, each made in another thread while the one before it is worked on."""
     with ThreadPoolExecutor(1) as maker:
         coming = maker.submit(next, items, None)

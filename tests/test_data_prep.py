@@ -77,7 +77,7 @@ def test_only_train_is_filtered(report):
 
 def test_an_epoch_visits_each_class_as_often_and_each_image_at_least_once(prepared, domain):
     train = load_prepared(prepared)["train"]
-    visits = TrainingVisits(train, domain.prompt_bank[1], domain.augmentation, side=96, seed=0)
+    visits = TrainingVisits(train, domain.prompt_bank[1], domain.augmentation, load_clip(domain.base)[1], seed=0)
     per_class = np.bincount(visits.labels)
     own = np.bincount(train["label"])
     assert (per_class == np.maximum(domain.samples_per_class, own)).all()
@@ -87,17 +87,17 @@ def test_an_epoch_visits_each_class_as_often_and_each_image_at_least_once(prepar
 
 def test_each_visit_draws_its_own_view_and_prompt(prepared, domain):
     train = load_prepared(prepared)["train"]
-    visits = TrainingVisits(train, domain.prompt_bank[1], domain.augmentation, side=96, seed=0)
+    visits = TrainingVisits(train, domain.prompt_bank[1], domain.augmentation, load_clip(domain.base)[1], seed=0)
     row = int(np.argmax(train["repeats"]))
     same_image = np.flatnonzero(visits.row_of_visit == row)[:2]
-    first, second = (np.asarray(visits[int(visit)]["image"]) for visit in same_image)
+    first, second = (np.asarray(visits[int(visit)]["images"]) for visit in same_image)
     assert not np.array_equal(first, second)
-    again = np.asarray(visits[int(same_image[0])]["image"])
+    again = np.asarray(visits[int(same_image[0])]["images"])
     assert np.array_equal(first, again), "the same visit of the same epoch is always the same"
     visits.set_epoch(1)
-    assert not np.array_equal(first, np.asarray(visits[int(same_image[0])]["image"]))
+    assert not np.array_equal(first, np.asarray(visits[int(same_image[0])]["images"]))
     bank, _ = domain.prompt_bank
-    prompts = {bank[visits[int(visit)]["prompt"]] for visit in np.flatnonzero(visits.labels == 0)}
+    prompts = {bank[visits[int(visit)]["prompts"]] for visit in np.flatnonzero(visits.labels == 0)}
     assert len(prompts) > 1
     assert prompts <= set(domain.classes[domain.class_names[0]])
 

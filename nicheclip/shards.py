@@ -10,11 +10,12 @@ import multiprocessing
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import datasets
+import torch
 from tqdm.auto import tqdm
 
 from nicheclip.data import quiet_datasets
@@ -33,6 +34,7 @@ def map_shards(
     cache: Path,
     description: str,
     parallel: bool = False,
+    bytes_per_row: int = 0,
 ) -> datasets.Dataset:
     """`step` of all rows, a shard of `SHARD_ROWS` at a time; finished shards are read from `cache`.
 
@@ -40,9 +42,13 @@ def map_shards(
         step: gives a dataset of as many rows; with `parallel` it is pickled.
         identity: (N,) what a row's result depends on, beside `settings`.
         parallel: whether the shards of one process are spread over the CPU cores.
+        bytes_per_row: of a result, if the disk could be too small for them.
 
     Returns:
         the results in the order of the rows, memory-mapped; the same in every process.
+
+    Raises:
+        OSError: if the disk has no room for what is missing, before anything is written.
     """
     state = processes()
     shards = []
@@ -50,6 +56,9 @@ def map_shards(
         span = range(start, min(start + SHARD_ROWS, len(rows)))
         key = hashlib.sha256("\n".join([settings, *(identity[index] for index in span)]).encode()).hexdigest()
         shards.append((span, cache / key[:24]))
+    missing = sum(len(span) for span, folder in shards if not folder.is_dir())
+    _check_room(cache, missing * bytes_per_row, description)
+    state.wait_for_everyone()  # so that all have looked before one of them writes
     mine = [shard for shard in shards[state.process_index :: state.num_processes] if not shard[1].is_dir()]
     workers = min((os.cpu_count() or 1) // state.num_processes, len(mine)) if parallel else 1
     with tqdm(
@@ -65,6 +74,30 @@ def map_shards(
             if folder.is_dir() and folder.name not in wanted:
                 shutil.rmtree(folder)
     return datasets.concatenate_datasets([datasets.load_from_disk(folder) for _, folder in shards])
+
+
+def stored_digests(rows: datasets.Dataset) -> list[str]:
+    """sha256 of each image as it is stored, (N,)."""
+    rows = rows.select_columns("image").cast_column("image", datasets.Image(decode=False))
+    return [hashlib.sha256(row["image"]["bytes"]).hexdigest() for row in rows]
+
+
+def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
+    """sha256 of names, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in weights.items():
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def _check_room(cache: Path, needed: int, what: str) -> None:
+    cache.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(cache).free
+    if needed > free:
+        raise OSError(
+            f"{what} needs {needed / 1e9:.1f} GB in '{cache}', where {free / 1e9:.1f} GB are free; make room"
+        )
 
 
 def _finished(rows: datasets.Dataset, step: Step, shards: list[tuple[range, Path]], workers: int) -> Iterator[int]:

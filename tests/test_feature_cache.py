@@ -1,0 +1,282 @@
+"""The fast step is the plain step: what is frozen is encoded once, and nothing else changes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import CLIPModel
+
+import train
+from nicheclip import shards
+from nicheclip.data import TrainingVisits, Views, load_prepared
+from nicheclip.domain import Domain, Stage
+from nicheclip.feature_cache import encode_views
+from nicheclip.losses import multi_positive
+from nicheclip.stages import trainable_names
+from nicheclip.towers import PIXELS, begin_later, cut_before, pooled
+from nicheclip.trainer import StagedTrainer
+from nicheclip.training_args import StagedTrainingArguments
+from nicheclip.zero_shot import load_clip
+from tests.test_training import checkpoints, fresh, weights
+
+TEXT = ["text_model.*", "text_projection.*", "visual_projection.*", "logit_scale"]
+
+
+def stage(blocks: int, patterns: list[str] = TEXT) -> Stage:
+    return Stage(name="s", epochs=1, learning_rate=1e-3, train=patterns, last_visual_blocks=blocks)
+
+
+STAGES = {
+    "0 blocks": stage(0),
+    "1 block": stage(1),
+    "2 blocks": stage(2),
+    "all blocks": stage(4),
+    "the last layer norm": stage(0, ["vision_model.post_layernorm.*", *TEXT]),
+    "everything": stage(0, ["*"]),
+    "frozen texts": stage(1, ["visual_projection.*", "logit_scale"]),
+}
+
+
+@pytest.fixture
+def visits(prepared, domain) -> TrainingVisits:
+    _, processor = load_clip(domain.base)
+    rows = load_prepared(prepared)["train"]
+    return TrainingVisits(rows, domain.prompt_bank[1], domain.augmentation, processor, seed=3)
+
+
+def staged(domain: Domain, visits: TrainingVisits, stage: Stage, folder: Path, **options) -> StagedTrainer:
+    """A trainer that has entered its only stage."""
+    model, processor = load_clip(domain.base)
+    args = StagedTrainingArguments(output_dir=str(folder), use_cpu=True, disable_tqdm=True, **options)
+    domain = domain.model_copy(update={"stages": [stage]})
+    trainer = StagedTrainer(model, args, domain, processor, visits, Views(visits.rows.select(range(5)), processor))
+    trainer._enter(stage, 0, None)
+    return trainer
+
+
+def gradients(model: CLIPModel, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    """Every gradient, relative to the largest of all."""
+    assert found.keys() == expected.keys()
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    for name, gradient in expected.items():
+        error = (found[name] - gradient).abs().max() / largest
+        assert error < tolerance, f"{name}: {error:.1e}"
+
+
+def plain_step(domain: Domain, batch: dict, chosen: Stage, dtype: torch.dtype) -> tuple[torch.Tensor, dict]:
+    """CLIPModel's own forward pass: all images from pixels, each with its own prompt of 77 tokens."""
+    model, processor = load_clip(domain.base)
+    model.to(dtype)
+    names = set(trainable_names([name for name, _ in model.named_parameters()], chosen))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+    prompts = [domain.prompt_bank[0][prompt] for prompt in batch["prompts"]]
+    length = model.config.text_config.max_position_embeddings
+    tokens = processor.tokenizer(prompts, padding="max_length", max_length=length, return_tensors="pt")
+    outputs = model(pixel_values=batch["images"].to(dtype), **tokens)
+    logits = model.logit_scale.exp() * outputs.image_embeds @ outputs.text_embeds.T
+    loss = multi_positive(logits.float() if dtype is torch.float32 else logits, batch["labels"], 0.1)
+    return loss, gradients(model, loss)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_fast_step_is_the_plain_step(name, domain, visits, tmp_path):
+    """From the same pixels: distinct prompts at their length, and the class token alone in the last block."""
+    trainer = staged(domain, visits, STAGES[name], tmp_path, cached_views=0)
+    batch = trainer.data_collator([visits[index] for index in range(0, 48, 4)])
+    expected, expected_gradients = plain_step(domain, batch, STAGES[name], torch.float32)
+    loss = trainer.compute_loss(trainer.model, batch)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    assert_equal(gradients(trainer.model, loss), expected_gradients, 1e-5)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_in_double_precision_the_towers_agree_to_ten_digits(name, domain, visits):
+    """Cut where the stage allows it, the states before it as they are."""
+    batch = torch.utils.data.default_collate([visits[index] for index in range(0, 48, 4)])
+    expected, expected_gradients = plain_step(domain, batch, STAGES[name], torch.float64)
+    model, processor = load_clip(domain.base)
+    model.double()
+    begin_later(model)
+    tower, chosen = model.vision_model, STAGES[name]
+    names = set(trainable_names([name for name, _ in model.named_parameters()], chosen))
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter_name in names)
+    tower.cut = cut_before(tower, names)
+    images = batch["images"].double()
+    if tower.cut != PIXELS:
+        with torch.inference_mode():
+            images = tower.between(images, PIXELS, tower.cut)
+        images = images.clone()
+    distinct, of_image = batch["prompts"].unique(return_inverse=True)
+    tokens = processor.tokenizer(
+        [domain.prompt_bank[0][prompt] for prompt in distinct], padding=True, return_tensors="pt"
+    )
+    texts = dict(tokens)
+    if not any(name.startswith("text_model.") for name in names):
+        with torch.no_grad():
+            texts = {"input_ids": model.text_model(**tokens).pooler_output}
+    outputs = model(pixel_values=images, **texts)
+    logits = model.logit_scale.exp() * outputs.image_embeds @ outputs.text_embeds[of_image].T
+    loss = multi_positive(logits, batch["labels"], 0.1)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-10)
+    assert_equal(gradients(model, loss), expected_gradients, 1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 5e-3)])
+@pytest.mark.parametrize("name", ["0 blocks", "1 block", "2 blocks", "all blocks", "the last layer norm"])
+def test_kept_views_train_as_their_pixels_do(name, dtype, tolerance, domain, visits, tmp_path):
+    trainer = staged(domain, visits, STAGES[name], tmp_path, cached_views=2, feature_dtype=dtype)
+    chosen = list(range(0, 48, 4))
+    kept = trainer.data_collator([visits[index] for index in chosen])
+    visits.features = None
+    pixels = trainer.data_collator([visits[index] for index in chosen])
+    assert kept["images"].ndim in (2, 3)
+    assert pixels["images"].ndim == 4
+    losses = {key: trainer.compute_loss(trainer.model, batch) for key, batch in (("k", kept), ("p", pixels))}
+    assert losses["k"].item() == pytest.approx(losses["p"].item(), abs=tolerance)
+    found = {key: gradients(trainer.model, loss) for key, loss in losses.items()}
+    assert_equal(found["k"], found["p"], tolerance)
+
+
+def test_what_all_stages_leave_frozen_is_encoded_once(domain, visits, tmp_path):
+    """The pooled states are worked out from those after the blocks that no stage trains."""
+    model, _ = load_clip(domain.base)
+    begin_later(model)
+    tower = model.vision_model.eval()
+    both = encode_views(tower, visits, 2, [2, pooled(tower)], tmp_path / "both", "float32")
+    alone = encode_views(tower, visits, 2, [pooled(tower)], tmp_path / "alone", "float32")
+    assert {path.name for path in (tmp_path / "both").iterdir()} == {"after-block-2", "pooled"}
+    places = [(row, view) for view in range(2) for row in range(len(visits.rows))]
+    np.testing.assert_allclose([both[p] for p in places], [alone[p] for p in places], atol=2e-5)
+    assert both[0, 0].shape == (model.config.vision_config.hidden_size,)
+    assert not np.allclose(both[0, 0], both[0, 1]), "each view is another one"
+
+
+def test_visits_take_the_views_in_turn(domain, visits):
+    visits.views = 3
+    seen: dict[int, list[int]] = {}
+    visits._images = lambda row, view: seen.setdefault(row, []).append(view)
+    for epoch in range(3):
+        visits.set_epoch(epoch)
+        for visit in range(len(visits)):
+            visits[visit]
+    for row, views in seen.items():
+        assert len(views) == 3 * visits.repeats[row]
+        assert np.ptp(np.bincount(views, minlength=3)) == 0, "in three epochs each view comes equally often"
+
+
+def encoded(tower, visits, cache: Path, **options) -> set[str]:
+    """Names of the shards, each of which says what it was made of."""
+    encode_views(tower, visits, 1, [options.pop("cut", 2)], cache, **options)
+    return {f"{path.parent.name}/{path.name}" for path in cache.glob("*/*") if path.is_dir()}
+
+
+def test_a_shard_is_known_by_everything_it_depends_on(domain, prepared, visits, tmp_path):
+    model, processor = load_clip(domain.base)
+    begin_later(model)
+    tower = model.vision_model.eval()
+    cache = tmp_path / "cache"
+    first = encoded(tower, visits, cache)
+    assert encoded(tower, visits, cache) == first
+    other_seed = TrainingVisits(visits.rows, domain.prompt_bank[1], domain.augmentation, processor, seed=4)
+    harder = domain.augmentation.model_copy(update={"hue": 0.3})
+    augmented = TrainingVisits(visits.rows, domain.prompt_bank[1], harder, processor, seed=3)
+    fewer = TrainingVisits(visits.rows.select(range(9)), domain.prompt_bank[1], domain.augmentation, processor, seed=3)
+    for changed in (other_seed, augmented, fewer):
+        now = encoded(tower, changed, cache)
+        assert not now & first, "a stale shard must not be read, nor lie about"
+    assert encoded(tower, visits, cache) == first
+    for options in ({"dtype": "float32"}, {"autocast": torch.bfloat16}, {"cut": 1}):
+        assert not encoded(tower, visits, tmp_path / str(options), **options) & first
+    with torch.no_grad():
+        model.vision_model.encoder.layers[3].mlp.fc1.bias += 1
+        assert encoded(tower, visits, cache) == first, "a block after the cut does not matter"
+        model.vision_model.encoder.layers[1].mlp.fc1.bias += 1
+        assert not encoded(tower, visits, cache) & first
+
+
+def test_an_interrupted_encoding_goes_on(domain, visits, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_ROWS", 16)
+    model, _ = load_clip(domain.base)
+    begin_later(model)
+    tower = model.vision_model.eval()
+    whole = encode_views(tower, visits, 1, [2], tmp_path / "whole")
+
+    class Interrupted(TrainingVisits):
+        drawn, last = 0, 40
+
+        def view(self, row: int, view: int) -> torch.Tensor:
+            if self.drawn == self.last:
+                raise KeyboardInterrupt
+            self.drawn += 1
+            return super().view(row, view)
+
+    _, processor = load_clip(domain.base)
+    stopped = Interrupted(visits.rows, domain.prompt_bank[1], domain.augmentation, processor, seed=3)
+    with pytest.raises(KeyboardInterrupt):
+        encode_views(tower, stopped, 1, [2], tmp_path / "cut")
+    stopped.drawn, stopped.last = 0, 10_000
+    resumed = encode_views(tower, stopped, 1, [2], tmp_path / "cut")
+    assert stopped.drawn == len(visits.rows) - 32, "two shards were whole"
+    for row in range(len(visits.rows)):
+        np.testing.assert_array_equal(resumed[row, 0], whole[row, 0])
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(domain, visits, tmp_path, monkeypatch):
+    model, _ = load_clip(domain.base)
+    begin_later(model)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shards.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(OSError, match=r"--cached_views 2.* needs 0\.0 GB in .* where 0\.0 GB are free"):
+        encode_views(model.vision_model, visits, 2, [2], tmp_path / "full")
+    assert not list((tmp_path / "full").glob("*/*"))
+
+
+def test_states_that_the_kept_precision_can_not_hold_are_an_error(domain, visits, tmp_path):
+    model, _ = load_clip(domain.base)
+    begin_later(model)
+    with torch.no_grad():
+        model.vision_model.pre_layrnorm.bias += 1e6
+    with pytest.raises(FloatingPointError, match="--feature_dtype float32"):
+        encode_views(model.vision_model, visits, 1, [0], tmp_path)
+
+
+def test_stages_in_any_order_resume_to_the_same_weights(prepared, domain, tmp_path):
+    """Visual first: the text stage's features depend on what the visual stage has learned."""
+    run = fresh(prepared, tmp_path / "whole", stages=domain.stages[::-1])
+    keep = ["--save_strategy", "steps", "--save_steps", "4", "--save_total_limit", "99", "--cached_views", "2"]
+    train.train([str(run), *keep])
+    steps = [int(path.name.split("-")[1]) for path in checkpoints(run)]
+    for step in (14, 16):  # at the boundary, and in the text stage
+        assert step in steps
+        resumed = tmp_path / f"from-{step}" / "run"
+        shutil.copytree(run, resumed, ignore=shutil.ignore_patterns("cache"))
+        for path in checkpoints(resumed):
+            if int(path.name.split("-")[1]) > step:
+                shutil.rmtree(path)
+        (resumed / "training.json").unlink()
+        train.train([str(resumed), *keep, "--resume_from_checkpoint", "True"])
+        expected, found = weights(run / "model"), weights(resumed / "model")
+        assert all(torch.equal(expected[name], found[name]) for name in expected), step
+
+
+def test_the_record_says_what_was_saved(prepared, tmp_path):
+    run = fresh(prepared, tmp_path)
+    train.train([str(run), "--cached_views", "2"])
+    record = json.loads((run / "training.json").read_text())["features"]
+    assert record["views"] == 2
+    assert record["encoded"] == 2 * len(load_prepared(run)["train"])
+    assert record["visits"] > record["encoded"]
+    assert 0 < record["bytes"] < 1e8
