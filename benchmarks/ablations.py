@@ -98,6 +98,8 @@ def variants(domain: Domain) -> dict[str, Variant]:
         "rates_triple": Variant("learning rates × 3", rates(lambda _, rate: rate * 3)),
         "rates_article": Variant("learning rates 5e-6 and 5e-7", rates(lambda index, _: ARTICLE_RATES[min(index, 1)])),
         "rates_1e-5": Variant("learning rate 1e-5 in all stages", rates(lambda *_: 1e-5)),
+        "views_0": Variant("a new view at each visit", setting("cached_views", 0)),
+        **{f"views_{count}": Variant(f"{count} views", setting("cached_views", count)) for count in (2, 4, 8, 16)},
         "batch_16": Variant("batch 16", setting("per_device_train_batch_size", 16)),
     }
     different = {
@@ -156,7 +158,12 @@ def table(
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """A row for each variant that is there, and what is to be said below the table."""
     found = {name: stored(out, name, seeds, domain) for name in listed}
-    missing = [f"{name}-{seed}" for name in listed for seed in seeds if seed not in {r["seed"] for r in found[name]}]
+    missing = [
+        f"{name}-{seed}"
+        for name, results in found.items()
+        for seed in seeds
+        if results and seed not in {result["seed"] for result in results}
+    ]
     rows = {listed[name].title: summary(found[name], found[OURS]) for name in listed if found[name]}
     if not rows:
         print(f"nothing in {out} yet")
@@ -186,7 +193,7 @@ def draw(domain: Domain, rows: dict[str, dict[str, Any]], folder: Path) -> None:
     )
     heights = np.arange(len(compared))[::-1]
     with matplotlib.rc_context(STYLE | {"svg.fonttype": "none", "svg.hashsalt": "ablations"}):
-        figure = Figure(figsize=(8, 0.32 * len(compared) + 1.3), layout="constrained")
+        figure = Figure(figsize=(8, 0.32 * len(compared) + 1.5), layout="constrained")
         axes = figure.subplots()
         axes.axvline(0, color=BASE, linewidth=1.5, zorder=0)
         axes.hlines(heights, lows, highs, color=TUNED, linewidth=1.6)
@@ -199,7 +206,7 @@ def draw(domain: Domain, rows: dict[str, dict[str, Any]], folder: Path) -> None:
         axes.grid(axis="x", alpha=0.3)
         axes.set(xlabel="points of test accuracy, 95 % interval paired by image; filled: leaves out 0")
         axes.xaxis.label.set_color(INK)
-        title = f"{domain.title}: one change each against ours ({ours['accuracy']['value']:.1%}, the grey line)"
+        title = f"{domain.title}\none change each against ours ({ours['accuracy']['value']:.1%}, the grey line)"
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
         folder.mkdir(parents=True, exist_ok=True)
         for ending, metadata in (("png", {}), ("svg", {"Date": None})):

@@ -1,13 +1,15 @@
-"""python -m benchmarks.training_speed [--precision bf16] [--batch-size 16] [--views 4]
+"""python -m benchmarks.training_speed --rounds 5 --steps 8
 
-Seconds a training sample: the article's loop, as it is described, against ours, in turn in one process and by stage;
-and what its whole schedule (15 epochs of 7,018 visits of 4,060 images) would take of each, the encoding of the views
-included. Random weights of ViT-B/32 size.
+How long training takes: the published article's loop, written plainly, against StagedTrainer. The sides take turns,
+stage by stage, on a random CLIP of ViT-B/32 size and drawn images; the article's whole schedule is projected.
+Alike for both: images are decoded from what data_prep stores (the article's own, of a megapixel and more, would take
+longer), augmented by `nicheclip.data.augment`, in the main process; evaluation and checkpoints are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import resource
 import subprocess
@@ -15,330 +17,423 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import matplotlib
 import numpy as np
 import torch
+import transformers
 from matplotlib.figure import Figure
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, RandomSampler
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
-from transformers.utils import logging
 
 from data_prep.sources.painter import STYLES, draw
-from model_card.figures import BASE, INK, STYLE, TUNED
+from data_prep.verify import JPEG_QUALITY
+from model_card.figures import CLUSTER_COLOURS, STYLE
 from nicheclip.data import TrainingVisits, Views, augment, features, quiet_datasets
-from nicheclip.domain import Domain, Stage
+from nicheclip.domain import Domain
 from nicheclip.feature_cache import encode_views
-from nicheclip.losses import info_nce
 from nicheclip.results import format_table, write_json
-from nicheclip.stages import set_trainable
-from nicheclip.towers import begin_later
+from nicheclip.stages import set_trainable, trainable_names
+from nicheclip.towers import PIXELS, cut_before
 from nicheclip.trainer import StagedTrainer
 from nicheclip.training_args import StagedTrainingArguments
 
-IMAGES, VISITS = 4060, 7018  # the article's: distinct training images, visits an epoch
-STORED_SIDE = 288  # shorter side of what data_prep keeps; the article's loop decodes ORIGINAL_SIDE
-ORIGINAL_SIDE = 640
-SIZES = {
-    "vit-b-32": CLIPConfig(),
-    "small": CLIPConfig(
-        text_config={"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2},
-        vision_config={"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2},
-    ),
+VISITS, IMAGES = 7018, 4060  # the article's: an epoch's samples, and the images that they are drawn from (4,545 - 485)
+ARTICLE_BATCH = 16
+DRAWN = 64  # images here; two views of each fill a shard of the feature cache
+TINY = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 2, "num_hidden_layers": 3}
+SIZES = {  # of the model, and the side of its images
+    "vit-b-32": (CLIPConfig(), 224),
+    "small": (CLIPConfig(text_config=TINY, vision_config=TINY | {"image_size": 64}), 64),
 }
-Step = Callable[[], float]  # seconds of one step
+PARTS = ("data", "text tower", "visual tower", "loss and backward", "optimiser")
+BUILDING = "building the features"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass
+class Side:
+    """One way to train, in one stage."""
+
+    model: CLIPModel
+    batches: Iterator[dict[str, torch.Tensor]]
+    train: Callable[[dict[str, torch.Tensor]], object]  # forward and backward
+    update: Callable[[], None]
+    batch_size: int
+
+    def steps(self, count: int) -> float:
+        """Seconds a sample that they take."""
+        started = _now()
+        for _ in range(count):
+            self.train(next(self.batches))
+            self.update()
+        return (_now() - started) / (count * self.batch_size)
+
+
+@dataclass
+class Setting:
+    domain: Domain
+    rows: datasets.Dataset
+    model: CLIPModel
+    processor: CLIPProcessor
+    folder: Path
+    args: argparse.Namespace
+
+    def visits(self, seed: int) -> TrainingVisits:
+        return TrainingVisits(self.rows, self.domain.prompt_bank[1], self.domain.augmentation, self.processor, seed)
+
+
+class Samples(torch.utils.data.Dataset):
+    """Pixels and prompt of a sample, as a plain loop makes them; the prompts padded to 77 tokens."""
+
+    def __init__(self, setting: Setting):
+        self.rows, self.domain, self.processor = setting.rows, setting.domain, setting.processor
+        self.side = SIZES[setting.args.size][1]
+        self.rng = np.random.default_rng(0)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
+        row = self.rows[index]
+        view = augment(row["image"].convert("RGB"), self.side, self.domain.augmentation, self.rng)
+        prompts = self.domain.classes[self.domain.class_names[row["label"]]]
+        return self.processor.image_processor(view, return_tensors="pt")["pixel_values"][0], self.rng.choice(prompts)
+
+    def collate(self, samples: list[tuple[torch.Tensor, str]]) -> dict[str, torch.Tensor]:
+        pixels, prompts = zip(*samples, strict=True)
+        tokens = self.processor.tokenizer(list(prompts), padding="max_length", max_length=77, return_tensors="pt")
+        return {**tokens, "pixel_values": torch.stack(pixels)}
+
+
+def article(setting: Setting) -> Iterator[Side]:
+    """The article's loop: float32, all 77 places of every prompt, every image from its pixels at every visit."""
+    model, samples = deepcopy(setting.model).train(), Samples(setting)
+    sampler = RandomSampler(samples, replacement=True, num_samples=VISITS)
+    loader = DataLoader(samples, ARTICLE_BATCH, sampler=sampler, drop_last=True, collate_fn=samples.collate)
+    for stage in setting.domain.stages:
+        set_trainable(model, stage)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, stage.learning_rate, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
+
+        def train(batch: dict[str, torch.Tensor]) -> None:
+            logits = model(**{name: tensor.to(DEVICE) for name, tensor in batch.items()}).logits_per_image  # (B, B)
+            own = torch.arange(len(logits), device=DEVICE)
+            of_images = cross_entropy(logits, own, label_smoothing=0.1)
+            of_texts = cross_entropy(logits.T, own, label_smoothing=0.1)
+            ((of_images + of_texts) / 2).backward()
+
+        def update(optimizer=optimizer, trained=trained) -> None:
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        yield Side(model, _endless(loader), train, update, ARTICLE_BATCH)
+
+
+def naive(setting: Setting) -> Iterator[Side]:
+    """transformers' own Trainer on the article's batches: CLIPModel's own loss, our precision, nothing kept."""
+    model, samples = deepcopy(setting.model), Samples(setting)
+    args = transformers.TrainingArguments(
+        str(setting.folder / "naive"),
+        per_device_train_batch_size=setting.args.batch_size,
+        bf16=setting.args.precision == "bf16",
+        use_cpu=DEVICE.type == "cpu",
+        dataloader_pin_memory=DEVICE.type == "cuda",
+        remove_unused_columns=False,
+    )
+
+    def collate(batch: list[tuple[torch.Tensor, str]]) -> dict[str, Any]:
+        return samples.collate(batch) | {"return_loss": True}
+
+    trainer = transformers.Trainer(model, args, train_dataset=samples, data_collator=collate)
+    for stage in setting.domain.stages:
+        set_trainable(model, stage)
+        trainer.model_wrapped, trainer.optimizer, trainer.lr_scheduler = model, None, None
+        yield _of_trainer(trainer, stage.epochs * VISITS)
+
+
+def ours(setting: Setting) -> Iterator[Side]:
+    """StagedTrainer, by its own methods: it enters a stage, makes the optimiser, loads, steps."""
+    domain, processor, args = setting.domain, setting.processor, setting.args
+    options = domain.training | {"output_dir": str(setting.folder / "ours"), "cached_views": args.views}
+    options |= {"per_device_train_batch_size": args.batch_size, "bf16": args.precision == "bf16"}
+    validation = Views(setting.rows.select(range(8)), processor)
+    training_args, model = StagedTrainingArguments(**options), deepcopy(setting.model)
+    trainer = StagedTrainer(model, training_args, domain, processor, setting.visits(0), validation)
+    before = 0
+    for stage in domain.stages:
+        trainer._enter(stage, before, None)
+        before += stage.epochs
+        yield _of_trainer(trainer, before * trainer._steps_per_epoch)
+
+
+def _of_trainer(trainer: transformers.Trainer, max_steps: int) -> Side:
+    model, loader = trainer._prepare_for_training(max_steps, trainer.get_train_dataloader(), None)
+    trainer.current_gradient_accumulation_steps = 1
+
+    def update() -> None:
+        trainer._get_grad_norm(model, trainer._clip_grad_norm(model))
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+        model.zero_grad()
+
+    return Side(
+        trainer.model,
+        _endless(loader),
+        lambda batch: trainer.training_step(model, batch),
+        update,
+        trainer.args.train_batch_size,
+    )
+
+
+def _endless(loader: DataLoader) -> Iterator[dict[str, torch.Tensor]]:
+    while True:
+        yield from loader
+
+
+SIDES = {"article": article, "ours": ours, "naive": naive}
 
 
 def main() -> None:
-    args = parse()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if args.memory_of:
-        steps = SIDES[args.memory_of](args, *world(args))
-        for step in steps:
-            step(), step()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2)
-        return
-    domain, rows = world(args)
-    times: dict[str, list[list[float]]] = {side: [] for side in SIDES}
-    steps = {side: make(args, domain, rows) for side, make in SIDES.items()}
-    for round_number in range(args.rounds + 1):
-        for side, of_stage in steps.items():
-            taken = [np.mean([step() for _ in range(args.steps)]) / args.batch_size for step in of_stage]
-            if round_number:  # the first one warms up
-                times[side].append(taken)
-    encoding = seconds_a_view(args, domain, rows) if args.views else 0.0
-    report(args, domain, {side: np.array(taken) for side, taken in times.items()}, encoding)
-
-
-def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="vit-b-32")
-    parser.add_argument("--batch-size", type=int, default=16, help="of ours; the article's loop has 16")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of ours")
-    parser.add_argument("--views", type=int, default=4, help="of each image; 0: no cache")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=3, help="of each side, stage and round")
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--batch-size", type=int, default=16, help="ours; the article's is 16")
+    parser.add_argument("--precision", choices=DTYPES, default="fp32", help="ours; the article's is fp32")
+    parser.add_argument("--views", type=int, default=4, help="kept of each image; 0: nothing is kept")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=8, help="of each side in a round")
+    parser.add_argument("--threads", type=int, help="default: torch's")
+    parser.add_argument("--naive", action="store_true", help="a third side: transformers' Trainer as it comes")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/training_speed.json"))
-    parser.add_argument("--memory-of", choices=["article", "ours"], help="print the peak memory of one side, in GiB")
-    return parser.parse_args()
+    parser.add_argument("--chart", type=Path, help="its PNG, with an SVG beside it; default: beside --out")
+    parser.add_argument("--only", choices=SIDES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    names = list(SIDES) if args.naive else ["article", "ours"]
+    # First of all: a child's peak begins with that of its parent, which is small as yet.
+    memory = {} if args.only else {name: _peak_memory_of(name) for name in names}
+    with tempfile.TemporaryDirectory() as folder, quiet_datasets():
+        setting = _setting(args, Path(folder))
+        if args.only:
+            for side in SIDES[args.only](setting):
+                side.steps(2)
+            print(_peak_memory())
+            return
+        found = _measure(setting, names)
+    found |= {"peak_mb": memory, "settings": {name: str(value) for name, value in vars(args).items()}}
+    found["settings"] |= {"threads": torch.get_num_threads(), "device": DEVICE.type, "torch": torch.__version__}
+    write_json(args.out, found)
+    _report(found, names)
+    _draw(found, args.chart or args.out.with_suffix(".png"))
 
 
-def world(args: argparse.Namespace) -> tuple[Domain, datasets.Dataset]:
-    """The architecture domain with the article's stages, and drawn pictures in place of its photos."""
-    domain = Domain.load("domains/architecture/article.yaml")
-    rng = np.random.default_rng(0)
-    rows = []
-    for index in range(max(64, 4 * args.batch_size)):
-        picture = draw(list(STYLES)[index % len(STYLES)], rng).resize((ORIGINAL_SIDE, ORIGINAL_SIDE))
-        row = dict.fromkeys(features(domain.class_names), "")
-        image = {"bytes": _jpeg(picture), "path": None}
-        label = index % len(domain.classes)
-        rows.append(row | {"image": image, "label": label, "sha256": f"{index:x}", "zero_shot_score": 0, "repeats": 2})
-    return domain, datasets.Dataset.from_list(rows, features=features(domain.class_names))
-
-
-def _jpeg(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.convert("RGB").save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
-
-
-def _model_and_processor(args: argparse.Namespace, domain: Domain) -> tuple[CLIPModel, CLIPProcessor]:
-    """Prompts get about as many tokens as from CLIP's own vocabulary: 12 in the median."""
+def _setting(args: argparse.Namespace, folder: Path) -> Setting:
     torch.manual_seed(0)
-    model = CLIPModel(SIZES[args.size]).to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = CLIPTokenizer.from_pretrained("domains/facades/base")
-    tokenizer = tokenizer.train_new_from_iterator([domain.prompt_bank[0]], vocab_size=1800)
-    model.config.text_config.eos_token_id = model.text_model.eos_token_id = tokenizer.eos_token_id
-    return model, CLIPProcessor(image_processor=CLIPImageProcessorPil(), tokenizer=tokenizer)
-
-
-def article_steps(args: argparse.Namespace, domain: Domain, rows: datasets.Dataset) -> list[Step]:
-    """A step of each stage: decode the photo, augment it, both towers over 16 images and 16 prompts of 77 tokens."""
-    model, processor = _model_and_processor(args, domain)
-    prompts, classes = domain.prompt_bank
-    rng = np.random.default_rng(0)
-
-    def step_of(stage: Stage) -> Step:
-        set_trainable(model, stage)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=stage.learning_rate, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
-
-        def step() -> float:
-            set_trainable(model, stage)
-            started = _now()
-            batch = [rows[int(index)] for index in rng.integers(len(rows), size=16)]
-            views = [augment(row["image"].convert("RGB"), 224, domain.augmentation, rng) for row in batch]
-            pixels = processor.image_processor(views, do_resize=False, do_center_crop=False, return_tensors="pt")
-            own = [prompts[rng.choice(np.flatnonzero(np.equal(classes, row["label"])))] for row in batch]
-            tokens = processor.tokenizer(
-                own, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
-            )
-            outputs = model(**{name: tensor.to(model.device) for name, tensor in {**pixels, **tokens}.items()})
-            loss = info_nce(outputs.logits_per_image, torch.arange(16), 0.1)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            return (_now() - started) * args.batch_size / 16
-
-        return step
-
-    return [step_of(stage) for stage in domain.stages]
-
-
-def our_steps(args: argparse.Namespace, domain: Domain, rows: datasets.Dataset) -> list[Step]:
-    """A step of each stage with the trainer's own loader, loss, backward pass and optimiser."""
-
-    def step_of(stage: Stage) -> Step:
-        trainer = _trainer(args, domain, rows)
-        trainer._enter(stage, 0, None)
-        trainer.create_optimizer()
-        trainer.current_gradient_accumulation_steps = 1
-        model, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
-        model.train()
-
-        def batches() -> Iterator[dict[str, torch.Tensor]]:
-            while True:
-                yield from trainer.get_train_dataloader()
-
-        coming = batches()
-
-        def step() -> float:
-            started = _now()
-            trainer.training_step(model, next(coming))
-            trainer.accelerator.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            model.zero_grad()
-            return _now() - started
-
-        return step
-
-    return [step_of(stage) for stage in domain.stages]
-
-
-SIDES = {"article": article_steps, "ours": our_steps}
-
-
-def _trainer(args: argparse.Namespace, domain: Domain, rows: datasets.Dataset) -> StagedTrainer:
-    model, processor = _model_and_processor(args, domain)
-    folder = tempfile.mkdtemp(prefix="training_speed_")
-    options = StagedTrainingArguments(
-        output_dir=folder,
-        per_device_train_batch_size=args.batch_size,
-        cached_views=args.views,
-        bf16=args.precision == "bf16",
-        disable_tqdm=True,
-        loss="info_nce",
+    domain = Domain.load("domains/architecture/article.yaml")
+    config, side = SIZES[args.size]
+    # Of so many words it needs as many tokens for the domain's prompts as CLIP's own does: 13.3 a prompt, 26 at most.
+    tokenizer = CLIPTokenizer.from_pretrained("domains/facades/base").train_new_from_iterator(
+        domain.prompt_bank[0], 1550, show_progress=False
     )
-    visits = TrainingVisits(_stored(rows), domain.prompt_bank[1], domain.augmentation, processor, 0)
-    return StagedTrainer(model, options, domain, processor, visits, Views(_stored(rows.select(range(8))), processor))
+    config.text_config.eos_token_id = tokenizer.eos_token_id
+    images = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    processor = CLIPProcessor(image_processor=images, tokenizer=tokenizer)
+    return Setting(domain, _rows(domain), CLIPModel(config).to(DEVICE), processor, folder, args)
 
 
-def _stored(rows: datasets.Dataset) -> datasets.Dataset:
-    """As data_prep keeps pictures."""
-    small = [
-        row | {"image": {"bytes": _jpeg(row["image"].resize((STORED_SIDE, STORED_SIDE))), "path": None}}
-        for row in rows
-    ]
-    return datasets.Dataset.from_list(small, features=rows.features)
+def _rows(domain: Domain) -> datasets.Dataset:
+    """Drawings with the grain of a photo, as data_prep stores them."""
+    rng, rows = np.random.default_rng(0), []
+    height, width = domain.stored_short_side, domain.stored_short_side * 3 // 2
+    unused = dict.fromkeys(("source_id", "group_id", "zero_shot_score", "attribution"))
+    for index in range(DRAWN):
+        picture = draw(STYLES[index % len(STYLES)], np.random.default_rng(index), height).resize((width, height))
+        pixels = np.asarray(picture) + rng.normal(0, 6, (height, width, 3))
+        encoded = io.BytesIO()
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(encoded, "JPEG", quality=JPEG_QUALITY)
+        row = {"image": {"bytes": encoded.getvalue(), "path": None}, "label": index % len(domain.classes)}
+        row |= {"sha256": hashlib.sha256(encoded.getvalue()).hexdigest(), "repeats": round(VISITS / DRAWN)}
+        rows.append(row | unused)
+    return datasets.Dataset.from_list(rows, features=features(domain.class_names))
 
 
-def seconds_a_view(args: argparse.Namespace, domain: Domain, rows: datasets.Dataset) -> float:
-    """Of encoding for both stages, cuts as in the article's stages."""
-    model, processor = _model_and_processor(args, domain)
-    begin_later(model)
-    trainer = _trainer(args, domain, rows)
-    visits = TrainingVisits(_stored(rows), domain.prompt_bank[1], domain.augmentation, processor, 1)
-    precision = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    taken = []
-    for count in (1, 3):
-        with tempfile.TemporaryDirectory() as folder:
-            started = _now()
-            encode_views(
-                model.vision_model.eval(),
-                visits,
-                count,
-                sorted(set(trainer._cuts)),
-                Path(folder),
-                "float16",
-                precision,
-            )
-            taken.append(_now() - started)
-    return (taken[1] - taken[0]) / (2 * len(rows))  # without what is done once
-
-
-def flops(args: argparse.Namespace, domain: Domain, rows: datasets.Dataset) -> dict[str, list[float]]:
-    """Multiplications and additions a sample, of each side and stage."""
-    counted: dict[str, list[float]] = {}
-    for side, make in SIDES.items():
-        counted[side] = []
-        for step in make(args, domain, rows):
-            with FlopCounterMode(display=False) as counter:
-                step()
-            counted[side].append(counter.get_total_flops() / (16 if side == "article" else args.batch_size))
-    return counted
-
-
-def peak_rate(precision: str) -> float:
-    """Operations a second of a large matrix product: what the machine can do at best."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    matrix = torch.randn(2048, 2048, device="cuda" if torch.cuda.is_available() else "cpu").to(dtype)
-    taken = []
-    for _ in range(6):
-        started = _now()
-        matrix @ matrix
-        taken.append(_now() - started)
-    return 2 * 2048**3 / min(taken[1:])
-
-
-def report(args: argparse.Namespace, domain: Domain, times: dict[str, np.ndarray], encoding: float) -> None:
-    epochs = np.array([stage.epochs for stage in domain.stages])
-    counted = flops(args, *world(args))
-    rate = peak_rate(args.precision)
-    article, ours = times["article"], times["ours"]  # (rounds, stages), seconds a sample
-    rows, result = [], {"settings": {key: str(value) for key, value in vars(args).items()}, "stages": {}}
-    for index, stage in enumerate(domain.stages):
-        ratios = article[:, index] / ours[:, index]
-        a, b = np.median(article[:, index]), np.median(ours[:, index])
-        bound = counted["ours"][index] / rate
-        rows.append(
-            [stage.name, f"{1000 * a:.1f}", f"{1000 * b:.1f}", f"{np.median(ratios):.1f}", f"{1000 * bound:.1f}"]
+def _measure(setting: Setting, names: list[str]) -> dict[str, Any]:
+    args, stages = setting.args, []
+    walks = [SIDES[name](setting) for name in names]
+    for stage, *entered in zip(setting.domain.stages, *walks, strict=True):
+        sides = dict(zip(names, entered, strict=True))
+        for side in entered:
+            side.steps(2)  # warms up
+        rounds = [{name: side.steps(args.steps) for name, side in sides.items()} for _ in range(args.rounds)]
+        stages.append(
+            {
+                "stage": stage.name,
+                "samples": stage.epochs * VISITS,
+                "seconds_per_sample": {name: [of[name] for of in rounds] for name in names},
+                "parts": {name: _parts(side, args.steps) for name, side in sides.items()},
+                "gflop_per_sample": {name: _gflop(side) for name, side in sides.items()},
+            }
         )
-        result["stages"][stage.name] = {
-            "article_seconds": a, "seconds": b, "ratio": np.median(ratios), "ratios": ratios.tolist(),
-            "article_flops": counted["article"][index], "flops": counted["ours"][index], "bound_seconds": bound,
-        }  # fmt: skip
-    hours = {side: VISITS * (taken @ epochs) / 3600 for side, taken in times.items()}
-    build = IMAGES * args.views * encoding / 3600
-    ratio = hours["article"] / (hours["ours"] + build)
-    threads = torch.get_num_threads()
-    title = f"{args.size}, {args.precision}, batch {args.batch_size}, {args.views} views, {threads} threads"
-    print(title)
-    print(format_table(["stage", "article ms", "ours ms", "ratio", "arithmetic alone ms"], rows))
-    memory = {side: _memory(args, side) for side in SIDES}
-    whole = {
-        "article_hours": float(np.median(hours["article"])), "hours": float(np.median(hours["ours"])),
-        "encoding_hours": build, "seconds_a_view": encoding, "ratio": float(np.median(ratio)),
-        "ratio_low": float(ratio.min()), "ratio_high": float(ratio.max()), "peak_gib": memory, "peak_rate": rate,
-    }  # fmt: skip
-    print(
-        f"whole schedule: {whole['article_hours']:.2f} h, ours {whole['hours'] + build:.2f} h, of which "
-        f"{build:.2f} h encode views ({1000 * encoding:.0f} ms each): {whole['ratio']:.1f} times faster "
-        f"({whole['ratio_low']:.1f} to {whole['ratio_high']:.1f} in {len(ratio)} rounds); peak memory "
-        f"{memory['article']:.1f} and {memory['ours']:.1f} GiB; large products run at {rate / 1e9:.0f} GFLOP/s"
-    )
-    write_json(args.out, result | {"whole": whole})
-    draw_chart(args.out.with_suffix(".png"), title, domain, times, epochs, build)
-
-
-def _memory(args: argparse.Namespace, side: str) -> float:
-    """Peak resident memory of a process of its own, in GiB, after two steps of each stage."""
-    options = [
-        f"--{name}={getattr(args, name.replace('-', '_'))}" for name in ("size", "batch-size", "precision", "views")
-    ]
-    command = [sys.executable, "-m", "benchmarks.training_speed", "--memory-of", side, *options]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-
-
-def draw_chart(
-    path: Path, title: str, domain: Domain, times: dict[str, np.ndarray], epochs: np.ndarray, build: float
-) -> None:
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8, 2.4), layout="constrained")
-        axes = figure.subplots()
-        for height, (side, colour) in enumerate((("ours", TUNED), ("article", BASE))):
-            parts = dict(
-                zip([s.name for s in domain.stages], VISITS * np.median(times[side], 0) * epochs / 3600, strict=True)
-            )
-            parts |= {"encoding": build} if side == "ours" and build else {}
-            left = 0.0
-            for shade, value in enumerate(parts.values()):
-                axes.barh(height, value, left=left, color=colour, alpha=1 - 0.3 * shade, edgecolor="white")
-                left += value
-            told = ", ".join(f"{name} {value:.2f}" for name, value in parts.items())
-            axes.annotate(f" {left:.2f} h ({told})", (left, height), va="center", color=INK, annotation_clip=False)
-        axes.set_yticks([0, 1], ["ours", "the article's loop"])
-        axes.set_xlim(right=1.9 * max(VISITS * np.median(times["article"], 0) @ epochs / 3600, 1e-9))
-        axes.set_xlabel("hours for 15 epochs of 7,018 visits")
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-        for ending in (".png", ".svg"):
-            figure.savefig(path.with_suffix(ending))
+    model = sides["ours"].model
+    encoding = [_encoding(setting, model, seed) for seed in range(args.rounds if args.views else 0)] or [0.0]
+    hours = {name: _hours(stages, name) for name in ("article", "ours")}
+    hours["ours"][BUILDING] = IMAGES * args.views * float(np.median(encoding)) / 3600
+    rates = {precision: _matmul_rate(DTYPES[precision]) for precision in {"fp32", args.precision}}
+    return {"stages": stages, "seconds_per_view": encoding, "hours": hours, "matmul_gflop_per_second": rates}
 
 
 def _now() -> float:
-    if torch.cuda.is_available():
+    if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
+def _parts(side: Side, steps: int) -> dict[str, float]:
+    """Shares of a step's time, with a stop after each part."""
+    seconds, began = dict.fromkeys(PARTS, 0.0), 0.0
+
+    def begin(*_: object) -> None:
+        nonlocal began
+        began = _now()
+
+    def ended(part: str) -> Callable[..., None]:
+        def end(*_: object) -> None:
+            seconds[part] += _now() - began
+
+        return end
+
+    hooks = []
+    for part, tower in (("text tower", side.model.text_model), ("visual tower", side.model.vision_model)):
+        hooks += [tower.register_forward_pre_hook(begin), tower.register_forward_hook(ended(part))]
+    for _ in range(steps):
+        times = [_now()]
+        batch = next(side.batches)
+        times.append(_now())
+        side.train(batch)
+        times.append(_now())
+        side.update()
+        times.append(_now())
+        for part, taken in zip(("data", "loss and backward", "optimiser"), np.diff(times), strict=True):
+            seconds[part] += float(taken)
+    for hook in hooks:
+        hook.remove()
+    seconds["loss and backward"] -= seconds["text tower"] + seconds["visual tower"]
+    return {part: taken / sum(seconds.values()) for part, taken in seconds.items()}
+
+
+def _gflop(side: Side) -> float:
+    """A sample, of matrix multiplications; attention is split into them, as the counter knows no CPU kernel of it."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        side.steps(1)
+    return counter.get_total_flops() / 1e9 / side.batch_size
+
+
+def _encoding(setting: Setting, model: CLIPModel, seed: int) -> float:
+    """Seconds a view to build the features of all stages: a shard, at the cuts that StagedTrainer keeps."""
+    names = [name for name, _ in model.named_parameters()]
+    cuts = {cut_before(model.vision_model, trainable_names(names, stage)) for stage in setting.domain.stages}
+    visits, cache, dtype = setting.visits(seed), setting.folder / f"round-{seed}", DTYPES[setting.args.precision]
+    started = _now()
+    encode_views(model.vision_model, visits, 2, sorted(cuts - {PIXELS}), cache, autocast=dtype)
+    return (_now() - started) / (2 * len(setting.rows))
+
+
+def _hours(stages: list[dict[str, Any]], name: str) -> dict[str, float]:
+    """Of the whole schedule, by parts."""
+    hours = dict.fromkeys(PARTS, 0.0)
+    for stage in stages:
+        total = stage["samples"] * float(np.median(stage["seconds_per_sample"][name])) / 3600
+        for part in PARTS:
+            hours[part] += total * stage["parts"][name][part]
+    return hours
+
+
+def _matmul_rate(dtype: torch.dtype, side: int = 2048) -> float:
+    """GFLOP a second of a large matrix multiplication, the best of six."""
+    left, right = torch.randn(2, side, side, device=DEVICE).to(dtype)
+    seconds = []
+    for _ in range(6):
+        started = _now()
+        left @ right
+        seconds.append(_now() - started)
+    return 2 * side**3 / min(seconds) / 1e9
+
+
+def _peak_memory_of(name: str) -> float:
+    command = [sys.executable, "-m", "benchmarks.training_speed", *sys.argv[1:], "--only", name]
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.split()[-1])
+
+
+def _peak_memory() -> float:
+    """Of this process in MB: the GPU's memory if there is one, else all that lies in RAM."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def _report(found: dict[str, Any], names: list[str]) -> None:
+    settings, speeds, bounds = found["settings"], [], []
+    for stage in found["stages"]:
+        for name in names:
+            seconds = np.array(stage["seconds_per_sample"][name])
+            ratios = np.array(stage["seconds_per_sample"]["article"]) / seconds
+            shares = [f"{stage['parts'][name][part]:.0%}" for part in PARTS]
+            row = f"{stage['stage']}: {name}"
+            faster = f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
+            speeds.append([row, f"{1000 * np.median(seconds):.2f}", faster, *shares])
+            best = found["matmul_gflop_per_second"]["fp32" if name == "article" else settings["precision"]]
+            gflop = stage["gflop_per_sample"][name]
+            rate, least = gflop / np.median(seconds), gflop / best * stage["samples"] / 3600
+            bounds.append([row, f"{gflop:.2f}", f"{rate:.0f}", f"{rate / best:.0%}", f"{least:.3f}"])
+    print(format_table(["stage: side", "ms/sample", "faster by", *PARTS], speeds))
+    print(
+        f"\nmedians of {settings['rounds']} rounds of {settings['steps']} steps in turn, the factor the rounds' own\n"
+    )
+    print(format_table(["stage: side", "GFLOP/sample", "GFLOP/s", "of a matmul's", "hours at a matmul's"], bounds))
+    rates = ", ".join(f"{rate:.0f} in {name}" for name, rate in found["matmul_gflop_per_second"].items())
+    print(f"\na 2048 x 2048 matmul's GFLOP/s: {rates}; {settings['threads']} threads, {settings['device']}\n")
+    hours = {name: sum(parts.values()) for name, parts in found["hours"].items()}
+    print(
+        f"features: {1000 * np.median(found['seconds_per_view']):.1f} ms a view, "
+        f"{found['hours']['ours'][BUILDING]:.3f} h for {settings['views']} views of {IMAGES} images\n"
+        f"whole schedule, the features included: article {hours['article']:.2f} h, ours {hours['ours']:.2f} h, "
+        f"faster by {hours['article'] / hours['ours']:.2f}\n"
+        "peak memory: " + ", ".join(f"{name} {peak:.0f} MB" for name, peak in found["peak_mb"].items())
+    )
+
+
+def _draw(found: dict[str, Any], path: Path) -> None:
+    settings, titles = found["settings"], {"ours": "StagedTrainer", "article": "the article's loop"}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8, 2.6), layout="constrained")
+        axes, lefts = figure.subplots(), np.zeros(2)
+        for part, colour in zip((*PARTS, BUILDING), CLUSTER_COLOURS, strict=False):
+            widths = np.array([found["hours"][name].get(part, 0.0) for name in titles])
+            axes.barh(list(titles.values()), widths, left=lefts, color=colour, label=part, height=0.6)
+            lefts = lefts + widths
+        for height, hours in enumerate(lefts):
+            axes.annotate(f"{hours:.2f} h", (hours, height), (4, 0), textcoords="offset points", va="center")
+        epochs = sum(stage["samples"] for stage in found["stages"]) // VISITS
+        what = f"{settings['size']}, {settings['device']}, ours in {settings['precision']}"
+        axes.set(xlim=(0, 1.12 * lefts.max()), xlabel="hours, projected")
+        axes.set_title(f"Hours for {epochs} epochs of {VISITS:,} samples ({what})")
+        figure.legend(loc="outside lower center", ncols=3)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for suffix in (".png", ".svg"):
+            figure.savefig(path.with_suffix(suffix))
+
+
 if __name__ == "__main__":
-    with quiet_datasets():
-        main()
+    main()

@@ -266,7 +266,7 @@ def test_a_signal_writes_a_checkpoint_from_which_the_same_weights_come(
     trained, prepared, tmp_path, monkeypatch, number
 ):
     """The signal arrives in the middle of the second stage's first epoch, from the loss function."""
-    steps = iter(range(99))
+    steps, handler = iter(range(99)), signal.getsignal(signal.SIGINT)
 
     def pressing(*args):
         if next(steps) == 9:
@@ -282,7 +282,7 @@ def test_a_signal_writes_a_checkpoint_from_which_the_same_weights_come(
     assert not (run / "model").exists()
     train.train([str(run), "--resume_from_checkpoint", "True"])
     assert not moved(weights(trained / "model"), weights(run / "model"))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_wise_ft_mixes_the_base_in_and_says_what_each_mixture_is_worth(trained, base, prepared, tmp_path):
