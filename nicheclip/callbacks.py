@@ -20,7 +20,9 @@ class TrainingInterrupted(KeyboardInterrupt):
     """SIGINT or SIGTERM has stopped a training, after its checkpoint was written; None: before there was one."""
 
     def __init__(self, received: signal.Signals, checkpoint: Path | None):
-        go_on = f"'{checkpoint}' is written, go on with --resume_from_checkpoint True" if checkpoint else "begin again"
+        go_on = (
+            f"'{checkpoint}' is written, go on with --resume_from_checkpoint True" if checkpoint else "start it again"
+        )
         super().__init__(f"stopped by {received.name}; {go_on}")
         self.signal = received
 

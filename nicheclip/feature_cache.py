@@ -41,10 +41,6 @@ class Features:
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._parts[part][index - self._starts[part]].copy()
 
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self._parts)
-
 
 def encode_views(
     tower: VisionTower,
@@ -63,6 +59,9 @@ def encode_views(
         cache: a folder of their own for these views; what lies there of others is removed.
         dtype: of what is kept, a name of `DTYPES`.
         autocast: of the arithmetic.
+
+    Returns:
+        features[row, view] of every row of `views.rows` and every view below `count`.
 
     Raises:
         OSError: if there is no room for them on the disk; nothing has been written then.

@@ -178,6 +178,7 @@ class StagedTrainer(Trainer):
     def _encode_frozen(self) -> None:
         """Encodes beforehand what no longer changes: the views up to the cut, and all prompts."""
         started = time.perf_counter()
+        self.model.eval()  # what is kept must not depend on a draw of dropout
         self._frozen_texts = None
         if not any(parameter.requires_grad for parameter in self.model.text_model.parameters()):
             bank = torch.arange(len(self._bank["input_ids"]))
