@@ -19,6 +19,7 @@ from datasets import Dataset
 from model_card.figures import draw_figures
 from nicheclip.data import load_prepared, quiet_datasets
 from nicheclip.domain import Domain
+from nicheclip.launch import keep_freed_memory
 from nicheclip.results import METRIC_TITLES, Measure, format_table, replaced_folder, write_json
 from nicheclip.run import check_trained_on
 from nicheclip.scorecard import DomainClassifier, Outputs, beside_base, judge, measure, run_classifier
@@ -29,6 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="calibrate.py", description=__doc__.split("\n", 1)[1])
     parser.add_argument("run", type=Path, help="a run directory that train.py has filled")
     run = parser.parse_args().run
+    keep_freed_memory()
     try:
         calibrate(run)
     except (ValueError, OSError) as error:

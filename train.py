@@ -23,7 +23,7 @@ from data_prep.sources import outside_rows
 from nicheclip.callbacks import TrainingInterrupted
 from nicheclip.data import TrainingVisits, Views, load_prepared
 from nicheclip.domain import Domain, DomainError
-from nicheclip.launch import processes
+from nicheclip.launch import keep_freed_memory, processes
 from nicheclip.results import format_table, read_json, replaced_folder, write_json
 from nicheclip.run import begin, check_begun_alike, check_not_begun, check_unchanged
 from nicheclip.stages import check_stages
@@ -36,6 +36,7 @@ DEFAULT_DOMAIN = Path(__file__).parent / "domains" / "facades"
 
 
 def main() -> None:
+    keep_freed_memory()
     try:
         train(sys.argv[1:])
     except TrainingInterrupted as interrupted:

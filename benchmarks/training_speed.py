@@ -1,7 +1,8 @@
 """python -m benchmarks.training_speed --rounds 5 --steps 8
 
-How long training takes: the published article's loop, written plainly, against StagedTrainer. The sides take turns,
-stage by stage, on a random CLIP of ViT-B/32 size and drawn images; the article's whole schedule is projected.
+How long training takes: the published article's loop, written plainly, against StagedTrainer. The sides take turns
+stage by stage, each in a process of its own, on a random CLIP of ViT-B/32 size and drawn images; the article's whole
+schedule is projected.
 Alike for both: images are decoded from what data_prep stores (the article's own, of a megapixel and more, would take
 longer), augmented by `nicheclip.data.augment`, in the main process; evaluation and checkpoints are left out.
 """
@@ -11,14 +12,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import multiprocessing
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,17 @@ from model_card.figures import CLUSTER_COLOURS, STYLE
 from nicheclip.data import TrainingVisits, Views, augment, features, quiet_datasets
 from nicheclip.domain import Domain
 from nicheclip.feature_cache import encode_views
+from nicheclip.launch import keep_freed_memory
 from nicheclip.results import format_table, write_json
 from nicheclip.stages import set_trainable, trainable_names
 from nicheclip.towers import PIXELS, cut_before
 from nicheclip.trainer import StagedTrainer
 from nicheclip.training_args import StagedTrainingArguments
 
+ARTICLE = "domains/architecture/article.yaml"
 VISITS, IMAGES = 7018, 4060  # the article's: an epoch's samples, and the images that they are drawn from (4,545 - 485)
 ARTICLE_BATCH = 16
+WARM_UP = 6  # steps: until no new memory is asked for
 DRAWN = 64  # images here; two views of each fill a shard of the feature cache
 TINY = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 2, "num_hidden_layers": 3}
 SIZES = {  # of the model, and the side of its images
@@ -217,31 +221,56 @@ def main() -> None:
     parser.add_argument("--naive", action="store_true", help="a third side: transformers' Trainer as it comes")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/training_speed.json"))
     parser.add_argument("--chart", type=Path, help="its PNG, with an SVG beside it; default: beside --out")
-    parser.add_argument("--only", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    names = list(SIDES) if args.naive else ["article", "ours"]
-    # First of all: a child's peak begins with that of its parent, which is small as yet.
-    memory = {} if args.only else {name: _peak_memory_of(name) for name in names}
-    with tempfile.TemporaryDirectory() as folder, quiet_datasets():
-        setting = _setting(args, Path(folder))
-        if args.only:
-            for side in SIDES[args.only](setting):
-                side.steps(2)
-            print(_peak_memory())
-            return
-        found = _measure(setting, names)
-    found |= {"peak_mb": memory, "settings": {name: str(value) for name, value in vars(args).items()}}
+    names = [name for name in SIDES if args.naive or name != "naive"]
+    sides = {name: Worker(name, args) for name in names}
+    found = _measure(sides, args)
+    found["settings"] = {name: str(value) for name, value in vars(args).items()}
     found["settings"] |= {"threads": torch.get_num_threads(), "device": DEVICE.type, "torch": torch.__version__}
     write_json(args.out, found)
     _report(found, names)
     _draw(found, args.chart or args.out.with_suffix(".png"))
 
 
+class Worker:
+    """A side in a process of its own, which rests but when it is asked."""
+
+    def __init__(self, name: str, args: argparse.Namespace):
+        self._pipe, theirs = multiprocessing.Pipe()
+        multiprocessing.get_context("spawn").Process(target=_work, args=(name, args, theirs), daemon=True).start()
+        theirs.close()
+
+    def __call__(self, question: str, *arguments: Any) -> Any:
+        self._pipe.send((question, *arguments))
+        return self._pipe.recv()
+
+
+def _work(name: str, args: argparse.Namespace, pipe: Connection) -> None:
+    if name == "ours":
+        keep_freed_memory()  # as train.py does
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as folder, quiet_datasets():
+        setting = _setting(args, Path(folder))
+        for side in SIDES[name](setting):
+            for question, *arguments in iter(pipe.recv, ("next stage",)):
+                pipe.send(
+                    {
+                        "steps": side.steps,
+                        "parts": lambda count, side=side: _parts(side, count),
+                        "gflop": lambda side=side: _gflop(side),
+                        "encoding": lambda seed, side=side: _encoding(setting, side.model, seed),
+                        "peak": _peak_memory,
+                    }[question](*arguments)
+                )
+            pipe.send(None)
+
+
 def _setting(args: argparse.Namespace, folder: Path) -> Setting:
     torch.manual_seed(0)
-    domain = Domain.load("domains/architecture/article.yaml")
+    domain = Domain.load(ARTICLE)
     config, side = SIZES[args.size]
     # Of so many words it needs as many tokens for the domain's prompts as CLIP's own does: 13.3 a prompt, 26 at most.
     tokenizer = CLIPTokenizer.from_pretrained("domains/facades/base").train_new_from_iterator(
@@ -269,29 +298,37 @@ def _rows(domain: Domain) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows, features=features(domain.class_names))
 
 
-def _measure(setting: Setting, names: list[str]) -> dict[str, Any]:
-    args, stages = setting.args, []
-    walks = [SIDES[name](setting) for name in names]
-    for stage, *entered in zip(setting.domain.stages, *walks, strict=True):
-        sides = dict(zip(names, entered, strict=True))
-        for side in entered:
-            side.steps(2)  # warms up
-        rounds = [{name: side.steps(args.steps) for name, side in sides.items()} for _ in range(args.rounds)]
+def _measure(sides: dict[str, Worker], args: argparse.Namespace) -> dict[str, Any]:
+    stages, peaks = [], dict.fromkeys(sides, 0.0)
+    schedule = Domain.load(ARTICLE).stages
+    for stage in schedule:
+        for name, side in sides.items():
+            side("steps", WARM_UP)
+            peaks[name] = side("peak")  # before the measurements below, which need memory of their own
+        rounds = [{name: side("steps", args.steps) for name, side in sides.items()} for _ in range(args.rounds)]
         stages.append(
             {
                 "stage": stage.name,
                 "samples": stage.epochs * VISITS,
-                "seconds_per_sample": {name: [of[name] for of in rounds] for name in names},
-                "parts": {name: _parts(side, args.steps) for name, side in sides.items()},
-                "gflop_per_sample": {name: _gflop(side) for name, side in sides.items()},
+                "seconds_per_sample": {name: [of[name] for of in rounds] for name in sides},
+                "parts": {name: side("parts", args.steps) for name, side in sides.items()},
+                "gflop_per_sample": {name: side("gflop") for name, side in sides.items()},
             }
         )
-    model = sides["ours"].model
-    encoding = [_encoding(setting, model, seed) for seed in range(args.rounds if args.views else 0)] or [0.0]
-    hours = {name: _hours(stages, name) for name in ("article", "ours")}
+        if stage is schedule[-1]:
+            encoding = [sides["ours"]("encoding", seed) for seed in range(args.rounds if args.views else 0)] or [0.0]
+        for side in sides.values():
+            side("next stage")  # after the last they end
+    hours = {name: _hours(stages, name) for name in sides}
     hours["ours"][BUILDING] = IMAGES * args.views * float(np.median(encoding)) / 3600
     rates = {precision: _matmul_rate(DTYPES[precision]) for precision in {"fp32", args.precision}}
-    return {"stages": stages, "seconds_per_view": encoding, "hours": hours, "matmul_gflop_per_second": rates}
+    return {
+        "stages": stages,
+        "seconds_per_view": encoding,
+        "hours": hours,
+        "matmul_gflop_per_second": rates,
+        "peak_mb": peaks,
+    }
 
 
 def _now() -> float:
@@ -371,11 +408,6 @@ def _matmul_rate(dtype: torch.dtype, side: int = 2048) -> float:
     return 2 * side**3 / min(seconds) / 1e9
 
 
-def _peak_memory_of(name: str) -> float:
-    command = [sys.executable, "-m", "benchmarks.training_speed", *sys.argv[1:], "--only", name]
-    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.split()[-1])
-
-
 def _peak_memory() -> float:
     """Of this process in MB: the GPU's memory if there is one, else all that lies in RAM."""
     if DEVICE.type == "cuda":
@@ -408,8 +440,9 @@ def _report(found: dict[str, Any], names: list[str]) -> None:
     print(
         f"features: {1000 * np.median(found['seconds_per_view']):.1f} ms a view, "
         f"{found['hours']['ours'][BUILDING]:.3f} h for {settings['views']} views of {IMAGES} images\n"
-        f"whole schedule, the features included: article {hours['article']:.2f} h, ours {hours['ours']:.2f} h, "
-        f"faster by {hours['article'] / hours['ours']:.2f}\n"
+        "whole schedule, the features included: "
+        + ", ".join(f"{name} {taken:.2f} h" for name, taken in hours.items())
+        + f"; ours is faster than the article's by {hours['article'] / hours['ours']:.2f}\n"
         "peak memory: " + ", ".join(f"{name} {peak:.0f} MB" for name, peak in found["peak_mb"].items())
     )
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from data_prep.prepare import prepare
 from nicheclip.domain import Domain
+from nicheclip.launch import keep_freed_memory
 from nicheclip.results import format_table
 
 
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--contact", help="your e-mail or web address, which Wikimedia Commons asks for")
     args = parser.parse_args()
+    keep_freed_memory()
     try:
         domain = Domain.load(args.domain, base=args.base)
         run = args.run or Path("runs") / domain.name

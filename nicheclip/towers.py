@@ -1,4 +1,4 @@
-"""CLIP's towers with a forward pass that can begin where training begins.
+"""CLIP's towers with a forward pass that can begin where training begins, and that works out nothing twice.
 
 The visual tower is cut at places numbered in the order of the computation: `PIXELS`; 0, after the embeddings and the
 layer norm that follows them; k, after k blocks; and `pooled(tower)`, at its end. What lies before the first thing that
@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import embedding
 from transformers import CLIPModel, CLIPTextModel, CLIPVisionModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer, eager_attention_forward
 
 PIXELS = -1
 
@@ -42,12 +43,97 @@ class VisionTower(CLIPVisionModel):
 
 
 class TextTower(CLIPTextModel):
-    """A CLIPTextModel that also takes its own pooled output (P, D), in the place of tokens."""
+    """A CLIPTextModel that takes tokens and their mask, (P, L) each, or its own pooled output (P, D) in their place.
 
-    def forward(self, input_ids: torch.Tensor, **options) -> BaseModelOutputWithPooling:
+    A token's states depend on what stands before it alone: prompts that begin alike share the states of their
+    beginning, and padding has none. Nothing reads the last block's states but those of the last token.
+    """
+
+    row_of_token: torch.Tensor | None = None  # (V,), of the tokens that train alone
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **unused):
         if input_ids.is_floating_point():
             return BaseModelOutputWithPooling(pooler_output=input_ids)
-        return super().forward(input_ids, **options)
+        *blocks, last = self.encoder.layers
+        nodes, place = shared_beginnings(input_ids, attention_mask)
+        end = place.gather(1, attention_mask.sum(dim=1, keepdim=True) - 1).flatten()  # (P,)
+        states = self._embeds(input_ids.flatten()[nodes])  # (N, D)
+        states = states + self.embeddings.position_embedding(nodes % input_ids.shape[1])
+
+        def at(projected: torch.Tensor) -> torch.Tensor:
+            return projected.index_select(0, place.flatten()).unflatten(0, place.shape)  # (P, L, D)
+
+        length = input_ids.shape[1]
+        before = torch.ones(length, length, dtype=torch.bool, device=states.device).tril()
+        for block in blocks:
+            attention, seen = block.self_attn, block.layer_norm1(states)
+            projected = (at(project(seen)) for project in (attention.q_proj, attention.k_proj, attention.v_proj))
+            attended = _attend(attention, *projected, before[None, None])
+            states = _finish(block, states, attended.flatten(0, 1).index_select(0, nodes))
+        attention, seen = last.self_attn, last.layer_norm1(states)
+        queries = attention.q_proj(seen[end])[:, None]  # (P, 1, D)
+        keys, values = at(attention.k_proj(seen)), at(attention.v_proj(seen))
+        attended = _attend(attention, queries, keys, values, attention_mask.bool()[:, None, None])
+        states = _finish(last, states[end], attended[:, 0])
+        return BaseModelOutputWithPooling(pooler_output=self.final_layer_norm(states))
+
+    def _embeds(self, tokens: torch.Tensor) -> torch.Tensor:
+        if self.row_of_token is None:
+            return self.embeddings.token_embedding(tokens)
+        return embedding(self.row_of_token[tokens], self.used_embeddings)
+
+    def train_only(self, tokens: torch.Tensor) -> None:
+        """Of the token embeddings only these (U,) train, as a parameter of their own, until `train_all`.
+
+        Others get no gradient anyhow: this way no optimiser walks through them, and they do not decay.
+        """
+        weight = self.embeddings.token_embedding.weight.requires_grad_(False)
+        self._tokens = tokens.to(weight.device)
+        self.row_of_token = torch.full((len(weight),), -1, device=weight.device)
+        self.row_of_token[self._tokens] = torch.arange(len(tokens), device=weight.device)
+        self.used_embeddings = torch.nn.Parameter(weight[self._tokens])
+
+    def train_all(self) -> None:
+        """Undoes `train_only`."""
+        self.store_embeddings()
+        self.row_of_token = self.used_embeddings = None
+
+    @torch.no_grad()
+    def store_embeddings(self) -> None:
+        """Writes what `train_only` has trained to its place among all."""
+        if self.row_of_token is not None:
+            self.embeddings.token_embedding.weight[self._tokens] = self.used_embeddings
+
+    @torch.no_grad()
+    def read_embeddings(self) -> None:
+        """The other way: after weights were loaded."""
+        if self.row_of_token is not None:
+            self.used_embeddings.copy_(self.embeddings.token_embedding.weight[self._tokens])
+
+
+def shared_beginnings(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The distinct beginnings of prompts: where each stands first, and which one each token ends.
+
+    Args:
+        input_ids: (P, L), padded on the right.
+        attention_mask: (P, L).
+
+    Returns:
+        (N,) indices of the flattened tokens, and (P, L) indices of these N; 0 for padding.
+    """
+    ids, live = input_ids.cpu(), attention_mask.bool().cpu()  # on a GPU each length would wait for the one before
+    nodes, place = [], torch.zeros_like(ids)
+    beginning = torch.zeros(len(ids), dtype=ids.dtype)
+    vocabulary, count = int(ids.max()) + 1, 0
+    for length in range(ids.shape[1]):
+        (prompts,) = live[:, length].nonzero(as_tuple=True)
+        distinct, of_prompt = (beginning[prompts] * vocabulary + ids[prompts, length]).unique(return_inverse=True)
+        first = torch.full((len(distinct),), len(ids)).scatter_reduce(0, of_prompt, prompts, "amin")
+        nodes.append(first * ids.shape[1] + length)
+        place[prompts, length] = count + of_prompt
+        beginning[prompts] = of_prompt
+        count += len(distinct)
+    return torch.cat(nodes).to(input_ids.device), place.to(input_ids.device)
 
 
 def begin_later(model: CLIPModel) -> None:
@@ -93,18 +179,35 @@ def _class_token_of_block(block: CLIPEncoderLayer, states: torch.Tensor) -> torc
 
     Their keys and values are all that is needed of them: a sixth of the block's multiplications.
     """
-    attention = block.self_attn
-    seen = block.layer_norm1(states)
+    attention, seen = block.self_attn, block.layer_norm1(states)
+    queries = attention.q_proj(seen[:, :1])
+    return _finish(block, states[:, :1], _attend(attention, queries, attention.k_proj(seen), attention.v_proj(seen)))
 
-    def heads(projected: torch.Tensor) -> torch.Tensor:
-        return projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # (B, H, T or 1, D / H)
 
-    attended = scaled_dot_product_attention(
-        heads(attention.q_proj(seen[:, :1])),
-        heads(attention.k_proj(seen)),
-        heads(attention.v_proj(seen)),
-        dropout_p=attention.dropout if block.training else 0.0,
-        scale=attention.scale,
-    )
-    states = states[:, :1] + attention.out_proj(attended.transpose(1, 2).flatten(2))
+def _attend(
+    attention: CLIPAttention,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    seen: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """(B, Q, D) queries, (B, T, D) keys and values -> (B, Q, D).
+
+    Args:
+        seen: which keys a query sees, (B or 1, 1, Q or 1, T) bool; None: all.
+    """
+    heads = [
+        each.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # (B, H, Q or T, D / H)
+        for each in (queries, keys, values)
+    ]
+    mask = None if seen is None else torch.zeros_like(seen, dtype=queries.dtype).masked_fill(~seen, -torch.inf)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
+    dropout = attention.dropout if attention.training else 0.0
+    attended, _ = function(attention, *heads, mask, scaling=attention.scale, dropout=dropout, is_causal=False)
+    return attended.flatten(2)
+
+
+def _finish(block: CLIPEncoderLayer, states: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    """A block's states (..., D), from those before it and what they attend to."""
+    states = states + block.self_attn.out_proj(attended)
     return states + block.mlp(block.layer_norm2(states))

@@ -76,6 +76,9 @@ class StagedTrainer(Trainer):
         eval_dataset: Views,
     ):
         begin_later(model)
+        if args.bf16 and args.device.type == "cpu":
+            model.set_attn_implementation("eager")  # torch's own has a slow backward pass there
+        model._keys_to_ignore_on_save |= {"text_model.used_embeddings"}
         names = [name for name, _ in model.named_parameters()]
         self._cuts = [cut_before(model.vision_model, trainable_names(names, stage)) for stage in domain.stages]
         if args.n_gpu > 1:
@@ -93,6 +96,7 @@ class StagedTrainer(Trainer):
         self._feature_cache = Path(args.feature_cache or Path(args.output_dir) / "features")
         prompts, classes = domain.prompt_bank
         self._bank = tokenize(processor, prompts)  # (P, L) each
+        self._used_tokens = tokenize(processor, [*prompts, *domain.canonical_prompts])["input_ids"].unique()  # (U,)
         self._bank_of_class = [np.flatnonzero(np.equal(classes, c)) for c in range(len(domain.classes))]
         self._interruption = StopOnSignal()
         self._metrics = evaluate.combine(
@@ -151,6 +155,7 @@ class StagedTrainer(Trainer):
             checkpoint = self._checkpoint(self.state.global_step)
             if self._interruption.agree(self.args):
                 raise TrainingInterrupted(self._interruption.received, checkpoint)
+        self.model.text_model.train_all()
         super()._load_from_checkpoint(str(self._checkpoint(self.state.best_global_step)))
         return output
 
@@ -164,7 +169,11 @@ class StagedTrainer(Trainer):
         self.stage = stage
         self._running = (stage, epochs_before)
         self._stage_start = epochs_before * self._steps_per_epoch
+        tower = self.model.text_model
+        tower.train_all()
         set_trainable(self.model, stage)
+        if tower.embeddings.token_embedding.weight.requires_grad:
+            tower.train_only(self._used_tokens)
         self.args.num_train_epochs = epochs_before + stage.epochs
         self.args.learning_rate = stage.learning_rate
         self.args.warmup_steps = stage.warmup
@@ -246,6 +255,7 @@ class StagedTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Model and processor; not the arguments, which the Trainer would pickle."""
         if self.args.should_save:
+            self.model.text_model.store_embeddings()
             self.model.save_pretrained(output_dir, state_dict=state_dict)
             self.processing_class.save_pretrained(output_dir)
 
@@ -255,6 +265,7 @@ class StagedTrainer(Trainer):
         if state.global_step == self._stage_start:
             resume_from_checkpoint = str(self._checkpoint(state.best_global_step))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.model.text_model.read_embeddings()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """A checkpoint at the very start of a stage holds the optimiser of the stage before it: that one is done."""

@@ -60,9 +60,15 @@ def staged(domain: Domain, visits: TrainingVisits, stage: Stage, folder: Path, *
 
 
 def gradients(model: CLIPModel, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of all parameters that train; of the token embeddings, the rows that train."""
     model.zero_grad()
     loss.backward()
-    return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+    found = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+    if (used := found.pop("text_model.used_embeddings", None)) is not None:
+        tower, name = model.text_model, "text_model.embeddings.token_embedding.weight"
+        found[name] = torch.zeros_like(tower.embeddings.token_embedding.weight, dtype=torch.float64)
+        found[name][tower.row_of_token >= 0] = used
+    return found
 
 
 def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
