@@ -1,8 +1,9 @@
-"""python calibrate.py RUN
+"""python calibrate.py RUN [--objective nll|ece]
 
-Fits the temperature and the abstention threshold on the calibration split, then reads the test split once, for
-RUN/scorecard.json, RUN/calibration.json, RUN/predictions.parquet and RUN/figures. Base zero-shot is measured on the
-same images, with a temperature of its own.
+Fits temperature, abstention threshold, prediction sets and the border of the domain on the calibration split, then
+reads the test split once. Writes RUN/scorecard.json, RUN/calibration.json, RUN/predictions.parquet, RUN/figures and
+RUN/errors.html. Base zero-shot and a linear probe on the base are measured on the same images, each with a temperature
+of its own.
 """
 
 from __future__ import annotations
@@ -12,118 +13,160 @@ import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
+from safetensors.numpy import save_file
 
 from model_card.figures import draw_figures
+from nicheclip.answers import Answers, DomainClassifier, Outputs, fit, fit_and_run
+from nicheclip.calibration import Objective
+from nicheclip.classifier import SHAPE_FILE
 from nicheclip.data import load_prepared, quiet_datasets
 from nicheclip.domain import Domain
 from nicheclip.launch import keep_freed_memory
-from nicheclip.results import METRIC_TITLES, Measure, format_table, replaced_folder, write_json
-from nicheclip.run import check_trained_on
-from nicheclip.scorecard import DomainClassifier, Outputs, beside_base, judge, measure, run_classifier
+from nicheclip.probe import fit_probe
+from nicheclip.results import METRIC_TITLES, Measure, Verdict, format_table, judge_gate, replaced_folder, write_json
+from nicheclip.run import check_not_trained_on, check_trained_on
+from nicheclip.scorecard import class_table, clip_statistics, compare, outside_table, perfect_ece, stability_table
+from nicheclip.scorecard import statistics as statistics_of
 from nicheclip.zero_shot import load_clip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="calibrate.py", description=__doc__.split("\n", 1)[1])
     parser.add_argument("run", type=Path, help="a run directory that train.py has filled")
-    run = parser.parse_args().run
+    parser.add_argument(
+        "--objective", choices=get_args(Objective), default="nll", help="what the temperature minimises (default: nll)"
+    )
+    args = parser.parse_args()
     keep_freed_memory()
     try:
-        calibrate(run)
+        calibrate(args.run, args.objective)
     except (ValueError, OSError) as error:
         sys.exit(f"calibrate.py: {error}")
 
 
-def calibrate(run: Path) -> None:
+def calibrate(run: Path, objective: Objective = "nll") -> None:
     domain, splits = Domain.load(run), load_prepared(run)
+    check_not_trained_on(run, splits)
     check_trained_on(run)
-    tuned = DomainClassifier(*load_clip(run / "model"), domain)
-    base = DomainClassifier(*load_clip(domain.base), domain)
-
-    tuned_fit = tuned.fit(splits["calibration"], "calibration split, fine-tuned")
-    base_fit = base.fit(splits["calibration"], "calibration split, base", reference=True)
-    calibration = {
-        "split": "calibration",
-        "n": len(splits["calibration"]),
-        "temperature": tuned.temperature,
-        **tuned_fit,
-        "trained_logit_scale": tuned.model.logit_scale.item(),
-        "calibrated_logit_scale": tuned.model.logit_scale.item() - math.log(tuned.temperature),
-        "abstention": asdict(tuned.abstention),
-        "base": {"temperature": base.temperature, **base_fit, "abstention": asdict(base.abstention)},
-    }
-
-    test = splits["test"]
+    test, training_set = splits["test"], splits["train"]
     labels, groups = np.array(test["label"]), np.array(test["group_id"])
-    tuned_outputs = run_classifier(tuned, test, "test split, fine-tuned")
-    base_outputs = run_classifier(base, test, "test split, base")
-    measures = beside_base(
-        measure(tuned_outputs, labels, groups, domain, "test"), measure(base_outputs, labels, groups, domain, "test")
-    )
-    gates = judge(measures, domain)
 
+    outputs, train_embeds = [], []
+    for title, folder in (("fine-tuned", run / "model"), ("base", domain.base)):
+        classifier = DomainClassifier(*load_clip(folder), domain, title)
+        train_embeds.append(classifier.embed_rows(training_set, "train split"))
+        is_base = folder == domain.base
+        outputs.append(fit_and_run(classifier, splits, train_embeds[-1], domain, objective, reference=is_base))
+    tuned, base = outputs
+    probe = run_probe(classifier, splits, train_embeds[1], base, domain, objective)
+
+    measures = compare(
+        clip_statistics(tuned, labels, groups, domain),
+        clip_statistics(base, labels, groups, domain),
+        statistics_of(probe, labels, groups, domain),
+    )
+    measures["ece_of_perfect"] = perfect_ece(tuned)
+    gates = {name: judge_gate(name, measures[name], target) for name, target in domain.gates.items()}
     scorecard = {
         "domain": domain.name,
         "base": Path(domain.base).name if Path(domain.base).is_dir() else domain.base,
-        "metrics": {name: result.to_dict() for name, result in measures.items()},
-        "gates": gates,
+        "metrics": {name: measures[name].to_dict() for name in METRIC_TITLES if name in measures},
+        "gates": {name: asdict(gate) for name, gate in gates.items()},
+        "classes": class_table(tuned, base, labels, domain),
+        "outside": outside_table(tuned),
+        "stability": stability_table(tuned),
     }
-    save(run, domain, test, labels, tuned_outputs, base_outputs, calibration, scorecard)
-    print_scorecard(measures, gates)
-    abstention = tuned.abstention
-    aim = "reached" if abstention.target_reached else "not reached, so the best at half coverage"
-    print(
-        f"\ntemperature {tuned.temperature:.3f}; below a confidence of {abstention.threshold:.2f} the answer is "
-        f"'not sure' (aim: {abstention.target_accuracy:.0%} right among the answers, {aim} on calibration)"
-    )
-    print(f"figures in {run / 'figures'}; next: python -m model_card {run}")
-
-
-def save(
-    run: Path,
-    domain: Domain,
-    test: Dataset,
-    labels: np.ndarray,
-    tuned: Outputs,
-    base: Outputs,
-    calibration: dict,
-    scorecard: dict,
-) -> None:
-    """Writes all results; the scorecard last, since it says that the others are there."""
+    calibration = {
+        "split": "calibration",
+        "n": len(splits["calibration"]),
+        **tuned.fitted.to_dict(),
+        "trained_logit_scale": tuned.log_logit_scale,
+        "calibrated_logit_scale": tuned.log_logit_scale - math.log(tuned.fitted.temperature.value),
+        "border": asdict(tuned.border),
+        "base": base.fitted.to_dict(),
+        "probe": probe.fitted.to_dict(),
+    }
     with replaced_folder(run / "figures") as folder:
-        draw_figures(folder, domain, labels, tuned, base, scorecard)
+        draw_figures(folder, domain, labels, tuned, base, measures, gates)
+    save_file(tuned.shape, run / SHAPE_FILE)
+    save_predictions(run, domain, test, labels, tuned, base)
+    write_json(run / "calibration.json", calibration)
+    write_json(run / "scorecard.json", scorecard)  # last, since it says that the others are there
+    print_scorecard(measures, gates)
+    print_calibration(tuned)
+    print(f"\nthe figures in {run / 'figures'}")
+    print(f"next: python -m model_card {run}")
+
+
+def run_probe(
+    classifier: DomainClassifier,
+    splits: DatasetDict,
+    train_embeds: np.ndarray,
+    base: Outputs,
+    domain: Domain,
+    objective: Objective,
+) -> Answers:
+    """A linear probe on the base's image_embeds, calibrated as the others are."""
+    labels = {name: np.array(rows["label"]) for name, rows in splits.items()}
+    validation_embeds = classifier.embed_rows(splits["validation"], "validation split")
+    probe = fit_probe((train_embeds, labels["train"]), (validation_embeds, labels["validation"]), len(domain.classes))
+    calibration = splits["calibration"]
+    logits, groups = probe.logits(base.calibration_embeds), np.array(calibration["group_id"])
+    fitted = fit(logits, labels["calibration"], groups, domain, objective, reference=True)
+    return Answers(probe.logits(base.image_embeds), fitted)
+
+
+def save_predictions(
+    run: Path, domain: Domain, test: Dataset, labels: np.ndarray, tuned: Outputs, base: Outputs
+) -> None:
     predictions = {
         "source_id": test["source_id"][:],
         "sha256": test["sha256"][:],
         "label": [domain.class_names[label] for label in labels],
         "probabilities": tuned.calibrated.tolist(),
         "base_probabilities": base.calibrated.tolist(),
+        "prediction_set": [[domain.class_names[c] for c in np.flatnonzero(row)] for row in tuned.sets],
+        "domain_score": tuned.own_scores[tuned.border.score].tolist(),
     }
     with quiet_datasets():
         Dataset.from_dict(predictions).to_parquet(run / "predictions.parquet.tmp")
     (run / "predictions.parquet.tmp").rename(run / "predictions.parquet")
-    write_json(run / "calibration.json", calibration)
-    write_json(run / "scorecard.json", scorecard)
 
 
-def print_scorecard(measures: dict[str, Measure], gates: dict[str, dict[str, str]]) -> None:
+def print_scorecard(measures: dict[str, Measure], gates: dict[str, Verdict]) -> None:
+    names = [*gates, *(name for name in METRIC_TITLES if name in measures and name not in gates)]
     rows = []
-    for name in sorted(measures, key=lambda name: (name not in gates, list(measures).index(name))):
-        result, gate = measures[name], gates.get(name, {"target": "", "verdict": ""})
-        rows.append(
-            [
-                METRIC_TITLES[name],
-                str(result.base),
-                str(result),
-                gate["target"],
-                gate["verdict"],
-                f"{result.n} {result.split}",
-            ]
-        )
-    print(format_table(["metric [95 % interval]", "base zero-shot", "fine-tuned", "gate", "verdict", "n"], rows))
+    for name in names:
+        result, gate = measures[name], gates.get(name)
+        others = [f"{each.value:.3f}" if each else "" for each in (result.base, result.probe)]
+        gain = result.difference
+        gained = f"{gain.value:+.3f}{' ?' if gain.low <= 0 <= gain.high else ''}" if gain else ""
+        rows.append([METRIC_TITLES[name], *others, str(result), gained, str(gate or ""), f"{result.n} {result.split}"])
+    header = ["metric", "base", "probe", "fine-tuned [95 % interval]", "gained", "gate", "n"]
+    print(format_table(header, rows))
+    print("probe: logistic regression on the base's image_embeds; ?: the interval of the gain holds 0")
+
+
+def print_calibration(tuned: Outputs) -> None:
+    temperature, abstention = tuned.fitted.temperature, tuned.fitted.abstention
+    aim = "reached" if abstention.target_reached else "not reached, so the best at half coverage"
+    print(
+        f"\ntemperature {temperature.value:.3f} [{temperature.low:.3f}, {temperature.high:.3f}]; below a confidence "
+        f"of {abstention.threshold:.2f} the answer is 'not sure' (aim: {abstention.aim.replace('_', ' ')} of "
+        f"{abstention.target:.0%}, {aim} on calibration)"
+    )
+    if temperature.warning:
+        print(f"warning: {temperature.warning}")
+    border = tuned.border
+    print(
+        f"outside of the domain: {border.score.replace('_', ' ')} below {border.threshold:.3f} (AUROC on calibration: "
+        + ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in border.auroc.items())
+        + ")"
+    )
 
 
 if __name__ == "__main__":

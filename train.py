@@ -25,7 +25,7 @@ from nicheclip.data import TrainingVisits, Views, load_prepared
 from nicheclip.domain import Domain, DomainError
 from nicheclip.launch import keep_freed_memory, processes
 from nicheclip.results import format_table, read_json, replaced_folder, write_json
-from nicheclip.run import begin, check_begun_alike, check_not_begun, check_unchanged
+from nicheclip.run import begin, check_begun_alike, check_not_begun, check_unchanged, write_trained_on
 from nicheclip.stages import check_stages
 from nicheclip.trainer import StagedTrainer
 from nicheclip.training_args import StagedTrainingArguments
@@ -83,6 +83,7 @@ def train(argv: list[str]) -> StagedTrainer:
             domain.base, trainer.model, args.wise_ft, splits["validation"], domain.canonical_prompts, outside
         )
         save_model(trainer, run)
+        write_trained_on(run, splits)
         record(trainer, run, facts | {"resumed": resume is not None, "wise_ft": mixed})
     return trainer
 

@@ -15,10 +15,8 @@ import shutil
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +25,6 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from scipy.special import softmax
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from threadpoolctl import threadpool_limits
 from torch.nn.functional import normalize
 from transformers import CLIPModel, CLIPProcessor
 
@@ -37,18 +32,19 @@ import train
 from data_prep.prepare import DATA_SETTINGS, prepare
 from data_prep.sources import outside_rows
 from nicheclip import metrics
-from nicheclip.calibration import fit_temperature, nll
+from nicheclip.answers import DomainClassifier
+from nicheclip.calibration import fit_temperature
 from nicheclip.callbacks import TrainingInterrupted
-from nicheclip.data import load_prepared
+from nicheclip.data import image_side, load_prepared
 from nicheclip.domain import Domain
 from nicheclip.outside import outside_accuracy
+from nicheclip.probe import STRENGTHS, fit_probe
 from nicheclip.results import Measure, bootstrap, proportion, read_json, write_json
-from nicheclip.scorecard import DomainClassifier, run_classifier
+from nicheclip.strange import PER_KIND, strange_pictures
 from nicheclip.wise_ft import choose_alpha, interpolate
 from nicheclip.zero_shot import encode_images, encode_texts, load_clip
 
 OURS = "ours"
-STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1000.0)  # of the linear probe: sklearn's C
 VERSION = 1  # of what result.json holds; another one is made anew
 
 
@@ -205,35 +201,20 @@ def probe(data_run: Path, seed: int, out: Path) -> dict[str, Any]:
             rows = splits[name]
             return encode_images(model, processor, (row["image"] for row in rows), len(rows), progress=False)
 
-        train_embeds, validation_embeds = embed("train"), embed("validation")
-        tried = []
-        with threadpool_limits(1), warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # a probe that is nearly converged is as good here
-            for strength, class_weight in product(STRENGTHS, (None, "balanced")):
-                fitted = LogisticRegression(C=strength, class_weight=class_weight, tol=1e-3, max_iter=1000)
-                fitted.fit(train_embeds, labels["train"])
-                logits = _every_class(fitted, validation_embeds, len(domain.classes))
-                right = metrics.correct(logits, labels["validation"]).mean()
-                tried.append((right, -nll(logits, labels["validation"]), fitted))
-        accuracy, _, fitted = max(tried, key=lambda entry: entry[:2])  # ties by the NLL
+        validation_embeds = embed("validation")
+        validation = validation_embeds, labels["validation"]
+        fitted = fit_probe((embed("train"), labels["train"]), validation, len(domain.classes))
+        accuracy = metrics.correct(fitted.logits(validation_embeds), labels["validation"]).mean()
         seconds = time.perf_counter() - started
-        logits = {name: _every_class(fitted, embed(name), len(domain.classes)) for name in ("calibration", "test")}
+        logits = {name: fitted.logits(embed(name)) for name in ("calibration", "test")}
         temperature = _temperature(logits["calibration"], labels["calibration"])
         return _read(logits["test"], temperature, splits["test"]) | {
             "validation_accuracy": float(accuracy),
             "seconds": round(seconds, 1),
-            "chosen": {"C": fitted.C, "class_weight": fitted.class_weight},
+            "chosen": {"C": fitted.fitted.C, "class_weight": fitted.fitted.class_weight},
         }
 
     return _once(data_run, "linear_probe", {"base": domain.base, "strengths": STRENGTHS}, seed, out, work)
-
-
-def _every_class(fitted: LogisticRegression, image_embeds: np.ndarray, classes: int) -> np.ndarray:
-    """Logits (N, C) of a probe; a class that it has never seen gets none worth speaking of."""
-    logits = np.full((len(image_embeds), classes), -1e3)
-    scores = fitted.decision_function(image_embeds)
-    logits[:, fitted.classes_] = scores if scores.ndim == 2 else np.stack([-scores, scores], axis=1) / 2
-    return logits
 
 
 def evaluate_model(
@@ -249,22 +230,26 @@ def evaluate_model(
         prototypes: (C, D), instead of the embeddings of the canonical prompts.
     """
     splits = load_prepared(data_run)
-    classifier = DomainClassifier(model, processor, domain)
+    classifier = DomainClassifier(model, processor, domain, "evaluated")
     if prototypes is not None:
         classifier.prototypes = prototypes
-    classifier.fit(splits["calibration"], "calibration", reference=True)
-    validation = splits["validation"]
-    logits = classifier.logits(classifier.embed((row["image"] for row in validation), len(validation), "validation"))
-    outputs = run_classifier(classifier, splits["test"], "test")
-    labels = np.array(splits["test"]["label"])
+    embeds = {name: classifier.embed_rows(splits[name], name) for name in ("validation", "calibration", "test")}
+    logits = {name: classifier.logits(of_split) for name, of_split in embeds.items()}
+    labels = {name: np.array(splits[name]["label"]) for name in embeds}
+    temperature = _temperature(logits["calibration"], labels["calibration"])
     margin = metrics.hard_negative_margin(
-        outputs.similarity, classifier.prompt_classes, labels, np.array(domain.class_clusters)
+        embeds["test"] @ classifier.prompt_embeds.T,
+        classifier.prompt_classes,
+        labels["test"],
+        np.array(domain.class_clusters),
     )
     judged = margin[np.isfinite(margin)]
-    result = _read(classifier.logits(outputs.image_embeds), classifier.temperature, splits["test"]) | {
-        "validation_accuracy": float(metrics.correct(logits, np.array(validation["label"])).mean()),
+    noise = classifier.embed(strange_pictures("noise", image_side(processor), seed=0), PER_KIND, "noise")
+    on_noise = softmax(classifier.logits(noise) / temperature, axis=1).max(axis=1)
+    result = _read(logits["test"], temperature, splits["test"]) | {
+        "validation_accuracy": float(metrics.correct(logits["validation"], labels["validation"]).mean()),
         "hard_negative_pass_rate": float((judged > 0).mean()) if len(judged) else None,
-        "noise_confidence_p95": float(np.percentile(outputs.noise, 95)),
+        "noise_confidence_p95": float(np.percentile(on_noise, 95)),
         "outside": None,
     }
     if domain.outside is not None:
@@ -281,9 +266,9 @@ def _read(logits: np.ndarray, temperature: float, test: datasets.Dataset) -> dic
     right = metrics.correct(calibrated, labels)
     return {
         "accuracy": float(right.mean()),
-        "macro_f1": metrics.macro_f1(calibrated, labels),
-        "ece_before_calibration": metrics.expected_calibration_error(raw, labels),
-        "ece": metrics.expected_calibration_error(calibrated, labels),
+        "macro_f1": metrics.macro_f1(calibrated.argmax(axis=1), labels, calibrated.shape[1]),
+        "ece_before_calibration": metrics.expected_calibration_error(raw.max(axis=1), right),
+        "ece": metrics.expected_calibration_error(calibrated.max(axis=1), right),
         "temperature": temperature,
         "test": {
             "image": [digest[:16] for digest in test["sha256"]],
@@ -294,7 +279,7 @@ def _read(logits: np.ndarray, temperature: float, test: datasets.Dataset) -> dic
 
 
 def _temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """As `DomainClassifier.fit` with `reference`: 1 if the images can't identify it."""
+    """1 if the images can't identify it."""
     try:
         return fit_temperature(logits, labels)
     except ValueError:

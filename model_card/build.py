@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from model_card.onnx_export import add_onnx
 from nicheclip.data import load_prepared
 from nicheclip.domain import Domain
 from nicheclip.hub import save_published_model
@@ -18,16 +19,20 @@ TEMPLATE = Path(__file__).parent / "template.md"
 REPORTED = ("accuracy", "macro_f1", "ece")
 
 
-def build(run: Path, license_name: str = "other", repo_id: str | None = None, examples: int = 0) -> Path:
+def build(
+    run: Path, license_name: str = "other", repo_id: str | None = None, examples: int = 0, onnx: bool = False
+) -> Path:
     """Builds the folder that is published and gives its path.
 
     Args:
         license_name: as the Hub names it.
         repo_id: what the card's usage names.
         examples: how many test images to publish for the demo, of different classes.
+        onnx: whether to add the visual tower as ONNX.
 
     Raises:
         FileNotFoundError: naming the stage that has not been run.
+        ImportError: if ONNX is wanted and not installed.
     """
     scorecard = read_json(run / "scorecard.json", f"run `python calibrate.py {run}` first")
     calibration = read_json(run / "calibration.json", f"run `python calibrate.py {run}` first")
@@ -41,7 +46,9 @@ def build(run: Path, license_name: str = "other", repo_id: str | None = None, ex
         for name in ("scorecard.json", "calibration.json"):
             shutil.copy(run / name, folder / name)
         save_examples(run, folder / "examples", examples)
-        make_card(domain, scorecard, calibration, training, report, license_name, repo_id).save(folder / "README.md")
+        onnx_report = add_onnx(run, folder) if onnx else None
+        card = make_card(domain, scorecard, calibration, training, report, license_name, repo_id, onnx_report)
+        card.save(folder / "README.md")
     return run / "hub"
 
 
@@ -65,6 +72,7 @@ def make_card(
     report: dict[str, Any],
     license_name: str,
     repo_id: str | None,
+    onnx: dict[str, Any] | None,
 ) -> ModelCard:
     """The model card: every number in it comes from the files of the run."""
     measures = {name: Measure.from_dict(fields) for name, fields in scorecard["metrics"].items()}
@@ -104,4 +112,5 @@ def make_card(
         calibration=calibration,
         training=training,
         counts=report["counts"],
+        onnx=onnx,
     )

@@ -1,4 +1,4 @@
-"""The four figures of a scorecard: gates, confusions, classes, reliability."""
+"""The five figures of a scorecard: gates, confusions, classes, reliability, strange pictures."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import matplotlib.patches
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.stats import binomtest
 from sklearn.manifold import TSNE
 
+from nicheclip.answers import Outputs
 from nicheclip.domain import Domain
-from nicheclip.metrics import class_f1, reliability
-from nicheclip.results import METRIC_TITLES, Measure
-from nicheclip.scorecard import Outputs
+from nicheclip.metrics import N_BINS, class_scores, correct, reliability
+from nicheclip.results import METRIC_TITLES, Measure, Verdict
 
-BASE, TUNED, GATE, INK = "#9AA0A6", "#0072B2", "#D55E00", "#333333"
+BASE, PROBE, TUNED, GATE, INK = "#9AA0A6", "#009E73", "#0072B2", "#D55E00", "#333333"
 # Okabe and Ito's colours, safe for colour-blind readers, then two more for domains with many clusters.
 CLUSTER_COLOURS = [
     "#0072B2",
@@ -47,22 +48,29 @@ STYLE = {
 
 
 def draw_figures(
-    folder: Path, domain: Domain, labels: np.ndarray, tuned: Outputs, base: Outputs, scorecard: dict[str, Any]
+    folder: Path,
+    domain: Domain,
+    labels: np.ndarray,
+    tuned: Outputs,
+    base: Outputs,
+    measures: dict[str, Measure],
+    gates: dict[str, Verdict],
 ) -> None:
-    """Writes scorecard.png, confusion.png, classes.png and reliability.png into `folder`.
+    """Writes scorecard, confusion, classes, reliability and outside into `folder`, as PNG and SVG.
 
     Args:
         labels: (N,) int, of the test images that `tuned` and `base` speak of.
     """
-    measures = {name: Measure.from_dict(fields) for name, fields in scorecard["metrics"].items()}
     with matplotlib.rc_context(STYLE):
         for name, figure in {
-            "scorecard": _scorecard(domain, measures, scorecard["gates"]),
+            "scorecard": _scorecard(domain, measures, gates),
             "confusion": _confusion(domain, labels, tuned),
             "classes": _classes(domain, labels, tuned, base),
-            "reliability": _reliability(labels, tuned, measures),
+            "reliability": _reliability(labels, tuned, base, measures),
+            "outside": _outside(tuned, measures),
         }.items():
-            figure.savefig(folder / f"{name}.png")
+            for suffix in ("png", "svg"):
+                figure.savefig(folder / f"{name}.{suffix}")
 
 
 def _figure(width: float, height: float, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
@@ -70,14 +78,16 @@ def _figure(width: float, height: float, columns: int = 1, **options: Any) -> tu
     return figure, figure.subplots(1, columns, **options)
 
 
-def _scorecard(domain: Domain, measures: dict[str, Measure], gates: dict[str, dict[str, str]]) -> Figure:
-    figure, axes = _figure(8, 0.55 * len(gates) + 1.2)
+def _scorecard(domain: Domain, measures: dict[str, Measure], gates: dict[str, Verdict]) -> Figure:
+    figure, axes = _figure(8, 0.62 * len(gates) + 1.2)
     names = list(gates)[::-1]
+    labelled = max(names, key=lambda name: measures[name].probe is not None)  # in the legend, once
     for height, name in enumerate(names):
         measure = measures[name]
         for offset, which, colour, label in (
-            (-0.14, measure.base, BASE, "base zero-shot"),
-            (0.14, measure, TUNED, "fine-tuned"),
+            (-0.24, measure.base, BASE, "base zero-shot"),
+            (0.0, measure.probe, PROBE, "linear probe"),
+            (0.24, measure, TUNED, "fine-tuned"),
         ):
             if which is None:
                 continue
@@ -89,14 +99,14 @@ def _scorecard(domain: Domain, measures: dict[str, Measure], gates: dict[str, di
                 fmt="o",
                 color=colour,
                 capsize=3,
-                label=label if height == 0 else None,
+                label=label if name == labelled else None,
             )
         label = "gate" if height == 0 else None
         axes.plot([domain.gates[name]] * 2, [height - 0.38, height + 0.38], color=GATE, linewidth=2, label=label)
         axes.text(
             1.02,
             height,
-            f"{gates[name]['target']}  {gates[name]['verdict']}",
+            f"{gates[name].target}  {gates[name].verdict}",
             va="center",
             transform=axes.get_yaxis_transform(),
         )
@@ -104,7 +114,7 @@ def _scorecard(domain: Domain, measures: dict[str, Measure], gates: dict[str, di
     axes.set_yticks(range(len(names)), ticks, fontsize=9)
     axes.set(xlim=(0, 1), title=f"{domain.title}: scorecard on held-out images, 95 % intervals")
     axes.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=3)
+    figure.legend(loc="outside lower center", ncols=4)
     return figure
 
 
@@ -150,9 +160,8 @@ def _classes(domain: Domain, labels: np.ndarray, tuned: Outputs, base: Outputs) 
     heights = np.arange(len(order))[::-1]
     counts = np.bincount(labels, minlength=len(order))
     for outputs, colour, label, offset in ((base, BASE, "base zero-shot", -0.2), (tuned, TUNED, "fine-tuned", 0.2)):
-        bars.barh(
-            heights + offset, class_f1(outputs.calibrated, labels)[order], height=0.38, color=colour, label=label
-        )
+        _, _, f1 = class_scores(outputs.calibrated.argmax(axis=1), labels, len(order))
+        bars.barh(heights + offset, f1[order], height=0.38, color=colour, label=label)
     names = [f"{domain.class_names[index]} ({counts[index]})" for index in order]
     bars.set_yticks(heights, names, fontsize=8)
     bars.set(xlim=(0, 1), title="F1 of each class (test images)")
@@ -181,34 +190,72 @@ def _map(axes: Axes, domain: Domain, labels: np.ndarray, tuned: Outputs) -> None
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, markerscale=1.4)
 
 
-def _reliability(labels: np.ndarray, tuned: Outputs, measures: dict[str, Measure]) -> Figure:
-    figure, (before, after, noise) = _figure(12, 3.9, columns=3)
+def _reliability(labels: np.ndarray, tuned: Outputs, base: Outputs, measures: dict[str, Measure]) -> Figure:
+    figure, (before, after, risk) = _figure(12, 3.9, columns=3)
     for axes, probabilities, name, title in (
         (before, tuned.raw, "ece_before_calibration", "before"),
         (after, tuned.calibrated, "ece", "after"),
     ):
-        confidence, accuracy, counts = reliability(probabilities, labels)
+        right = correct(probabilities, labels)
+        confidence, accuracy, counts = reliability(probabilities.max(axis=1), right)
         filled = counts > 0
         axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=":")
         axes.bar(
-            np.arange(15) / 15 + 1 / 30,
+            np.arange(N_BINS) / N_BINS + 0.5 / N_BINS,
             counts / counts.sum(),
-            width=1 / 15,
+            width=1 / N_BINS,
             color=BASE,
             alpha=0.35,
             label="share of images",
         )
-        axes.plot(confidence[filled], accuracy[filled], color=TUNED, marker="o", markersize=4, label="accuracy")
+        intervals = [
+            binomtest(int(round(a * n)), int(n)).proportion_ci(method="wilson")
+            for a, n in zip(accuracy[filled], counts[filled], strict=True)
+        ]
+        errors = np.abs(np.array(intervals).T - accuracy[filled])
+        axes.errorbar(
+            confidence[filled],
+            accuracy[filled],
+            errors,
+            color=TUNED,
+            marker="o",
+            markersize=4,
+            linewidth=1,
+            label="accuracy, 95 % interval",
+        )
         axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", title=f"{title}: ECE {measures[name]}")
         axes.set_aspect("equal")
     before.set_ylabel(f"accuracy ({len(labels)} test images)")
     before.legend(loc="upper left", fontsize=8)
-    bins = np.linspace(0, 1, 26)
-    noise.hist(
-        tuned.calibrated.max(axis=1), bins, density=True, color=TUNED, alpha=0.6, label=f"{len(labels)} test images"
-    )
-    noise.hist(tuned.noise, bins, density=True, color=GATE, alpha=0.6, label=f"{len(tuned.noise)} noise images")
-    noise.axvline(tuned.threshold, color=INK, linestyle="--", linewidth=1, label="“not sure” below")
-    noise.set(xlim=(0, 1), xlabel="calibrated confidence", yticks=[], title="Confidence on test and on noise")
-    noise.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, columnspacing=1)
+    perfect = measures["ece_of_perfect"]
+    after.text(0.02, 0.97, f"a perfectly calibrated model\nwould show {perfect}", va="top", fontsize=8)
+    for outputs, colour, label in ((base, BASE, "base zero-shot"), (tuned, TUNED, "fine-tuned")):
+        wrong = ~correct(outputs.calibrated, labels)[np.argsort(-outputs.calibrated.max(axis=1), kind="stable")]
+        answered = np.arange(1, len(wrong) + 1)
+        risk.plot(answered / len(wrong), np.cumsum(wrong) / answered, color=colour, label=label)
+    risk.axvline(measures["coverage"].value, color=INK, linestyle="--", linewidth=1, label="answered; else “not sure”")
+    risk.set(xlim=(0, 1), ylim=(0, None), xlabel="share of images answered", title=f"Errors: AURC {measures['aurc']}")
+    risk.set_ylabel("share of wrong answers")
+    risk.legend(fontsize=8)
+    return figure
+
+
+def _outside(tuned: Outputs, measures: dict[str, Measure]) -> Figure:
+    """The score that decides, of test images and of each kind of strange picture."""
+    score, threshold = tuned.border.score, tuned.border.threshold
+    rows = {"test images": tuned.own_scores[score]} | {
+        kind: each[score] for kind, each in tuned.strange_scores.items()
+    }
+    figure, axes = _figure(8, 0.42 * len(rows) + 1.3)
+    heights = np.arange(len(rows))[::-1]
+    for height, (name, values) in zip(heights, rows.items(), strict=True):
+        jitter = np.random.default_rng(0).uniform(-0.3, 0.3, len(values))
+        colour = TUNED if name == "test images" else GATE
+        axes.scatter(values, height + jitter, s=6, alpha=0.35, linewidths=0, color=colour)
+        told = f"{(values >= threshold).mean():.0%} accepted, n = {len(values)}"
+        axes.text(1.02, height, told, va="center", transform=axes.get_yaxis_transform(), fontsize=9)
+    axes.axvline(threshold, color=INK, linestyle="--", linewidth=1)
+    axes.set_yticks(heights, list(rows))
+    axes.set(xlabel=f"{score.replace('_', ' ')}; left of the line the answer is “outside my domain”")
+    axes.set_title(f"Is it of the domain? AUROC {measures['ood_auroc']}")
     return figure

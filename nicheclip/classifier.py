@@ -1,15 +1,16 @@
-"""A published model: image in, calibrated labels out, or "not sure".
+"""A published model: image in, calibrated labels out, or "not sure", or "outside my domain".
 
     classifier = NicheClassifier.from_pretrained("you/your-model")
     print(classifier(["photo.jpg"])[0])
 
-Needs only torch, transformers, safetensors, huggingface_hub and Pillow.
+Needs only torch, transformers, safetensors, huggingface_hub and Pillow; with an ONNX backend also onnxruntime.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,14 +22,26 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, CLIPModel
 
 SETTINGS_FILE = "nicheclip.json"
-PROTOTYPES_FILE = "prototypes.safetensors"
+PROTOTYPES_FILE = "prototypes.safetensors"  # prototypes, and the shape of the domain
+SHAPE_FILE = "domain_shape.safetensors"  # of a run
+FORMAT_VERSION = 2
+ONNX_FILES = {"onnx": "onnx/vision_model.onnx", "onnx-int8": "onnx/vision_model_int8.onnx"}  # by backend
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The classes by falling calibrated probability; `label` is None where the best is below the threshold."""
+    """What the model says about one image.
+
+    Attributes:
+        probabilities: of the classes, calibrated, falling.
+        prediction_set: the classes that hold the right one as often as the model card says, the most probable first.
+        outside: whether the image looks like none of the domain.
+        threshold: below this confidence the answer is "not sure".
+    """
 
     probabilities: dict[str, float]
+    prediction_set: list[str]
+    outside: bool
     threshold: float
 
     @property
@@ -41,68 +54,149 @@ class Prediction:
 
     @property
     def label(self) -> str | None:
-        return self.best if self.confidence >= self.threshold else None
+        """The best class; None where the image is outside of the domain, or the model not sure."""
+        return self.best if self.confidence >= self.threshold and not self.outside else None
 
     def __str__(self) -> str:
-        return f"{self.label or 'not sure'} ({self.best} {self.confidence:.0%})"
+        if self.outside:
+            return "outside my domain"
+        among = f", one of: {', '.join(self.prediction_set)}" if len(self.prediction_set) > 1 else ""
+        return f"{self.label or 'not sure'} ({self.best} {self.confidence:.0%}{among})"
+
+
+class VisualTower(torch.nn.Module):
+    """The half of a CLIPModel that sees: pixel_values (B, 3, S, S) -> unit-length image_embeds (B, D)."""
+
+    def __init__(self, model: CLIPModel):
+        super().__init__()
+        self.vision_model = model.vision_model
+        self.visual_projection = model.visual_projection
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        image_embeds = self.visual_projection(self.vision_model(pixel_values=pixel_values).pooler_output)
+        return torch.nn.functional.normalize(image_embeds, dim=-1)
+
+
+class OnnxTower:
+    """A `VisualTower` that `python -m model_card RUN --onnx` has exported, run by onnxruntime on the CPU.
+
+    Args:
+        threads: of onnxruntime; 0: as many as there are cores.
+
+    Raises:
+        ImportError: if onnxruntime is not installed.
+    """
+
+    def __init__(self, path: Path, threads: int = 0):
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise ImportError(
+                f"'{path}' needs onnxruntime, which is not installed; run `pip install 'nicheclip[onnx]'`, "
+                "or use backend='torch'"
+            ) from error
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self.session.run(None, {"pixel_values": pixel_values.numpy()})[0])
 
 
 class NicheClassifier:
     """A calibrated zero-shot classifier over the classes that the model was fine-tuned for.
 
     Args:
-        model: whose logit_scale has the temperature folded in.
+        tower: pixel_values (B, 3, S, S) -> unit-length image_embeds (B, D), on one device with the other tensors.
+        logit_scale: that multiplies cosines, with the temperature folded in.
         prototypes: (C, D) unit-length text_embeds of the canonical prompts.
+        shape: of the training images: `whitening` (D, D) and the classes' whitened `means` (C, D).
         settings: the content of nicheclip.json.
     """
 
-    def __init__(self, model: CLIPModel, image_processor, prototypes: torch.Tensor, settings: dict):
-        self.model = model.eval()
+    def __init__(
+        self,
+        tower: Callable[[torch.Tensor], torch.Tensor],
+        logit_scale: float,
+        image_processor,
+        prototypes: torch.Tensor,
+        shape: dict[str, torch.Tensor],
+        settings: dict,
+    ):
+        self.tower = tower
+        self.logit_scale = logit_scale
         self.image_processor = image_processor
-        self.prototypes = prototypes.to(model.device)
+        self.prototypes = prototypes
+        self.shape = shape
         self.settings = settings
         self.class_names: list[str] = settings["class_names"]
         self.threshold: float = settings["abstention"]["threshold"]
 
     @classmethod
-    def from_pretrained(cls, repo_or_path: str | Path, revision: str | None = None) -> NicheClassifier:
+    def from_pretrained(
+        cls, repo_or_path: str | Path, revision: str | None = None, backend: str = "torch"
+    ) -> NicheClassifier:
         """Loads a folder made by `python -m model_card`, or a repository of the Hub.
 
+        Args:
+            backend: what runs the visual tower: "torch", "onnx", or "onnx-int8" (smaller, faster, nearly the same).
+
         Raises:
-            FileNotFoundError: if it is a CLIP model, but not one of NicheCLIP's.
+            FileNotFoundError: if it is a CLIP model, but not one of NicheCLIP's; or if it has no ONNX tower.
+            ImportError: for an ONNX backend, if onnxruntime is not installed.
+            ValueError: if another version of NicheCLIP has published it, or the backend is unknown.
         """
+        if backend not in ("torch", *ONNX_FILES):
+            raise ValueError(f"backend is '{backend}'; expected 'torch' or one of {', '.join(map(repr, ONNX_FILES))}")
         folder = Path(repo_or_path)
         if not folder.is_dir():
-            folder = Path(
-                snapshot_download(
-                    str(repo_or_path), revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt"]
-                )
-            )
+            tower_file = ONNX_FILES.get(backend, "model*.safetensors*")
+            patterns = ["*.json", "*.txt", PROTOTYPES_FILE, tower_file]
+            folder = Path(snapshot_download(str(repo_or_path), revision=revision, allow_patterns=patterns))
         if not (folder / SETTINGS_FILE).is_file():
             raise FileNotFoundError(
                 f"'{repo_or_path}' has no {SETTINGS_FILE}; expected a model published by NicheCLIP "
                 "(for another CLIP model, use transformers' zero-shot-image-classification pipeline)"
             )
+        settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+        if settings["format_version"] != FORMAT_VERSION:
+            raise ValueError(
+                f"'{repo_or_path}' is of format {settings['format_version']}, this NicheCLIP reads {FORMAT_VERSION}; "
+                "publish it anew (calibrate.py, then python -m model_card), or install the NicheCLIP that made it"
+            )
+        embeds = load_file(folder / PROTOTYPES_FILE)
+        if backend == "torch":
+            model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+            tower, logit_scale = VisualTower(model), model.logit_scale.exp().item()
+        elif not (folder / ONNX_FILES[backend]).is_file():
+            raise FileNotFoundError(
+                f"'{repo_or_path}' has no {ONNX_FILES[backend]}; use backend='torch', or build it anew with "
+                "`python -m model_card RUN --onnx` (it leaves INT8 out where that costs too much: onnx/report.json)"
+            )
+        else:
+            tower = OnnxTower(folder / ONNX_FILES[backend])
+            logit_scale = math.exp(settings["trained_logit_scale"]) / settings["temperature"]
         return cls(
-            CLIPModel.from_pretrained(folder, dtype=torch.float32),
+            tower,
+            logit_scale,
             AutoImageProcessor.from_pretrained(folder),
-            load_file(folder / PROTOTYPES_FILE)["prototypes"],
-            json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8")),
+            embeds["prototypes"],
+            embeds,
+            settings,
         )
 
     @torch.inference_mode()
     def image_embeds(self, images: Sequence[str | Path | Image.Image]) -> torch.Tensor:
         """Unit-length image_embeds (N, D) of paths or PIL images."""
         pixel_values = self.image_processor([_open(image) for image in images], return_tensors="pt")["pixel_values"]
-        image_embeds = self.model.get_image_features(pixel_values.to(self.model.device)).pooler_output
-        return torch.nn.functional.normalize(image_embeds, dim=-1)
+        return self.tower(pixel_values)
 
     @torch.inference_mode()
     def probabilities(self, images: Sequence[str | Path | Image.Image]) -> np.ndarray:
         """Calibrated probabilities (N, C), classes in the order of `class_names`."""
-        logits = self.model.logit_scale.exp() * self.image_embeds(images) @ self.prototypes.T
-        return logits.softmax(dim=-1).cpu().numpy()
+        return self._logits(self.image_embeds(images)).softmax(dim=-1).cpu().numpy()
 
+    @torch.inference_mode()
     def __call__(self, images: Sequence[str | Path | Image.Image]) -> list[Prediction]:
         """Classifies a batch of paths or PIL images.
 
@@ -112,10 +206,35 @@ class NicheClassifier:
         """
         if isinstance(images, (str, Path, Image.Image)):
             raise TypeError("expected a list of images; put the image into a list: classifier([image])[0]")
-        return [
-            Prediction({self.class_names[index]: float(row[index]) for index in np.argsort(-row)}, self.threshold)
-            for row in self.probabilities(images)
-        ]
+        image_embeds = self.image_embeds(images)
+        logits = self._logits(image_embeds)
+        inside = (self._domain_score(image_embeds, logits) >= self.settings["border"]["threshold"]).tolist()
+        probabilities = logits.softmax(dim=-1).cpu().numpy()
+        return [self._prediction(row, is_inside) for row, is_inside in zip(probabilities, inside, strict=True)]
+
+    def _logits(self, image_embeds: torch.Tensor) -> torch.Tensor:
+        return self.logit_scale * image_embeds @ self.prototypes.T
+
+    def _domain_score(self, image_embeds: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """How much each image looks like one of the domain, (N,), by the score that calibrate.py has found best."""
+        match self.settings["border"]["score"]:
+            case "confidence":
+                return logits.softmax(dim=-1).amax(dim=-1)
+            case "energy":
+                return logits.logsumexp(dim=-1)
+            case "prompt_cosine":
+                return (image_embeds @ self.prototypes.T).amax(dim=-1)
+            case "mahalanobis":
+                return -torch.cdist(image_embeds @ self.shape["whitening"], self.shape["means"]).amin(dim=-1)
+        raise ValueError(f"{SETTINGS_FILE}: border.score is '{self.settings['border']['score']}', which is unknown")
+
+    def _prediction(self, probabilities: np.ndarray, inside: bool) -> Prediction:
+        order = np.argsort(-probabilities, kind="stable")
+        falling = probabilities[order]
+        size = int((np.cumsum(falling) - falling <= self.settings["conformal"]["quantile"]).sum())
+        names = [self.class_names[index] for index in order]
+        found = dict(zip(names, falling.tolist(), strict=True))
+        return Prediction(found, names[:size], not inside, self.threshold)
 
 
 def _open(image: str | Path | Image.Image) -> Image.Image:

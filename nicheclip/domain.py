@@ -17,7 +17,24 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 Share = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
 GatedMetric = Literal[
-    "accuracy", "macro_f1", "hard_negative_pass_rate", "semantic_recall_at_1", "ece", "noise_confidence_p95"
+    "accuracy",
+    "balanced_accuracy",
+    "macro_f1",
+    "top_3_accuracy",
+    "hard_negative_pass_rate",
+    "semantic_recall_at_1",
+    "image_recall_at_1",
+    "ece",
+    "nll",
+    "brier",
+    "aurc",
+    "coverage",
+    "selective_accuracy",
+    "conformal_coverage",
+    "noise_confidence_p95",
+    "ood_auroc",
+    "ood_fpr95",
+    "same_answer",
 ]
 
 
@@ -165,6 +182,8 @@ class Domain(_Section):
     augmentation: Augmentation = Augmentation()
     training: dict[str, Any] = {}  # any field of StagedTrainingArguments
     selective_accuracy: float = Field(0.95, gt=0, lt=1)  # what the abstention threshold aims at
+    answered_share: float | None = Field(None, gt=0, le=1)  # instead: the coverage that it aims at
+    conformal_coverage: float = Field(0.9, gt=0, lt=1)  # how often the prediction set should hold the label
 
     @field_validator("classes")
     @classmethod

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from nicheclip.classifier import PROTOTYPES_FILE, SETTINGS_FILE
+from nicheclip.classifier import FORMAT_VERSION, PROTOTYPES_FILE, SETTINGS_FILE, SHAPE_FILE
 from nicheclip.domain import Domain
 from nicheclip.results import write_json
 from nicheclip.zero_shot import encode_texts, load_clip
@@ -28,11 +28,11 @@ def save_published_model(run: Path, folder: Path, domain: Domain, calibration: d
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     prototypes = encode_texts(model, processor, domain.canonical_prompts).cpu().contiguous()
-    save_file({"prototypes": prototypes}, folder / PROTOTYPES_FILE)
+    save_file({"prototypes": prototypes} | load_file(run / SHAPE_FILE), folder / PROTOTYPES_FILE)
     write_json(
         folder / SETTINGS_FILE,
         {
-            "format_version": 1,
+            "format_version": FORMAT_VERSION,
             "title": domain.title,
             "class_names": domain.class_names,
             "prompts": domain.classes,
@@ -41,6 +41,8 @@ def save_published_model(run: Path, folder: Path, domain: Domain, calibration: d
             "trained_logit_scale": calibration["trained_logit_scale"],
             "fitted_on": {"split": calibration["split"], "n": calibration["n"]},
             "abstention": calibration["abstention"],
+            "conformal": calibration["conformal"],
+            "border": calibration["border"],
         },
     )
 

@@ -6,10 +6,14 @@ Definitions follow the recipe in the article that NicheCLIP grew from, unless a 
 
 from __future__ import annotations
 
+from typing import Any
+
 import datasets
 import evaluate
 import numpy as np
-from sklearn.metrics import f1_score
+from scipy.stats import rankdata
+
+N_BINS = 15
 
 
 def correct(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -17,41 +21,142 @@ def correct(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return probabilities.argmax(axis=1) == labels
 
 
-def macro_f1(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Unweighted mean of the classes' F1, over classes that occur or are predicted. (N, C) float, (N,) int."""
-    classes = np.arange(probabilities.shape[1])
-    return float(f1_score(labels, probabilities.argmax(1), labels=classes, average="macro", zero_division=np.nan))
+def top_k_correct(probabilities: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
+    """Whether the label is among the k most probable classes; ties count against it. (N, C), (N,) -> (N,) bool."""
+    own = probabilities[np.arange(len(labels)), labels]
+    return (probabilities >= own[:, None]).sum(axis=1) <= k
 
 
-def class_f1(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """F1 of each class. (N, C) float, (N,) int -> (C,) float, NaN for a class that neither occurs nor is predicted."""
-    classes = np.arange(probabilities.shape[1])
-    return f1_score(labels, probabilities.argmax(1), labels=classes, average=None, zero_division=np.nan)
+def confusion_matrix(predicted: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """(N,) int, (N,) int -> (C, C) int, rows: labels, columns: predictions."""
+    return np.bincount(labels * num_classes + predicted, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-def reliability(probabilities: np.ndarray, labels: np.ndarray, n_bins: int = 15) -> tuple[np.ndarray, ...]:
-    """Confidence against accuracy in equal-width bins (Guo et al. 2017, arXiv:1706.04599).
+def class_scores(predicted: np.ndarray, labels: np.ndarray, num_classes: int) -> tuple[np.ndarray, ...]:
+    """Precision, recall and F1 of each class, (C,) float each.
+
+    NaN where there is nothing to judge: no prediction, no image, neither of them.
+    """
+    matrix = confusion_matrix(predicted, labels, num_classes)
+    right, of_label, of_prediction = np.diag(matrix), matrix.sum(axis=1), matrix.sum(axis=0)
+    with np.errstate(invalid="ignore"):
+        return right / of_prediction, right / of_label, 2 * right / (of_label + of_prediction)
+
+
+def macro_f1(predicted: np.ndarray, labels: np.ndarray, num_classes: int) -> float:
+    """Unweighted mean of the classes' F1, over classes that occur or are predicted. (N,) int, (N,) int."""
+    return float(np.nanmean(class_scores(predicted, labels, num_classes)[2]))
+
+
+def balanced_accuracy(predicted: np.ndarray, labels: np.ndarray, num_classes: int) -> float:
+    """Unweighted mean of the classes' recall, over classes that occur. (N,) int, (N,) int."""
+    return float(np.nanmean(class_scores(predicted, labels, num_classes)[1]))
+
+
+def reliability(
+    confidence: np.ndarray, right: np.ndarray, n_bins: int = N_BINS, equal_mass: bool = False
+) -> tuple[np.ndarray, ...]:
+    """Confidence against accuracy in bins of the confidence (Guo et al. 2017, arXiv:1706.04599).
 
     Args:
-        probabilities: (N, C) float, rows sum to 1.
-        labels: (N,) int.
+        confidence: (N,) float, the highest probability of each image.
+        right: (N,) bool.
+        equal_mass: bins that hold equally many images (Nixon et al. 2019, arXiv:1904.01685), not equally wide ones.
 
     Returns:
         mean confidence, accuracy and count of each bin, each (n_bins,); the first two are 0 where a bin is empty.
     """
-    confidence = probabilities.max(axis=1)
-    bins = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
+    return _binned(confidence, right, _bins(confidence, n_bins, equal_mass), n_bins)
+
+
+def expected_calibration_error(
+    confidence: np.ndarray, right: np.ndarray, n_bins: int = N_BINS, equal_mass: bool = False
+) -> float:
+    """Mean distance between confidence and accuracy over bins, in [0, 1]; lower is better. Args: as `reliability`."""
+    return _ece(*reliability(confidence, right, n_bins, equal_mass))
+
+
+def ece_of_perfect(confidence: np.ndarray, n_bins: int = N_BINS, draws: int = 1000, seed: int = 0) -> np.ndarray:
+    """The ECE that a perfectly calibrated model shows by chance: (draws,), equal-width bins.
+
+    Its answers are right as often as its confidence says; each draw decides anew which (consistency resampling,
+    Bröcker and Smith 2007, doi:10.1175/WAF993.1).
+
+    Args:
+        confidence: (N,) of the model that is judged.
+    """
+    rng, bins = np.random.default_rng(seed), _bins(confidence, n_bins, equal_mass=False)
+    return np.array(
+        [_ece(*_binned(confidence, rng.random(len(confidence)) < confidence, bins, n_bins)) for _ in range(draws)]
+    )
+
+
+def _bins(confidence: np.ndarray, n_bins: int, equal_mass: bool) -> np.ndarray:
+    if equal_mass:
+        places = np.empty(len(confidence), dtype=int)
+        places[np.argsort(confidence, kind="stable")] = np.arange(len(confidence))
+        return places * n_bins // len(confidence)
+    return np.minimum((confidence * n_bins).astype(int), n_bins - 1)
+
+
+def _binned(confidence: np.ndarray, right: np.ndarray, bins: np.ndarray, n_bins: int) -> tuple[np.ndarray, ...]:
     counts = np.bincount(bins, minlength=n_bins)
     filled = np.maximum(counts, 1)
     mean_confidence = np.bincount(bins, weights=confidence, minlength=n_bins) / filled
-    accuracy = np.bincount(bins, weights=correct(probabilities, labels), minlength=n_bins) / filled
-    return mean_confidence, accuracy, counts
+    return mean_confidence, np.bincount(bins, weights=right, minlength=n_bins) / filled, counts
 
 
-def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, n_bins: int = 15) -> float:
-    """Mean distance between confidence and accuracy over equal-width bins, in [0, 1]; lower is better."""
-    mean_confidence, accuracy, counts = reliability(probabilities, labels, n_bins)
+def _ece(mean_confidence: np.ndarray, accuracy: np.ndarray, counts: np.ndarray) -> float:
     return float((np.abs(mean_confidence - accuracy) * counts).sum() / counts.sum())
+
+
+def brier(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Squared distance to the label over all classes, (N, C), (N,) -> (N,) in [0, 2] (Brier 1950)."""
+    own = probabilities[np.arange(len(labels)), labels]
+    return (probabilities**2).sum(axis=1) - 2 * own + 1
+
+
+def aurc(confidence: np.ndarray, right: np.ndarray) -> float:
+    """Area under the risk-coverage curve: the share of errors among the k most confident, averaged over k.
+
+    In [0, 1], lower is better (Geifman et al. 2019, arXiv:1805.08206). Args: (N,) float, (N,) bool.
+    """
+    wrong = ~right[np.argsort(-confidence, kind="stable")]
+    return float((np.cumsum(wrong) / np.arange(1, len(wrong) + 1)).mean())
+
+
+def auroc(inside: np.ndarray, outside: np.ndarray) -> float:
+    """The chance that an in-domain image scores above one from outside; ties count half. (N,), (M,) float."""
+    ranks = rankdata(np.concatenate([inside, outside]))[: len(inside)].sum()
+    return float((ranks - len(inside) * (len(inside) + 1) / 2) / (len(inside) * len(outside)))
+
+
+def fpr95(inside: np.ndarray, outside: np.ndarray) -> float:
+    """The share of outside images that are accepted where 95 % of in-domain images are; lower is better."""
+    return float((outside >= np.quantile(inside, 0.05, method="lower")).mean())
+
+
+def image_retrieval(image_embeds: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each image as a query among the others, but for its own near-duplicates.
+
+    Args:
+        image_embeds: (N, D) unit length.
+        labels: (N,) int; images of the same class are what should be found.
+        groups: (N,) near-duplicate group of each image.
+
+    Returns:
+        whether the first one found has the label (R@1), and the average precision, (N,) float each; NaN where no
+        other image has the label.
+    """
+    similarity = image_embeds @ image_embeds.T
+    first, precision = np.full(len(labels), np.nan), np.full(len(labels), np.nan)
+    for query in range(len(labels)):
+        others = np.flatnonzero(groups != groups[query])
+        found = labels[others[np.argsort(-similarity[query, others], kind="stable")]] == labels[query]
+        if found.any():
+            first[query] = found[0]
+            precision[query] = (np.cumsum(found) / np.arange(1, len(found) + 1))[found].mean()
+    return first, precision
 
 
 def hard_negative_margin(
@@ -85,44 +190,147 @@ def semantic_rank(similarity: np.ndarray, prompt_classes: np.ndarray, labels: np
     return 1 + ((similarity >= best_own) & ~own).sum(axis=1)
 
 
-class _ProbabilityMetric(evaluate.Metric):
-    """A metric of class probabilities (N, C) against labels (N,)."""
+class _Metric(evaluate.Metric):
+    """A metric whose `compute(predictions=…, references=…)` calls `_compute` with arrays.
 
-    description = ""
+    `predictions` are (N, ·) float, most often class probabilities; `references` are (N,) class indices.
+    """
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description=self.description,
+            description=self.__doc__,
             citation="",
-            inputs_description="predictions: (N, C) class probabilities; references: (N,) class indices",
+            inputs_description="predictions: (N, C) float; references: (N,) class indices",
             features=datasets.Features(
                 {"predictions": datasets.Sequence(datasets.Value("float32")), "references": datasets.Value("int64")}
             ),
         )
 
-
-class Accuracy(_ProbabilityMetric):
-    """Share of images whose most probable class is the label, in [0, 1]."""
-
-    description = "Top-1 accuracy"
-
-    def _compute(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-        return {"accuracy": float(correct(np.asarray(predictions), np.asarray(references)).mean())}
+    def _compute(self, predictions: Any, references: Any, **options: Any) -> dict[str, Any]:
+        return self._measure(np.asarray(predictions), np.asarray(references), **options)
 
 
-class MacroF1(_ProbabilityMetric):
-    """Unweighted mean of the classes' F1, in [0, 1]."""
+class Accuracy(_Metric):
+    """`accuracy`: share of images whose most probable class is the label, in [0, 1]."""
 
-    description = "Macro-averaged F1"
-
-    def _compute(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-        return {"macro_f1": macro_f1(np.asarray(predictions), np.asarray(references))}
+    def _measure(self, probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        return {"accuracy": float(correct(probabilities, labels).mean())}
 
 
-class ExpectedCalibrationError(_ProbabilityMetric):
-    """ECE over equal-width bins (Guo et al. 2017), in [0, 1]; lower is better."""
+class BalancedAccuracy(_Metric):
+    """`balanced_accuracy`: unweighted mean of the classes' recall, in [0, 1]."""
 
-    description = "Expected calibration error, equal-width bins"
+    def _measure(self, probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        return {"balanced_accuracy": balanced_accuracy(probabilities.argmax(1), labels, probabilities.shape[1])}
 
-    def _compute(self, predictions: np.ndarray, references: np.ndarray, n_bins: int = 15) -> dict[str, float]:
-        return {"ece": expected_calibration_error(np.asarray(predictions), np.asarray(references), n_bins)}
+
+class TopK(_Metric):
+    """`top_<k>_accuracy`: share of images whose label is among the k most probable classes, in [0, 1]."""
+
+    def _measure(self, probabilities: np.ndarray, labels: np.ndarray, k: int = 3) -> dict[str, float]:
+        return {f"top_{k}_accuracy": float(top_k_correct(probabilities, labels, k).mean())}
+
+
+class MacroF1(_Metric):
+    """`macro_f1`: unweighted mean of the classes' F1, in [0, 1]."""
+
+    def _measure(self, probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        return {"macro_f1": macro_f1(probabilities.argmax(1), labels, probabilities.shape[1])}
+
+
+class ClassScores(_Metric):
+    """`precision`, `recall`, `f1`: lists of C values in [0, 1], NaN for a class with nothing to judge."""
+
+    def _measure(self, probabilities: np.ndarray, labels: np.ndarray) -> dict[str, list[float]]:
+        scores = class_scores(probabilities.argmax(1), labels, probabilities.shape[1])
+        return dict(zip(("precision", "recall", "f1"), (each.tolist() for each in scores), strict=True))
+
+
+class ExpectedCalibrationError(_Metric):
+    """`ece`: mean distance of confidence and accuracy over bins (Guo et al. 2017), in [0, 1]; lower is better."""
+
+    def _measure(
+        self, probabilities: np.ndarray, labels: np.ndarray, n_bins: int = N_BINS, equal_mass: bool = False
+    ) -> dict[str, float]:
+        right = correct(probabilities, labels)
+        return {"ece": expected_calibration_error(probabilities.max(axis=1), right, n_bins, equal_mass)}
+
+
+class NegativeLogLikelihood(_Metric):
+    """`nll`: mean of -log p(label) in nats, 0 or more; lower is better."""
+
+    def _measure(self, probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        return {"nll": float(-np.log(probabilities[np.arange(len(labels)), labels]).mean())}
+
+
+class Brier(_Metric):
+    """`brier`: mean squared distance of the probabilities to the label, in [0, 2] (Brier 1950); lower is better."""
+
+    def _measure(self, probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        return {"brier": float(brier(probabilities, labels).mean())}
+
+
+class RiskCoverage(_Metric):
+    """`aurc`, in [0, 1], lower is better (Geifman et al. 2019); with a threshold, `coverage` and `selective_accuracy`.
+
+    Coverage is the share of images whose confidence reaches the threshold, the accuracy that of these.
+    """
+
+    def _measure(
+        self, probabilities: np.ndarray, labels: np.ndarray, threshold: float | None = None
+    ) -> dict[str, float]:
+        confidence, right = probabilities.max(axis=1), correct(probabilities, labels)
+        found = {"aurc": aurc(confidence, right)}
+        if threshold is not None:
+            answered = confidence >= threshold
+            selective = float(right[answered].mean()) if answered.any() else float("nan")
+            found |= {"coverage": float(answered.mean()), "selective_accuracy": selective}
+        return found
+
+
+class HardNegatives(_Metric):
+    """`hard_negative_pass_rate` in [0, 1] and `hard_negative_margin` in [-2, 2], of cosines (N, P) with all prompts.
+
+    `compute` also takes prompt_classes (P,) and class_clusters (C,), see `hard_negative_margin`.
+    """
+
+    def _measure(
+        self, similarity: np.ndarray, labels: np.ndarray, prompt_classes: np.ndarray, class_clusters: np.ndarray
+    ) -> dict[str, float]:
+        margin = hard_negative_margin(similarity, prompt_classes, labels, class_clusters)
+        margin = margin[np.isfinite(margin)]
+        return {
+            "hard_negative_pass_rate": float((margin > 0).mean()),
+            "hard_negative_margin": float(margin.mean()),
+        }
+
+
+class SemanticRetrieval(_Metric):
+    """`recall_at_1`, `_3`, `_5` and `mrr`, in [0, 1], of cosines (N, P) with all prompts; takes prompt_classes."""
+
+    def _measure(self, similarity: np.ndarray, labels: np.ndarray, prompt_classes: np.ndarray) -> dict[str, float]:
+        rank = semantic_rank(similarity, prompt_classes, labels)
+        return {f"recall_at_{k}": float((rank <= k).mean()) for k in (1, 3, 5)} | {"mrr": float((1 / rank).mean())}
+
+
+class ImageRetrieval(_Metric):
+    """`recall_at_1` and `map`, in [0, 1], of unit-length image_embeds (N, D); takes groups (N,), see the function."""
+
+    def _measure(self, image_embeds: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> dict[str, float]:
+        first, precision = image_retrieval(image_embeds, labels, groups)
+        return {"recall_at_1": float(np.nanmean(first)), "map": float(np.nanmean(precision))}
+
+
+class PredictionSets(_Metric):
+    """`coverage` and `worst_class_coverage` in [0, 1], `mean_size` in [1, C], of conformal prediction sets.
+
+    The predictions are sets, (N, C) of 0 and 1 (nicheclip/calibration.py).
+    """
+
+    def _measure(self, sets: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        covered = sets[np.arange(len(labels)), labels] > 0
+        return {
+            "coverage": float(covered.mean()),
+            "worst_class_coverage": float(min(covered[labels == label].mean() for label in np.unique(labels))),
+            "mean_size": float((sets > 0).sum(axis=1).mean()),
+        }

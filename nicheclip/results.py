@@ -3,41 +3,79 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from scipy.stats import binomtest, norm
 
+RESAMPLES = 1000
 METRIC_TITLES = {
     "accuracy": "Accuracy",
+    "balanced_accuracy": "Balanced accuracy",
     "macro_f1": "Macro F1",
+    "worst_class_f1": "F1 of the worst class",
+    "top_3_accuracy": "Top-3 accuracy",
     "hard_negative_pass_rate": "Hard-negative pass rate",
+    "hard_negative_margin": "Hard-negative margin",
     "semantic_recall_at_1": "Semantic R@1",
     "semantic_recall_at_3": "Semantic R@3",
     "semantic_recall_at_5": "Semantic R@5",
     "semantic_mrr": "Semantic MRR",
+    "image_recall_at_1": "Image-to-image R@1",
+    "image_map": "Image-to-image mAP",
     "ece": "ECE, calibrated",
+    "ece_of_perfect": "ECE of a perfectly calibrated model",
+    "ece_equal_mass": "ECE, calibrated, equal-mass bins",
     "ece_before_calibration": "ECE, before calibration",
     "nll": "NLL, calibrated",
+    "brier": "Brier score",
+    "aurc": "AURC",
     "coverage": "Coverage: share answered",
     "selective_accuracy": "Accuracy of the answers",
+    "conformal_coverage": "Prediction sets: coverage",
+    "conformal_worst_class": "Prediction sets: coverage of the worst class",
+    "conformal_set_size": "Prediction sets: mean size",
     "noise_confidence_p95": "Confidence on noise, p95",
+    "ood_auroc": "Outside the domain: AUROC",
+    "ood_fpr95": "Outside the domain: FPR95",
+    "ood_accepted": "Outside the domain: share not noticed",
+    "in_domain_accepted": "In the domain: share accepted",
+    "same_answer": "Same answer after mild changes",
+    "embedding_stability": "Cosine after mild changes",
+    "prompt_consistency": "Same answer with other prompts",
 }
-LOWER_IS_BETTER = frozenset({"ece", "ece_before_calibration", "nll", "noise_confidence_p95"})
+LOWER_IS_BETTER = frozenset(
+    {
+        "ece",
+        "ece_of_perfect",
+        "ece_equal_mass",
+        "ece_before_calibration",
+        "nll",
+        "brier",
+        "aurc",
+        "conformal_set_size",
+        "noise_confidence_p95",
+        "ood_fpr95",
+        "ood_accepted",
+    }
+)
 
 
 @dataclass(frozen=True)
 class Measure:
     """One metric on one split.
 
-    `low` and `high` bound the 95 % interval, `n` counts what was averaged over, `base` is the same metric of the
-    base model's zero-shot classifier on the same images.
+    `low` and `high` bound the 95 % interval, `n` counts what was averaged over. `base` is the same metric of the base
+    model's zero-shot classifier on the same images, `probe` that of a linear probe on the base's image_embeds, and
+    `difference` the metric minus the base's, with the interval of the paired difference.
     """
 
     value: float
@@ -46,22 +84,28 @@ class Measure:
     n: int
     split: str
     base: Measure | None = None
+    probe: Measure | None = None
+    difference: Measure | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        fields = asdict(self)
-        if self.base is None:
-            fields.pop("base")
-        else:
-            fields["base"] = self.base.to_dict()
-        return fields
+        return _without_none(asdict(self))
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Measure:
-        base = fields.get("base")
-        return cls(**{**fields, "base": cls.from_dict(base) if base else None})
+        return cls(
+            **{name: cls.from_dict(value) if isinstance(value, dict) else value for name, value in fields.items()}
+        )
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def _without_none(fields: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_none(value) if isinstance(value, dict) else value
+        for name, value in fields.items()
+        if value is not None
+    }
 
 
 def proportion(hits: np.ndarray, groups: np.ndarray, split: str) -> Measure:
@@ -70,41 +114,45 @@ def proportion(hits: np.ndarray, groups: np.ndarray, split: str) -> Measure:
     Where near-duplicates share a group (N,), the images are not independent and the groups are resampled instead.
     """
     if len(np.unique(groups)) < len(groups):
-        return bootstrap(lambda chosen: hits[chosen].mean(), groups, split)
+        return bootstrap(lambda chosen: float(hits[chosen].mean()), groups, split)
     test = binomtest(int(hits.sum()), len(hits))
     interval = test.proportion_ci(confidence_level=0.95, method="wilson")
     return Measure(float(test.statistic), float(interval.low), float(interval.high), len(hits), split)
 
 
 def bootstrap(
-    statistic: Callable[[np.ndarray], float],
-    groups: np.ndarray,
-    split: str,
-    biased: bool = False,
-    resamples: int = 1000,
-    seed: int = 0,
+    statistic: Callable[[np.ndarray], float], groups: np.ndarray, split: str, biased: bool = False
 ) -> Measure:
     """A statistic with its percentile bootstrap interval, resampling whole groups of near-duplicates.
 
     Args:
-        statistic: takes the indices of the chosen images (M,) int, gives the value.
+        statistic: takes the indices of the chosen images (M,) int, gives the value; NaN where they allow none.
         groups: the group of each image (N,), any comparable type.
-        biased: of a statistic that grows with noise, as the ECE does, resamples lie above the value; the basic
-            bootstrap (the percentiles mirrored at the value, cut off at 0) takes that off.
+        biased: of a statistic that grows with noise, as the ECE does, resamples lie above the value, of a minimum
+            below it; the basic bootstrap (the percentiles mirrored at the value, cut off at 0) takes that off.
     """
-    _, group_of_image = np.unique(groups, return_inverse=True)
-    order = np.argsort(group_of_image, kind="stable")
-    members = np.split(order, np.cumsum(np.bincount(group_of_image))[:-1])
+    values = [statistic(chosen) for chosen in resample_groups(groups)]
+    value = float(statistic(np.arange(len(groups))))
+    low, high = np.nanpercentile(values, [2.5, 97.5])
+    if biased:
+        low, high = min(value, max(0.0, 2 * value - high)), max(value, 2 * value - low)
+    return Measure(value, float(low), float(high), len(groups), split)
+
+
+def resample_groups(groups: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> list[np.ndarray]:
+    """Indices of the images in each resample of whole groups (N,), `resamples` arrays; the same groups, the same."""
+    return _resampled(np.unique(groups, return_inverse=True)[1].astype(np.int64).tobytes(), resamples, seed)
+
+
+@lru_cache(maxsize=16)
+def _resampled(group_of_image: bytes, resamples: int, seed: int) -> list[np.ndarray]:
+    groups = np.frombuffer(group_of_image, dtype=np.int64)
+    members = np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))[:-1])
     rng = np.random.default_rng(seed)
-    values = [
-        statistic(np.concatenate([members[pick] for pick in rng.integers(len(members), size=len(members))]))
+    return [
+        np.concatenate([members[pick] for pick in rng.integers(len(members), size=len(members))])
         for _ in range(resamples)
     ]
-    value = float(statistic(np.arange(len(groups))))
-    low, high = np.percentile(values, [2.5, 97.5])
-    if biased:
-        low, high = max(0.0, 2 * value - high), max(value, 2 * value - low)
-    return Measure(value, float(low), float(high), len(groups), split)
 
 
 def detectable_difference(n: int, accuracy: float = 0.8) -> float:
@@ -116,13 +164,36 @@ def detectable_difference(n: int, accuracy: float = 0.8) -> float:
     return float((norm.ppf(0.975) + norm.ppf(0.8)) * np.sqrt(2 * accuracy * (1 - accuracy) / n))
 
 
-def gate_verdict(metric: str, value: float, target: float) -> str:
-    """`pass` or `fail`, by the value alone; read the interval beside it."""
-    return "pass" if (value < target if metric in LOWER_IS_BETTER else value >= target) else "fail"
+@dataclass(frozen=True)
+class Verdict:
+    """`verdict` is pass, fail, or undecided: the interval holds the target.
+
+    `more` is about how many more images would decide it if the value stays as it is; None if it is decided, or lies on
+    the target itself, where no number would.
+    """
+
+    target: str
+    verdict: Literal["pass", "fail", "undecided"]
+    more: int | None = None
+
+    def __str__(self) -> str:
+        more = f", {self.more:,} more images would decide" if self.more else ""
+        return f"{self.target} {self.verdict}{more}"
 
 
-def gate_target(metric: str, target: float) -> str:
-    return f"{'<' if metric in LOWER_IS_BETTER else '≥'} {target:.2f}"
+def judge_gate(metric: str, measure: Measure, target: float) -> Verdict:
+    """Whether a metric reaches its target, by its interval."""
+    lower = metric in LOWER_IS_BETTER
+    told = f"{'<' if lower else '≥'} {target:.2f}"
+    if measure.high < target if lower else measure.low >= target:
+        return Verdict(told, "pass")
+    if measure.low >= target if lower else measure.high < target:
+        return Verdict(told, "fail")
+    # The interval's side towards the target shrinks with the root of n.
+    distance = abs(measure.value - target)
+    side = measure.high - measure.value if measure.value < target else measure.value - measure.low
+    more = math.ceil(measure.n * ((side / distance) ** 2 - 1)) if distance > 0 else None
+    return Verdict(told, "undecided", more)
 
 
 def write_json(path: str | Path, content: Any) -> None:

@@ -7,10 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from datasets import DatasetDict
+
 from nicheclip.domain import Domain, DomainError
 from nicheclip.results import read_json, write_json
 
-RESULTS = ("training.json", "calibration.json", "scorecard.json")  # they speak of one model
+RESULTS = ("training.json", "trained_on.json", "calibration.json", "scorecard.json")  # they speak of one model
+TRAINED_ON = "trained_on.json"
 BEGUN = "begun.json"  # beside the checkpoints: the data and the settings that they depend on
 
 
@@ -42,6 +45,33 @@ def begin(run: Path, checkpoints: Path, settings: dict[str, Any], resume: bool) 
         for checkpoint in checkpoints.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
         write_json(checkpoints / BEGUN, settings)
+
+
+def write_trained_on(run: Path, splits: DatasetDict) -> None:
+    """RUN/trained_on.json: the files that training and the choice of the epoch have seen, by sha256."""
+    seen = {name: sorted(set(splits[name]["sha256"][:])) for name in ("train", "validation")}
+    write_json(run / TRAINED_ON, seen)
+
+
+def check_not_trained_on(run: Path, splits: DatasetDict) -> None:
+    """Raises: ValueError if calibration or test images, or near-duplicates of theirs, were seen before."""
+    seen = read_json(run / TRAINED_ON, f"run `accelerate launch train.py {run}` first")
+    trained = {sha256: f"the {name} images of the training" for name in seen for sha256 in seen[name]}
+    grouped = {group: f"the {name} split" for name in ("train", "validation") for group in splits[name]["group_id"]}
+    leaks = []
+    for name in ("calibration", "test"):
+        columns = (splits[name][column][:] for column in ("source_id", "sha256", "group_id"))
+        for source_id, sha256, group in zip(*columns, strict=True):
+            if where := trained.get(sha256) or grouped.get(group):
+                leaks.append(f"{source_id} ({name}; it or a near-duplicate is among {where})")
+        trained |= {sha256: f"the {name} split" for sha256 in splits[name]["sha256"]}
+        grouped |= {group: f"the {name} split" for group in splits[name]["group_id"]}
+    if leaks:
+        raise ValueError(
+            f"{len(leaks)} images of the calibration and test splits of '{run}' have been seen before, so the "
+            f"scorecard would flatter: {', '.join(leaks[:5])}{', …' if len(leaks) > 5 else ''}; "
+            f"run `python -m data_prep` and `accelerate launch train.py {run}` again"
+        )
 
 
 def check_trained_on(run: Path) -> None:

@@ -1,161 +1,212 @@
-"""What a model is worth: all metrics of one model on one split, beside the base model's."""
+"""What a model is worth: all metrics of one model on the test split, beside the base model's and a linear probe's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-from datasets import Dataset
-from PIL import Image
-from scipy.special import log_softmax, softmax
-from transformers import CLIPModel, CLIPProcessor
+from scipy.special import log_softmax
 
 from nicheclip import metrics
-from nicheclip.calibration import Abstention, fit_abstention, fit_temperature, nll
-from nicheclip.data import image_side
+from nicheclip.answers import Answers, Outputs
 from nicheclip.domain import Domain
-from nicheclip.results import Measure, bootstrap, gate_target, gate_verdict, proportion
-from nicheclip.zero_shot import encode_images, encode_texts, zero_shot_logits
-
-NOISE_IMAGES = 200
-
-
-class DomainClassifier:
-    """A CLIPModel as the zero-shot classifier of a domain: its canonical prompts are the classes.
-
-    `fit` gives it a temperature and an abstention threshold of its own.
-    """
-
-    def __init__(self, model: CLIPModel, processor: CLIPProcessor, domain: Domain):
-        self.model = model
-        self.processor = processor
-        self.domain = domain
-        self.prototypes = encode_texts(model, processor, domain.canonical_prompts)  # (C, D)
-        prompts, prompt_classes = domain.prompt_bank
-        self.prompt_embeds = encode_texts(model, processor, prompts).cpu().numpy()  # (P, D)
-        self.prompt_classes = np.array(prompt_classes)
-
-    def embed(self, images: Iterable[Image.Image], total: int, description: str) -> np.ndarray:
-        """Unit-length image_embeds (N, D)."""
-        return encode_images(self.model, self.processor, images, total, description=description)
-
-    def logits(self, image_embeds: np.ndarray) -> np.ndarray:
-        """Uncalibrated logits: (N, D) -> (N, C)."""
-        return zero_shot_logits(self.model, image_embeds, self.prototypes)
-
-    def fit(self, calibration: Dataset, description: str, reference: bool = False) -> dict[str, float]:
-        """Fits temperature and abstention on the calibration split; gives the NLL before and after.
-
-        Args:
-            reference: only measured beside another model: if the images can't identify its temperature, it keeps 1.
-
-        Raises:
-            ValueError: if the images can't identify a temperature.
-        """
-        logits = self.logits(self.embed((row["image"] for row in calibration), len(calibration), description))
-        labels = np.array(calibration["label"])
-        try:
-            self.temperature = fit_temperature(logits, labels)
-        except ValueError:
-            if not reference:
-                raise
-            self.temperature = 1.0
-        self.abstention: Abstention = fit_abstention(logits, labels, self.temperature, self.domain.selective_accuracy)
-        return {"nll_before": nll(logits, labels), "nll_after": nll(logits / self.temperature, labels)}
-
-    def noise_confidence(self) -> np.ndarray:
-        """The calibrated confidence on `NOISE_IMAGES` images of uniform noise, (M,); always the same noise."""
-        rng = np.random.default_rng(0)
-        side = image_side(self.processor)
-        noise = (Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(NOISE_IMAGES))
-        logits = self.logits(self.embed(noise, NOISE_IMAGES, "noise"))
-        return softmax(logits / self.temperature, axis=1).max(axis=1)
+from nicheclip.results import Measure, bootstrap, proportion
+from nicheclip.stability import prompt_answers
 
 
 @dataclass(frozen=True)
-class Outputs:
-    """What a classifier said about a split of N images, C classes, P prompts."""
-
-    image_embeds: np.ndarray  # (N, D)
-    similarity: np.ndarray  # (N, P) cosine with every prompt of the bank
-    raw: np.ndarray  # (N, C) probabilities before calibration
-    calibrated: np.ndarray  # (N, C)
-    log_calibrated: np.ndarray  # (N, C) its logarithm, finite where the probability underflows
-    noise: np.ndarray  # (M,) calibrated confidence on noise
-    threshold: float  # of abstention
-
-
-def run_classifier(classifier: DomainClassifier, rows: Dataset, description: str) -> Outputs:
-    """Encodes each image once."""
-    image_embeds = classifier.embed((row["image"] for row in rows), len(rows), description)
-    logits = classifier.logits(image_embeds)
-    return Outputs(
-        image_embeds,
-        image_embeds @ classifier.prompt_embeds.T,
-        softmax(logits, axis=1),
-        softmax(logits / classifier.temperature, axis=1),
-        log_softmax(logits / classifier.temperature, axis=1),
-        classifier.noise_confidence(),
-        classifier.abstention.threshold,
-    )
-
-
-def measure(
-    outputs: Outputs, labels: np.ndarray, groups: np.ndarray, domain: Domain, split: str
-) -> dict[str, Measure]:
-    """Every metric of the scorecard with its interval.
+class Statistic:
+    """A number about images, and how to find its interval.
 
     Args:
-        labels: (N,) int.
-        groups: (N,) near-duplicate group of each image; bootstrap intervals resample groups.
+        compute: takes the indices of images (M,) int.
+        groups: (N,) near-duplicate group of each image.
+        values: (N,) of which it is the mean, NaN where an image is not judged.
+        share: whether the values are hits, 0 or 1.
+        biased: as in `bootstrap`.
     """
-    calibrated, raw = outputs.calibrated, outputs.raw
-    prompt_classes = np.array(domain.prompt_bank[1])
-    margin = metrics.hard_negative_margin(outputs.similarity, prompt_classes, labels, np.array(domain.class_clusters))
-    rank = metrics.semantic_rank(outputs.similarity, prompt_classes, labels)
-    right = metrics.correct(calibrated, labels)
-    answered = calibrated.max(axis=1) >= outputs.threshold
-    losses = -outputs.log_calibrated[np.arange(len(labels)), labels]
 
-    measures = {
-        "accuracy": proportion(right, groups, split),
-        "macro_f1": bootstrap(lambda chosen: metrics.macro_f1(calibrated[chosen], labels[chosen]), groups, split),
-        "semantic_recall_at_1": proportion(rank <= 1, groups, split),
-        "semantic_recall_at_3": proportion(rank <= 3, groups, split),
-        "semantic_recall_at_5": proportion(rank <= 5, groups, split),
-        "semantic_mrr": bootstrap(lambda chosen: (1 / rank[chosen]).mean(), groups, split),
-        "ece_before_calibration": bootstrap(
-            lambda chosen: metrics.expected_calibration_error(raw[chosen], labels[chosen]), groups, split, biased=True
+    compute: Callable[[np.ndarray], float]
+    groups: np.ndarray
+    split: str
+    values: np.ndarray | None = None
+    share: bool = False
+    biased: bool = False
+
+    def measure(self) -> Measure:
+        judged = np.arange(len(self.groups)) if self.values is None else np.flatnonzero(np.isfinite(self.values))
+        if self.share:
+            return proportion(self.values[judged] > 0, self.groups[judged], self.split)
+        return bootstrap(lambda chosen: self.compute(judged[chosen]), self.groups[judged], self.split, self.biased)
+
+    def minus(self, other: Statistic) -> Measure:
+        """The difference on the same images, with the interval of the paired difference."""
+        return bootstrap(lambda chosen: self.compute(chosen) - other.compute(chosen), self.groups, self.split)
+
+
+def statistics(answers: Answers, labels: np.ndarray, groups: np.ndarray, domain: Domain) -> dict[str, Statistic]:
+    """Those that any classifier has, from its answers to the test split, labels (N,) and groups (N,)."""
+    calibrated, count = answers.calibrated, len(domain.classes)
+    predicted, confidence = calibrated.argmax(axis=1), calibrated.max(axis=1)
+    right, raw_confidence = predicted == labels, answers.raw.max(axis=1)
+    answered = confidence >= answers.fitted.abstention.threshold
+    own = np.arange(len(labels)), labels
+    losses = -log_softmax(answers.logits / answers.fitted.temperature.value, axis=1)[own]  # finite where p underflows
+    covered = answers.sets[own]
+
+    def worst_class(hits: np.ndarray) -> Callable[[np.ndarray], float]:
+        def compute(chosen: np.ndarray) -> float:
+            of_class = np.bincount(labels[chosen], minlength=count)
+            return float(
+                (np.bincount(labels[chosen], hits[chosen], count)[of_class > 0] / of_class[of_class > 0]).min()
+            )
+
+        return compute
+
+    def of(compute: Callable[[np.ndarray], float], biased: bool = False) -> Statistic:
+        return Statistic(compute, groups, "test", biased=biased)
+
+    def ece(confidence: np.ndarray, **options: bool) -> Statistic:
+        return of(
+            lambda chosen: metrics.expected_calibration_error(confidence[chosen], right[chosen], **options), True
+        )
+
+    return {
+        "accuracy": mean(right, groups, share=True),
+        "balanced_accuracy": of(lambda chosen: metrics.balanced_accuracy(predicted[chosen], labels[chosen], count)),
+        "macro_f1": of(lambda chosen: metrics.macro_f1(predicted[chosen], labels[chosen], count)),
+        "worst_class_f1": of(
+            lambda chosen: float(np.nanmin(metrics.class_scores(predicted[chosen], labels[chosen], count)[2])), True
         ),
-        "ece": bootstrap(
-            lambda chosen: metrics.expected_calibration_error(calibrated[chosen], labels[chosen]),
-            groups,
-            split,
-            biased=True,
-        ),
-        "nll": bootstrap(lambda chosen: losses[chosen].mean(), groups, split),
-        "coverage": proportion(answered, groups, split),
-        "noise_confidence_p95": bootstrap(
-            lambda chosen: np.percentile(outputs.noise[chosen], 95), np.arange(len(outputs.noise)), "noise"
-        ),
+        "top_3_accuracy": mean(metrics.top_k_correct(calibrated, labels, 3), groups, share=True),
+        "ece_before_calibration": ece(raw_confidence),
+        "ece": ece(confidence),
+        "ece_equal_mass": ece(confidence, equal_mass=True),
+        "nll": mean(losses, groups),
+        "brier": mean(metrics.brier(calibrated, labels), groups),
+        "aurc": of(lambda chosen: metrics.aurc(confidence[chosen], right[chosen])),
+        "coverage": mean(answered, groups, share=True),
+        "selective_accuracy": mean(np.where(answered, right, np.nan), groups, share=True),
+        "conformal_coverage": mean(covered, groups, share=True),
+        "conformal_worst_class": of(worst_class(covered), True),
+        "conformal_set_size": mean(answers.sets.sum(axis=1), groups),
     }
-    judged = np.isfinite(margin)
-    if judged.any():  # else no class shares its cluster with another
-        measures["hard_negative_pass_rate"] = proportion(margin[judged] > 0, groups[judged], split)
-    if answered.any():
-        measures["selective_accuracy"] = proportion(right[answered], groups[answered], split)
+
+
+def clip_statistics(outputs: Outputs, labels: np.ndarray, groups: np.ndarray, domain: Domain) -> dict[str, Statistic]:
+    """`statistics`, and those that need image_embeds and prompts."""
+    margin = metrics.hard_negative_margin(
+        outputs.similarity, outputs.prompt_classes, labels, np.array(domain.class_clusters)
+    )
+    rank = metrics.semantic_rank(outputs.similarity, outputs.prompt_classes, labels)
+    first, precision = metrics.image_retrieval(outputs.image_embeds, labels, groups)
+    with_prompts = prompt_answers(outputs.similarity, outputs.prompt_classes)  # (N, K)
+    consistent = (
+        (with_prompts[:, 1:] == with_prompts[:, :1]).mean(axis=1) if with_prompts.shape[1] > 1 else first * np.nan
+    )
+    noise = outputs.strange_scores["noise"]["confidence"]
+    score, threshold = outputs.border.score, outputs.border.threshold
+    own, strange = outputs.own_scores[score], np.concatenate([kind[score] for kind in outputs.strange_scores.values()])
+    scores, number = np.concatenate([own, strange]), len(own)
+    groups_of_both = np.concatenate([np.unique(groups, return_inverse=True)[1], number + np.arange(len(strange))])
+    split_of_both = f"test + {len(strange)} strange"
+
+    def told_apart(metric: Callable[[np.ndarray, np.ndarray], float]) -> Statistic:
+        def compute(chosen: np.ndarray) -> float:
+            return metric(scores[chosen[chosen < number]], scores[chosen[chosen >= number]])
+
+        return Statistic(compute, groups_of_both, split_of_both)
+
+    found = statistics(outputs, labels, groups, domain) | {
+        "hard_negative_pass_rate": mean(np.where(np.isfinite(margin), margin > 0, np.nan), groups, share=True),
+        "hard_negative_margin": mean(margin, groups),
+        "semantic_recall_at_1": mean(rank <= 1, groups, share=True),
+        "semantic_recall_at_3": mean(rank <= 3, groups, share=True),
+        "semantic_recall_at_5": mean(rank <= 5, groups, share=True),
+        "semantic_mrr": mean(1 / rank, groups),
+        "image_recall_at_1": mean(first, groups, share=True),
+        "image_map": mean(precision, groups),
+        "noise_confidence_p95": Statistic(
+            lambda chosen: float(np.percentile(noise[chosen], 95)), np.arange(len(noise)), "noise"
+        ),
+        "ood_auroc": told_apart(metrics.auroc),
+        "ood_fpr95": told_apart(metrics.fpr95),
+        "ood_accepted": mean(strange >= threshold, np.arange(len(strange)), "strange", share=True),
+        "in_domain_accepted": mean(own >= threshold, groups, share=True),
+        "same_answer": mean(np.mean([same for _, same in outputs.changed.values()], axis=0), groups),
+        "embedding_stability": mean(np.mean([cosine for cosine, _ in outputs.changed.values()], axis=0), groups),
+        "prompt_consistency": mean(consistent, groups),
+    }
+    return {name: each for name, each in found.items() if each.values is None or np.isfinite(each.values).any()}
+
+
+def mean(values: np.ndarray, groups: np.ndarray, split: str = "test", share: bool = False) -> Statistic:
+    """The mean of values (N,); images where it is NaN are not judged."""
+    values = values.astype(float)
+    return Statistic(lambda chosen: float(np.nanmean(values[chosen])), groups, split, values, share)
+
+
+def compare(
+    tuned: dict[str, Statistic], base: dict[str, Statistic], probe: dict[str, Statistic]
+) -> dict[str, Measure]:
+    """Each measure of the fine-tuned model, with those of the base model and of the probe, and what it gained."""
+    measures = {}
+    for name, statistic in tuned.items():
+        measures[name] = replace(
+            statistic.measure(),
+            base=base[name].measure() if name in base else None,
+            probe=probe[name].measure() if name in probe else None,
+            difference=statistic.minus(base[name]) if name in base else None,
+        )
     return measures
 
 
-def beside_base(tuned: dict[str, Measure], base: dict[str, Measure]) -> dict[str, Measure]:
-    """Each measure of the fine-tuned model with the base model's beside it."""
-    return {name: replace(measure, base=base.get(name)) for name, measure in tuned.items()}
+def perfect_ece(answers: Answers) -> Measure:
+    """What the ECE would be by chance if the confidences were right: its mean and the range of 95 % of draws."""
+    draws = metrics.ece_of_perfect(answers.calibrated.max(axis=1))
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return Measure(float(draws.mean()), float(low), float(high), len(answers.logits), "test")
 
 
-def judge(measures: dict[str, Measure], domain: Domain) -> dict[str, dict[str, str]]:
-    """The gates of the domain: {metric: {"target", "verdict"}}."""
+def class_table(
+    tuned: Outputs, base: Outputs, labels: np.ndarray, domain: Domain
+) -> dict[str, dict[str, float | None]]:
+    """Each class: its test images, precision, recall, F1, and the base's F1; None where there is nothing to judge."""
+    count = len(domain.classes)
+    precision, recall, f1 = metrics.class_scores(tuned.calibrated.argmax(axis=1), labels, count)
+    _, _, base_f1 = metrics.class_scores(base.calibrated.argmax(axis=1), labels, count)
+    columns = {"precision": precision, "recall": recall, "f1": f1, "base_f1": base_f1}
     return {
-        name: {"target": gate_target(name, target), "verdict": gate_verdict(name, measures[name].value, target)}
-        for name, target in domain.gates.items()
+        name: {"n": int((labels == index).sum())}
+        | {title: None if np.isnan(column[index]) else float(column[index]) for title, column in columns.items()}
+        for index, name in enumerate(domain.class_names)
+    }
+
+
+def outside_table(outputs: Outputs) -> dict[str, dict[str, float]]:
+    """Each kind of strange picture: how confident the model is, and how well each score tells it from test images."""
+    threshold, chosen = outputs.border.threshold, outputs.border.score
+    return {
+        kind: {
+            "n": len(scores[chosen]),
+            "confidence_mean": float(scores["confidence"].mean()),
+            "confidence_p95": float(np.percentile(scores["confidence"], 95)),
+            "accepted": float((scores[chosen] >= threshold).mean()),
+        }
+        | {f"auroc_{name}": metrics.auroc(outputs.own_scores[name], scores[name]) for name in scores}
+        | {f"fpr95_{name}": metrics.fpr95(outputs.own_scores[name], scores[name]) for name in scores}
+        for kind, scores in outputs.strange_scores.items()
+    }
+
+
+def stability_table(outputs: Outputs) -> dict[str, dict[str, float]]:
+    """Each mild change: the mean cosine to the picture's own image_embeds, and how often the answer stays."""
+    return {
+        name: {
+            "n": int(np.isfinite(same).sum()),
+            "cosine": float(np.nanmean(cosine)),
+            "same_answer": float(np.nanmean(same)),
+        }
+        for name, (cosine, same) in outputs.changed.items()
     }

@@ -17,6 +17,7 @@ from nicheclip.classifier import NicheClassifier, Prediction
 from space.scorecard import NBSP, percent, scorecard_tab
 
 TOP_CLASSES = 5
+MOST_NAMED = 4  # classes that a sentence names
 EMPTY = "Add a photo to see what the model makes of it."
 UNREADABLE = "**This file can't be read as a picture.** Try another one: a JPEG, PNG or WebP photo."
 FONT = ["system-ui", "sans-serif"]
@@ -129,11 +130,23 @@ def _classify_tab(classifier: NicheClassifier, examples: list[Path]) -> None:
 def answer(prediction: Prediction) -> str:
     """The prediction in words; never "100 %", and two percentages that differ look different."""
     confidence, threshold = prediction.confidence, prediction.threshold
+    share = percent(confidence) if confidence < 0.995 else f"over 99{NBSP}%"
+    if prediction.outside:
+        return "**This looks like nothing that the model knows.** The bars below mean nothing for such a picture."
     if prediction.label is not None:
-        share = percent(confidence) if confidence < 0.995 else f"over 99{NBSP}%"
-        return f"**{prediction.label[0].upper()}{prediction.label[1:]}**, {share}"
+        others = prediction.prediction_set[1:]
+        perhaps = f" It could also be {_either(others)}." if others else ""
+        return f"**{prediction.label[0].upper()}{prediction.label[1:]}**, {share}.{perhaps}"
+    if 1 < len(prediction.prediction_set) <= MOST_NAMED:
+        named = _either(prediction.prediction_set)
+        return f"**{named[0].upper()}{named[1:]}.** Not sure which: the best guess has {share}."
     digits = int(percent(confidence) == percent(threshold) or threshold > 0.99)
     return (
         f"**Not sure.** The best guess is {prediction.best} ({percent(confidence, digits)}), "
         f"below the {percent(threshold, digits)} under which this model does not answer."
     )
+
+
+def _either(names: list[str]) -> str:
+    """In words: "a", "a or b", "a, b or c"."""
+    return f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else names[0]

@@ -9,12 +9,14 @@ import gradio as gr
 from nicheclip.results import LOWER_IS_BETTER, METRIC_TITLES, Measure, read_json
 
 NBSP = "\N{NO-BREAK SPACE}"
+VERDICTS = {"pass": f"✓{NBSP}pass", "fail": f"✗{NBSP}fail", "undecided": f"?{NBSP}undecided", "": ""}
 # Alternative texts, for those who can't see the figures.
 FIGURES = {
     "scorecard": "Each metric with a gate, base zero-shot and fine-tuned; the same numbers stand in the table",
     "classes": "F1 of each class, and a map of the test pictures on which similar ones lie together",
     "confusion": "Confusion matrix: which class is taken for which, classes of a cluster side by side",
-    "reliability": "Accuracy against confidence, before and after calibration; confidence on pictures and on noise",
+    "reliability": "Accuracy against confidence, before and after calibration; errors against the share answered",
+    "outside": "How much test pictures, noise, textures, text and other strange pictures look like the domain",
 }
 
 
@@ -24,14 +26,15 @@ def scorecard_tab(folder: Path) -> None:
     measures = {name: Measure.from_dict(fields) for name, fields in scorecard["metrics"].items()}
     gates = scorecard["gates"]
     passed = sum(gate["verdict"] == "pass" for gate in gates.values())
+    undecided = sum(gate["verdict"] == "undecided" for gate in gates.values())
     accuracy, coverage = measures["accuracy"], measures["coverage"]
     right = (
         f", and {percent(measures['selective_accuracy'].value)} of its answers were right" if coverage.value else ""
     )
     gr.Markdown(
-        f"**{passed} of {len(gates)} gates passed.** On {accuracy.n} {accuracy.split} pictures that took no part in "
-        "training, choice of the epoch, or calibration. "
-        f"The model answered {percent(coverage.value)} of them{right}; for the others it said “not sure”."
+        f"**{passed} of {len(gates)} gates passed, {undecided} undecided.** "
+        f"On {accuracy.n} {accuracy.split} pictures that took no part in training, choice of the epoch, or "
+        f"calibration. The model answered {percent(coverage.value)} of them{right}; for the others it said “not sure”."
     )
     figures = sorted((folder / "figures").glob("*.png"), key=lambda path: (path.stem != "scorecard", path.stem))
     for path in figures[:1]:
@@ -48,20 +51,26 @@ def _figure(path: Path) -> None:
 
 def score_table(measures: dict[str, Measure], gates: dict[str, dict[str, str]]) -> str:
     """A Markdown table, metrics with a gate first."""
-    rows = [f"| Metric | Base zero-shot | Fine-tuned [95{NBSP}%] | Gate | Verdict | n |", "|---|---|---|---|---|---|"]
+    rows = [
+        f"| Metric | Base zero-shot | Linear probe | Fine-tuned [95{NBSP}%] | Gate | Verdict | n |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name in sorted(measures, key=lambda name: (name not in gates, list(METRIC_TITLES).index(name))):
         measure, gate = measures[name], gates.get(name, {"target": "", "verdict": ""})
+        probe = f"{measure.probe.value:.3f}" if measure.probe else ""
         label = METRIC_TITLES[name] + (f"{NBSP}↓" if name in LOWER_IS_BETTER else "")
         base = f"{measure.base.value:.3f}" if measure.base else ""
-        verdict = {"pass": f"✓{NBSP}pass", "fail": f"✗{NBSP}fail", "": ""}[gate["verdict"]]
+        verdict = VERDICTS[gate["verdict"]] + (f" (needs {gate['more']:,} more images)" if gate.get("more") else "")
         n = f"{measure.n} {measure.split}"
         rows.append(
-            f"| {label} | {base} | **{measure.value:.3f}** [{measure.low:.3f},{NBSP}{measure.high:.3f}] "
+            f"| {label} | {base} | {probe} | **{measure.value:.3f}** [{measure.low:.3f},{NBSP}{measure.high:.3f}] "
             f"| {gate['target'].replace(' ', NBSP)} | {verdict} | {n} |"
         )
-    return "\n".join(
-        [*rows, "", "↓ lower is better. Base zero-shot: the model before fine-tuning, on the same pictures."]
+    legend = (
+        "↓ lower is better. Base zero-shot: the model before fine-tuning. Linear probe: logistic regression on the "
+        "base's image_embeds. All on the same pictures. Undecided: the interval holds the gate's target."
     )
+    return "\n".join([*rows, "", legend])
 
 
 def percent(share: float, digits: int = 0) -> str:

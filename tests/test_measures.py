@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import evaluate
 import numpy as np
 import pytest
+import torch
 from scipy.special import softmax
-from sklearn.metrics import accuracy_score, f1_score, log_loss
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    balanced_accuracy_score,
+    brier_score_loss,
+    confusion_matrix,
+    f1_score,
+    log_loss,
+    precision_recall_fscore_support,
+    roc_auc_score,
+    roc_curve,
+    top_k_accuracy_score,
+)
 
 from nicheclip import metrics
-from nicheclip.calibration import fit_abstention, fit_temperature, nll
-from nicheclip.results import Measure, bootstrap, gate_verdict, proportion
+from nicheclip.calibration import (
+    calibrate_temperature,
+    fit_abstention,
+    fit_conformal,
+    fit_temperature,
+    nll,
+    prediction_sets,
+)
+from nicheclip.probe import fit_probe
+from nicheclip.results import Measure, bootstrap, judge_gate, proportion, resample_groups
+from nicheclip.stability import prompt_answers
 
 
 @pytest.fixture
@@ -24,13 +47,73 @@ def test_metrics_agree_with_scikit_learn(sample):
     logits, labels = sample
     probabilities = softmax(logits, axis=1)
     predicted = probabilities.argmax(1)
-    assert metrics.Accuracy().compute(predictions=probabilities, references=labels)["accuracy"] == pytest.approx(
-        accuracy_score(labels, predicted)
-    )
-    assert metrics.MacroF1().compute(predictions=probabilities, references=labels)["macro_f1"] == pytest.approx(
-        f1_score(labels, predicted, average="macro")
-    )
+
+    def computed(metric: type[evaluate.Metric], **options) -> dict:
+        return metric().compute(predictions=probabilities, references=labels, **options)
+
+    assert computed(metrics.Accuracy)["accuracy"] == pytest.approx(accuracy_score(labels, predicted))
+    balanced = balanced_accuracy_score(labels, predicted)
+    assert computed(metrics.BalancedAccuracy)["balanced_accuracy"] == pytest.approx(balanced)
+    assert computed(metrics.MacroF1)["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
+    top = top_k_accuracy_score(labels, probabilities, k=3)
+    assert computed(metrics.TopK, k=3)["top_3_accuracy"] == pytest.approx(top)
+    assert computed(metrics.NegativeLogLikelihood)["nll"] == pytest.approx(log_loss(labels, probabilities), rel=1e-5)
     assert nll(logits, labels) == pytest.approx(log_loss(labels, probabilities))
+    brier = np.mean([brier_score_loss(labels == c, probabilities[:, c]) for c in range(5)]) * 5
+    assert computed(metrics.Brier)["brier"] == pytest.approx(brier, rel=1e-5)
+    precision, recall, f1, _ = precision_recall_fscore_support(labels, predicted)
+    scores = computed(metrics.ClassScores)
+    assert np.allclose([scores["precision"], scores["recall"], scores["f1"]], [precision, recall, f1])
+    assert (metrics.confusion_matrix(predicted, labels, 5) == confusion_matrix(labels, predicted)).all()
+
+
+def test_a_class_that_is_never_answered_has_no_precision_and_one_without_images_no_recall():
+    precision, recall, f1 = metrics.class_scores(np.array([0, 0, 2]), np.array([0, 1, 0]), 4)
+    assert precision == pytest.approx([0.5, np.nan, 0, np.nan], nan_ok=True)
+    assert recall == pytest.approx([0.5, 0, np.nan, np.nan], nan_ok=True)
+    assert f1 == pytest.approx([0.5, 0, 0, np.nan], nan_ok=True)
+    assert metrics.macro_f1(np.array([0, 0, 2]), np.array([0, 1, 0]), 4) == pytest.approx(0.5 / 3)
+
+
+def test_outside_scores_agree_with_scikit_learn():
+    rng = np.random.default_rng(0)
+    inside, outside = rng.normal(1, 1, 300).round(1), rng.normal(0, 1, 200).round(1)  # with ties
+    truth, scores = np.repeat([1, 0], [300, 200]), np.concatenate([inside, outside])
+    assert metrics.auroc(inside, outside) == pytest.approx(roc_auc_score(truth, scores))
+    false, true, _ = roc_curve(truth, scores, drop_intermediate=False)
+    assert metrics.fpr95(inside, outside) == pytest.approx(false[np.argmax(true >= 0.95)])
+
+
+def test_image_retrieval_agrees_with_scikit_learn_and_passes_over_near_duplicates():
+    rng = np.random.default_rng(0)
+    embeds = rng.normal(size=(30, 4))
+    embeds /= np.linalg.norm(embeds, axis=1, keepdims=True)
+    labels, groups = rng.integers(0, 3, 30), np.arange(30)
+    groups[1], labels[1], embeds[1] = groups[0], labels[0], embeds[0] * (1 + 1e-9)  # the same picture twice
+    first, precision = metrics.image_retrieval(embeds, labels, groups)
+    for query in range(30):
+        others = groups != groups[query]
+        cosine, found = (embeds @ embeds[query])[others], labels[others] == labels[query]
+        assert precision[query] == pytest.approx(average_precision_score(found, cosine))
+        assert first[query] == found[cosine.argmax()]
+    alone, _ = metrics.image_retrieval(embeds[:2], np.array([0, 1]), np.arange(2))
+    assert np.isnan(alone).all()
+
+
+def test_risk_and_coverage_by_hand():
+    # by falling confidence: right, wrong, right, right; risks 0, 1/2, 1/3, 1/4
+    confidence, right = np.array([0.7, 0.9, 0.6, 0.8]), np.array([True, True, True, False])
+    assert metrics.aurc(confidence, right) == pytest.approx((0 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
+    probabilities = np.stack([confidence, 1 - confidence], axis=1)
+    found = metrics.RiskCoverage().compute(predictions=probabilities, references=[0, 0, 0, 1], threshold=0.75)
+    assert found["aurc"] == pytest.approx(metrics.aurc(confidence, right))
+    assert (found["coverage"], found["selective_accuracy"]) == (0.5, 0.5)
+
+
+def test_a_random_order_has_an_aurc_of_the_error_rate():
+    rng = np.random.default_rng(0)
+    right = rng.random(20_000) < 0.7
+    assert metrics.aurc(rng.random(20_000), right) == pytest.approx(0.3, abs=0.01)
 
 
 def test_ece_by_hand():
@@ -55,12 +138,62 @@ def test_hard_negatives_and_semantic_rank_by_hand():
     assert metrics.semantic_rank(similarity, prompt_classes, labels).tolist() == [2, 2, 1]
 
 
+def test_ece_agrees_with_torchmetrics(sample):
+    torchmetrics = pytest.importorskip("torchmetrics.functional.classification")
+    logits, labels = sample
+    probabilities = softmax(logits, axis=1)
+    expected = torchmetrics.multiclass_calibration_error(
+        torch.tensor(probabilities), torch.tensor(labels), num_classes=5, n_bins=15
+    )
+    right = metrics.correct(probabilities, labels)
+    found = metrics.expected_calibration_error(probabilities.max(axis=1), right)
+    assert found == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_equal_mass_bins_hold_equally_many_images():
+    rng = np.random.default_rng(0)
+    confidence = rng.beta(8, 1, 301)
+    mean_confidence, _, counts = metrics.reliability(confidence, rng.random(301) < confidence, equal_mass=True)
+    assert counts.max() - counts.min() <= 1
+    assert (np.diff(mean_confidence) > 0).all()
+
+
+def test_a_perfect_model_lies_within_its_own_ece():
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(60):
+        confidence = rng.uniform(0.3, 1, 400)
+        low, high = np.percentile(metrics.ece_of_perfect(confidence, draws=300), [2.5, 97.5])
+        found = metrics.expected_calibration_error(confidence, rng.random(400) < confidence)
+        inside += low <= found <= high
+        overconfident = metrics.expected_calibration_error(confidence, rng.random(400) < confidence - 0.25)
+        assert overconfident > high
+    assert inside >= 52  # of 60, at 95 %
+
+
+def known(temperature: float, n: int = 40_000) -> tuple[np.ndarray, np.ndarray]:
+    """Logits (n, 6) that `temperature` calibrates, and labels."""
+    rng = np.random.default_rng(1)
+    calibrated = rng.normal(scale=2, size=(n, 6))
+    labels = (softmax(calibrated, axis=1).cumsum(axis=1) > rng.random((n, 1))).argmax(axis=1)
+    return calibrated * temperature, labels
+
+
 @pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0, 2.8, 10.0])
 def test_a_known_temperature_is_recovered(temperature):
-    rng = np.random.default_rng(1)
-    calibrated = rng.normal(scale=2, size=(40_000, 6))
-    labels = (softmax(calibrated, axis=1).cumsum(axis=1) > rng.random((40_000, 1))).argmax(axis=1)
-    assert fit_temperature(calibrated * temperature, labels) == pytest.approx(temperature, rel=0.02)
+    assert fit_temperature(*known(temperature)) == pytest.approx(temperature, rel=0.02)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_a_known_temperature_is_recovered_by_the_ece_as_well(temperature):
+    assert fit_temperature(*known(temperature), objective="ece") == pytest.approx(temperature, rel=0.05)
+
+
+def test_the_temperature_is_that_of_a_fine_grid():
+    logits, labels = known(1.7, n=500)
+    grid = np.exp(np.linspace(np.log(0.5), np.log(5), 2000))
+    best = grid[np.argmin([nll(logits / t, labels) for t in grid])]
+    assert fit_temperature(logits, labels) == pytest.approx(best, rel=2e-3)
 
 
 @pytest.mark.parametrize("labels", [[0, 1], [1, 0], []])
@@ -70,12 +203,60 @@ def test_a_temperature_that_can_not_be_identified_is_refused(labels):
         fit_temperature(logits, np.array(labels, dtype=int))
 
 
+def test_the_interval_of_a_temperature_holds_it_and_shrinks_with_n():
+    logits, labels = known(2.0)
+    parts = np.arange(20 * 300).reshape(20, 300)
+    few = [calibrate_temperature(logits[part], labels[part], part, resamples=60) for part in parts]
+    assert sum(fitted.low < 2.0 < fitted.high for fitted in few) >= 16  # of 20, at 95 %
+    many = calibrate_temperature(logits[:3000], labels[:3000], np.arange(3000), resamples=60)
+    assert many.high - many.low < np.mean([fitted.high - fitted.low for fitted in few]) / 2
+    assert not many.warning
+
+
+def test_where_hardly_anything_is_wrong_the_temperature_comes_with_a_warning():
+    logits, labels = 5 * np.eye(4)[np.arange(40) % 4], np.arange(40) % 4
+    groups = np.arange(40)
+    perfect = calibrate_temperature(logits, labels, groups)
+    assert perfect.value == 1
+    assert "all 40 calibration images are right" in perfect.warning
+    labels[:3] = (labels[:3] + 1) % 4
+    assert "3 errors among 40 images" in calibrate_temperature(logits, labels, groups).warning
+    with pytest.raises(ValueError, match="all 40 are wrong"):
+        calibrate_temperature(logits, (labels + 1) % 4 if (labels[3:] == 0).any() else labels, groups)
+
+
+@pytest.mark.parametrize("coverage", [0.8, 0.9, 0.95])
+def test_prediction_sets_hold_the_label_as_often_as_stated(coverage):
+    rng = np.random.default_rng(2)
+    logits, labels = known(1.0, n=20_000)
+    probabilities = softmax(logits / 3, axis=1)  # not even calibrated
+    found = []
+    for _ in range(20):
+        order = rng.permutation(20_000)
+        fitted = fit_conformal(probabilities[order[:1000]], labels[order[:1000]], coverage)
+        rest = order[1000:]
+        found.append(prediction_sets(probabilities[rest], fitted)[np.arange(len(rest)), labels[rest]].mean())
+    assert np.mean(found) == pytest.approx(coverage, abs=0.006)
+
+
+def test_prediction_sets_are_never_empty_and_grow_with_doubt():
+    probabilities = np.array([[0.97, 0.02, 0.01], [0.5, 0.45, 0.05], [0.4, 0.3, 0.3]])
+    fitted = fit_conformal(np.tile(probabilities, (10, 1)), np.tile([0, 1, 1], 10), coverage=0.9)
+    sets = prediction_sets(probabilities, fitted)
+    assert sets[:, 0].all()
+    assert sets.sum(axis=1).tolist() == sorted(sets.sum(axis=1))
+    found = metrics.PredictionSets().compute(predictions=sets.astype(float), references=[0, 1, 2])
+    assert found["mean_size"] == sets.sum(axis=1).mean()
+    few = fit_conformal(probabilities, np.array([0, 1, 1]), coverage=0.9)  # of three images none is the 90 % quantile
+    assert prediction_sets(probabilities, few).all()
+
+
 def test_abstention_answers_as_often_as_the_aim_allows():
     confidence = np.linspace(0.51, 0.99, 100)
     logits = np.stack([np.log(confidence), np.log(1 - confidence)], axis=1)
     labels = np.zeros(100, dtype=int)
     labels[:20] = 1  # the 20 least confident are wrong
-    chosen = fit_abstention(logits, labels, temperature=1.0, target_accuracy=0.9)
+    chosen = fit_abstention(softmax(logits, axis=1), labels, selective_accuracy=0.9)
     assert chosen.target_reached
     assert chosen.coverage == pytest.approx(0.88)  # 80 right among 88 answers, 80 / 89 would be below 0.9
     assert chosen.selective_accuracy >= 0.9
@@ -84,9 +265,16 @@ def test_abstention_answers_as_often_as_the_aim_allows():
 
 def test_abstention_says_when_the_aim_is_out_of_reach():
     logits = np.tile([1.0, 0.0], (10, 1))
-    chosen = fit_abstention(logits, np.array([0, 1] * 5), temperature=1.0, target_accuracy=0.9)
+    chosen = fit_abstention(softmax(logits, axis=1), np.array([0, 1] * 5), selective_accuracy=0.9)
     assert not chosen.target_reached
     assert chosen.selective_accuracy == 0.5
+
+
+def test_abstention_can_aim_at_a_coverage():
+    confidence = np.linspace(0.51, 0.99, 100)
+    chosen = fit_abstention(np.stack([confidence, 1 - confidence], axis=1), np.zeros(100, int), 0.9, coverage=0.3)
+    assert (chosen.aim, chosen.target, chosen.coverage) == ("coverage", 0.3, 0.3)
+    assert chosen.threshold == pytest.approx(confidence[70])
 
 
 def test_intervals_cover_and_do_not_collapse():
@@ -101,14 +289,57 @@ def test_intervals_cover_and_do_not_collapse():
     assert proportion(hits, np.repeat(np.arange(50), 10), "test") == grouped
 
 
+def test_resamples_take_whole_groups():
+    groups = np.repeat(np.arange(20), 3)
+    for chosen in resample_groups(groups, 50):
+        counts = np.bincount(chosen, minlength=60).reshape(20, 3)
+        assert (counts == counts[:, :1]).all()
+
+
 def test_a_measure_survives_json():
-    measure = Measure(0.5, 0.4, 0.6, 10, "test", base=Measure(0.3, 0.2, 0.4, 10, "test"))
+    other = Measure(0.3, 0.2, 0.4, 10, "test")
+    measure = Measure(0.5, 0.4, 0.6, 10, "test", base=other, difference=other)
     assert Measure.from_dict(measure.to_dict()) == measure
-    assert "base" not in measure.base.to_dict()
+    assert "base" not in measure.to_dict()["base"]
 
 
-def test_gates_know_which_way_is_better():
-    assert gate_verdict("accuracy", 0.90, 0.90) == "pass"
-    assert gate_verdict("accuracy", 0.899, 0.90) == "fail"
-    assert gate_verdict("ece", 0.10, 0.10) == "fail"
-    assert gate_verdict("ece", 0.05, 0.10) == "pass"
+@pytest.mark.parametrize(
+    ("metric", "low", "high", "target", "verdict"),
+    [
+        ("accuracy", 0.90, 0.95, 0.90, "pass"),
+        ("accuracy", 0.80, 0.89, 0.90, "fail"),
+        ("accuracy", 0.85, 0.95, 0.90, "undecided"),
+        ("ece", 0.02, 0.09, 0.10, "pass"),
+        ("ece", 0.10, 0.15, 0.10, "fail"),
+        ("ece", 0.05, 0.15, 0.10, "undecided"),
+    ],
+)
+def test_gates_know_which_way_is_better_and_when_they_do_not_know(metric, low, high, target, verdict):
+    assert judge_gate(metric, Measure((low + high) / 2, low, high, 100, "test"), target).verdict == verdict
+
+
+def test_an_undecided_gate_says_how_many_images_would_decide_it():
+    rng = np.random.default_rng(0)
+    hits = rng.random(200) < 0.86
+    gate = judge_gate("accuracy", proportion(hits, np.arange(200), "test"), 0.82)
+    assert gate.verdict == "undecided"
+    assert gate.more == 372
+    for copies, verdict in ((2, "undecided"), (4, "fail")):  # 400 and 800 images
+        more = np.tile(hits, copies)
+        assert judge_gate("accuracy", proportion(more, np.arange(len(more)), "test"), 0.82).verdict == verdict
+    assert judge_gate("accuracy", Measure(0.9, 0.8, 0.95, 50, "test"), 0.9).more is None
+
+
+def test_prompts_are_asked_in_turn():
+    similarity = np.array([[0.9, 0.1, 0.5, 0.6]])  # class 0 has three prompts, class 1 one
+    assert prompt_answers(similarity, np.array([0, 0, 0, 1])).tolist() == [[0, 1, 1]]
+
+
+def test_a_probe_knows_what_lies_apart_and_gives_no_chance_to_a_class_that_it_never_saw():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 120)
+    embeds = np.eye(4)[labels] + rng.normal(0, 0.1, (120, 4))
+    probe = fit_probe((embeds[:80], labels[:80]), (embeds[80:], labels[80:]), 4)
+    logits = probe.logits(embeds[80:])
+    assert (logits.argmax(axis=1) == labels[80:]).all()
+    assert (logits[:, 3] < -100).all()

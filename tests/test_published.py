@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
@@ -22,6 +24,7 @@ import train
 from model_card.build import build
 from nicheclip import NicheClassifier
 from nicheclip.data import load_prepared
+from nicheclip.run import check_not_trained_on
 from tests.conftest import ROOT
 
 STOCK = """
@@ -65,9 +68,22 @@ def test_the_classifier_abstains_below_its_threshold(run, test_images):
     for prediction in classifier(test_images):
         assert sum(prediction.probabilities.values()) == pytest.approx(1, abs=1e-5)
         assert list(prediction.probabilities.values()) == sorted(prediction.probabilities.values(), reverse=True)
-        assert (prediction.label is None) == (prediction.confidence < classifier.threshold)
+        assert (prediction.label is None) == (prediction.outside or prediction.confidence < classifier.threshold)
+        assert prediction.best in prediction.prediction_set
     with pytest.raises(TypeError, match=r"classifier\(\[image\]\)"):
         classifier(test_images[0])
+
+
+def test_the_classifier_gives_the_scorecards_prediction_sets_and_border(run, predictions, test_images):
+    classifier = NicheClassifier.from_pretrained(run / "hub")
+    measured = json.loads((run / "scorecard.json").read_text())["metrics"]
+    given = classifier(test_images)
+    assert [set(each.prediction_set) for each in given] == [set(names) for names in predictions["prediction_set"]]
+    covered = [label in each.prediction_set for label, each in zip(predictions["label"], given, strict=True)]
+    assert measured["conformal_coverage"]["value"] == pytest.approx(np.mean(covered))
+    border = classifier.settings["border"]["threshold"]
+    assert [each.outside for each in given] == [score < border for score in predictions["domain_score"]]
+    assert measured["in_domain_accepted"]["value"] == pytest.approx(1 - np.mean([each.outside for each in given]))
 
 
 def test_temperature_is_folded_into_logit_scale(run):
@@ -80,12 +96,18 @@ def test_temperature_is_folded_into_logit_scale(run):
 
 def test_the_scorecard_is_of_one_shape_and_judges_six_gates(run, predictions):
     scorecard = json.loads((run / "scorecard.json").read_text())
-    for measure in scorecard["metrics"].values():
-        assert measure.keys() == {"value", "low", "high", "n", "split", "base"}
-        assert measure["base"].keys() == {"value", "low", "high", "n", "split"}
+    plain = {"value", "low", "high", "n", "split"}
+    for name, measure in scorecard["metrics"].items():
+        assert measure.keys() - {"base", "probe", "difference"} == plain
         assert measure["low"] <= measure["value"] <= measure["high"]
+        if name != "ece_of_perfect":
+            assert measure["base"].keys() == measure["difference"].keys() == plain
+            assert measure["difference"]["value"] == pytest.approx(measure["value"] - measure["base"]["value"])
+    assert scorecard["metrics"]["accuracy"]["probe"].keys() == plain
     assert len(scorecard["gates"]) == 6
-    assert {gate["verdict"] for gate in scorecard["gates"].values()} <= {"pass", "fail"}
+    for gate in scorecard["gates"].values():
+        assert gate["verdict"] in ("pass", "fail", "undecided")
+        assert (gate["more"] is not None) == (gate["verdict"] == "undecided")
     names = list(json.loads((run / "hub" / "nicheclip.json").read_text())["class_names"])
     probabilities = np.array(predictions["probabilities"])
     right = [names[best] == label for best, label in zip(probabilities.argmax(1), predictions["label"], strict=True)]
@@ -100,8 +122,9 @@ def test_the_folder_holds_what_it_should_and_no_pickle(run):
     files = {path.relative_to(run / "hub").as_posix() for path in (run / "hub").rglob("*") if path.is_file()}
     assert {
         "README.md", "config.json", "model.safetensors", "nicheclip.json", "prototypes.safetensors", "scorecard.json",
-        "figures/scorecard.png", "figures/confusion.png", "figures/classes.png", "figures/reliability.png",
     } <= files  # fmt: skip
+    figures = {"scorecard", "confusion", "classes", "reliability", "outside"}
+    assert {f"figures/{name}.{kind}" for name in figures for kind in ("png", "svg")} <= files
     assert not {name for name in files if name.endswith((".bin", ".pt", ".pkl", ".pth"))}
     assert len([name for name in files if name.startswith("examples/")]) == 3
 
@@ -127,11 +150,33 @@ def test_the_cards_numbers_are_the_scorecards(run):
 def test_a_model_trained_on_other_data_is_refused(run, tmp_path):
     for name in ("data", "model"):
         (tmp_path / name).symlink_to(run / name)
-    (tmp_path / "domain.yaml").write_text((run / "domain.yaml").read_text())
+    for name in ("domain.yaml", "trained_on.json"):
+        shutil.copy(run / name, tmp_path)
     training = json.loads((run / "training.json").read_text())
     (tmp_path / "training.json").write_text(json.dumps(training | {"data_fingerprint": "another"}))
     with pytest.raises(ValueError, match="was trained on other data"):
         calibrate.calibrate(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("split", "column", "donor", "where"),
+    [
+        ("test", "sha256", "train", "the train images of the training"),
+        ("calibration", "sha256", "validation", "the validation images of the training"),
+        ("test", "sha256", "calibration", "the calibration split"),
+        ("test", "group_id", "train", "the train split"),
+    ],
+)
+def test_an_image_that_was_seen_before_is_found(run, split, column, donor, where):
+    splits = DatasetDict(load_prepared(run))
+    rows, copied = splits[split], splits[donor][3][column]
+    splits[split] = rows.remove_columns(column).add_column(column, [copied, *rows[column][1:]])
+    with pytest.raises(ValueError, match=rf"1 images .* {re.escape(rows[0]['source_id'])} \({split}; .*{where}"):
+        check_not_trained_on(run, splits)
+
+
+def test_the_splits_of_a_run_share_nothing(run):
+    check_not_trained_on(run, load_prepared(run))
 
 
 def test_a_missing_stage_is_named(tmp_path):

@@ -77,8 +77,24 @@ def test_no_photo_no_answer(client: Client):
     ],
 )
 def test_the_answer_in_words(confidence: float, threshold: float, words: str):
-    prediction = Prediction({"art deco": confidence, "gothic": 1 - confidence}, threshold)
+    prediction = Prediction({"art deco": confidence, "gothic": 1 - confidence}, ["art deco"], False, threshold)
     assert answer(prediction).replace("\N{NO-BREAK SPACE}", " ").startswith(words)
+
+
+def test_other_classes_that_it_could_be_are_named():
+    probabilities = {"art deco": 0.5, "gothic": 0.3, "brutalism": 0.15, "bauhaus": 0.05}
+    likely = ["art deco", "gothic", "brutalism"]
+    sure = Prediction(probabilities, likely, False, threshold=0.4)
+    assert answer(sure).endswith("It could also be gothic or brutalism.")
+    unsure = Prediction(probabilities, likely, False, threshold=0.6)
+    assert answer(unsure).startswith("**Art deco, gothic or brutalism.** Not sure which")
+
+
+def test_a_picture_outside_of_the_domain_gets_no_class():
+    outside = Prediction({"art deco": 0.99, "gothic": 0.01}, ["art deco"], True, threshold=0.4)
+    assert outside.label is None
+    assert answer(outside).startswith("**This looks like nothing that the model knows.**")
+    assert "art deco" not in answer(outside)
 
 
 def test_the_scorecard_shows_every_metric_and_gate(run: Path):
@@ -89,8 +105,8 @@ def test_the_scorecard_shows_every_metric_and_gate(run: Path):
     assert len(rows) == len(measures)
     for measure in measures.values():
         assert f"**{measure.value:.3f}** [{measure.low:.3f}, {measure.high:.3f}]" in table
-    assert len(re.findall("✓ pass|✗ fail", table)) == len(scorecard["gates"])
-    assert all(re.search("pass|fail", row) for row in rows[: len(scorecard["gates"])])
+    assert len(re.findall(r"✓ pass|✗ fail|\? undecided", table)) == len(scorecard["gates"])
+    assert all(re.search("pass|fail|undecided", row) for row in rows[: len(scorecard["gates"])])
 
 
 def test_a_run_stands_for_its_hub_folder(run: Path):

@@ -1,0 +1,50 @@
+"""The baseline that fine-tuning has to beat: a linear probe on the base's frozen image_embeds."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
+
+from nicheclip.calibration import nll
+from nicheclip.metrics import correct
+
+STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1000.0)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A fitted logistic regression over C classes."""
+
+    fitted: LogisticRegression
+    num_classes: int
+
+    def logits(self, image_embeds: np.ndarray) -> np.ndarray:
+        """(N, D) -> (N, C); a class that it has never seen gets none worth speaking of."""
+        logits = np.full((len(image_embeds), self.num_classes), -1e3)
+        scores = self.fitted.decision_function(image_embeds)
+        logits[:, self.fitted.classes_] = scores if scores.ndim == 2 else np.stack([-scores, scores], axis=1) / 2
+        return logits
+
+
+def fit_probe(
+    train: tuple[np.ndarray, np.ndarray], validation: tuple[np.ndarray, np.ndarray], num_classes: int
+) -> Probe:
+    """Logistic regression whose strength and class weights are those that are best on validation, ties by the NLL.
+
+    Args: image_embeds (N, D) and labels (N,) of each split.
+    """
+    tried = []
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a probe that is nearly converged is as good here
+        for strength, class_weight in product(STRENGTHS, (None, "balanced")):
+            fitted = LogisticRegression(C=strength, class_weight=class_weight, tol=1e-3, max_iter=1000)
+            probe = Probe(fitted.fit(*train), num_classes)
+            logits = probe.logits(validation[0])
+            tried.append((correct(logits, validation[1]).mean(), -nll(logits, validation[1]), probe))
+    return max(tried, key=lambda entry: entry[:2])[2]

@@ -1,0 +1,179 @@
+"""Pictures that a model should not answer, and how it notices them.
+
+What a real index meets: noise, textures, flat colours, pages of text, other objects, and pictures of the domain of
+which hardly anything is left. All are drawn here, so that they cost no download and are always the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from scipy.spatial.distance import cdist
+from scipy.special import logsumexp, softmax
+
+from nicheclip.metrics import auroc
+
+PER_KIND = 100
+KINDS = ("noise", "texture", "flat colour", "page of text", "object", "crop of 4 %", "heavy blur")
+SHRINKAGE = 0.01  # of the covariance towards a round one: there may be fewer images than dimensions
+ACCEPTED = 0.95  # share of in-domain images that the threshold lets pass
+Score = Literal["confidence", "energy", "prompt_cosine", "mahalanobis"]
+SCORES: tuple[Score, ...] = ("confidence", "energy", "prompt_cosine", "mahalanobis")
+WORDS = "the of and in to a for is on that by with as was at from are an be it which this or its not stone new".split()
+
+
+def strange_pictures(kind: str, side: int, seed: int, own: Sequence[Image.Image] = ()) -> Iterator[Image.Image]:
+    """`PER_KIND` RGB pictures of a kind of `KINDS`.
+
+    Args:
+        side: of the squares that are drawn, in pixels.
+        seed: another seed, other pictures.
+        own: pictures of the domain, for those kinds that spoil them.
+    """
+    for index in range(PER_KIND):
+        rng = np.random.default_rng([seed, KINDS.index(kind), index])
+        match kind:
+            case "noise":
+                yield Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
+            case "texture":
+                yield _texture(side, rng)
+            case "flat colour":
+                yield _flat(side, rng)
+            case "page of text":
+                yield _page(side, rng)
+            case "object":
+                yield _object(side, rng)
+            case "crop of 4 %":
+                picture = own[index % len(own)].convert("RGB")
+                width, height = (max(2, round(0.2 * length)) for length in picture.size)
+                left, top = (
+                    int(rng.integers(0, length - part + 1))
+                    for length, part in zip(picture.size, (width, height), strict=True)
+                )
+                yield picture.crop((left, top, left + width, top + height)).resize(
+                    picture.size, Image.Resampling.BICUBIC
+                )
+            case "heavy blur":
+                picture = own[index % len(own)].convert("RGB")
+                yield picture.filter(ImageFilter.GaussianBlur(min(picture.size) / 10))
+
+
+def _texture(side: int, rng: np.random.Generator) -> Image.Image:
+    """Two waves over each other, or smoothed noise, in two colours."""
+    if rng.random() < 0.5:
+        across, down = np.meshgrid(np.arange(side), np.arange(side))
+        waves = np.zeros((side, side))
+        for _ in range(2):
+            angle, length = rng.uniform(0, math.pi), rng.uniform(side / 24, side / 3)
+            waves += np.sin((across * math.cos(angle) + down * math.sin(angle)) * math.tau / length)
+        pattern = waves / 4 + 0.5
+    else:
+        cells = int(rng.integers(3, 24))
+        small = Image.fromarray(rng.integers(0, 256, (cells, cells), dtype=np.uint8))
+        pattern = np.asarray(small.resize((side, side), Image.Resampling.BICUBIC)) / 255
+    light, dark = rng.uniform(0, 255, (2, 3))
+    return _image(pattern[..., None] * light + (1 - pattern[..., None]) * dark)
+
+
+def _flat(side: int, rng: np.random.Generator) -> Image.Image:
+    """One colour, with a gradient in every second picture on average."""
+    colour, slope = rng.uniform(0, 255, 3), rng.uniform(-60, 60) * (rng.random() < 0.5)
+    return _image(colour + np.linspace(-slope, slope, side)[:, None, None] * np.ones((1, side, 1)))
+
+
+def _page(side: int, rng: np.random.Generator) -> Image.Image:
+    """Lines of black words on nearly white."""
+    page = Image.new("RGB", (side, side), tuple(int(value) for value in rng.integers(225, 256, 3)))
+    drawing, size = ImageDraw.Draw(page), float(rng.uniform(side / 28, side / 12))
+    font, y = ImageFont.load_default(size), size
+    while y < side - size:
+        words = " ".join(rng.choice(WORDS, size=int(rng.integers(8, 24))))
+        drawing.text((size, y), words, fill=(30, 30, 30), font=font)
+        y += size * (1.4 if rng.random() < 0.85 else 2.6)
+    return page
+
+
+def _object(side: int, rng: np.random.Generator) -> Image.Image:
+    """A few coloured ellipses and polygons on a ground, like a bowl of fruit or a toy."""
+    scene = Image.new("RGB", (side, side), tuple(int(value) for value in rng.integers(0, 256, 3)))
+    drawing = ImageDraw.Draw(scene)
+    for _ in range(int(rng.integers(2, 7))):
+        colour = tuple(int(value) for value in rng.integers(0, 256, 3))
+        x, y, radius = *rng.uniform(0.2, 0.8, 2) * side, rng.uniform(0.08, 0.3) * side
+        if rng.random() < 0.5:
+            flat = rng.uniform(0.5, 1)
+            drawing.ellipse((x - radius, y - radius * flat, x + radius, y + radius * flat), colour)
+        else:
+            angles = np.sort(rng.uniform(0, math.tau, int(rng.integers(3, 9))))
+            drawing.polygon([(x + radius * math.cos(a), y + radius * math.sin(a)) for a in angles], colour)
+    return scene.filter(ImageFilter.GaussianBlur(side / 200))
+
+
+def _image(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def fit_shape(image_embeds: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """Where the training images lie: `whitening` (D, D) and the classes' whitened means, `means` (C, D), float32.
+
+    After the whitening the images of a class spread alike in all directions; so the distance to a class's mean is
+    Mahalanobis's, with one covariance for all classes (Lee et al. 2018, arXiv:1807.03888).
+
+    Args:
+        image_embeds: (N, D) of the train split.
+        labels: (N,) int; a class without images has no mean.
+    """
+    classes, of_image = np.unique(labels, return_inverse=True)
+    embeds = image_embeds.astype(np.float64)
+    means = np.stack([embeds[of_image == index].mean(axis=0) for index in range(len(classes))])
+    spread = embeds - means[of_image]
+    covariance = spread.T @ spread / len(spread)
+    round_one = np.trace(covariance) / len(covariance) * np.eye(len(covariance))
+    precision = np.linalg.inv((1 - SHRINKAGE) * covariance + SHRINKAGE * round_one)
+    whitening = np.linalg.cholesky((precision + precision.T) / 2)
+    return {"whitening": whitening.astype(np.float32), "means": (means @ whitening).astype(np.float32)}
+
+
+def domain_scores(
+    image_embeds: np.ndarray, logits: np.ndarray, logit_scale: float, shape: dict[str, np.ndarray]
+) -> dict[Score, np.ndarray]:
+    """How much a picture looks like one of the domain, higher is more: (N,) by each of `SCORES`.
+
+    The energy is Liu et al.'s (2020, arXiv:2010.03759), of the calibrated logits; the distance has a minus before it.
+
+    Args:
+        image_embeds: (N, D) unit length.
+        logits: (N, C) calibrated.
+        logit_scale: that divides them into cosines.
+        shape: as `fit_shape` gives it.
+    """
+    return {
+        "confidence": softmax(logits, axis=1).max(axis=1),
+        "energy": logsumexp(logits, axis=1),
+        "prompt_cosine": logits.max(axis=1) / logit_scale,
+        "mahalanobis": -cdist(image_embeds @ shape["whitening"], shape["means"]).min(axis=1),
+    }
+
+
+@dataclass(frozen=True)
+class DomainBorder:
+    """A picture whose `score` is below `threshold` is outside of the domain.
+
+    `auroc` says of each score how well it told the calibration images from strange pictures; the best was taken.
+    """
+
+    score: Score
+    threshold: float
+    auroc: dict[Score, float]
+
+
+def fit_border(own: dict[Score, np.ndarray], strange: dict[Score, np.ndarray]) -> DomainBorder:
+    """The score that tells calibration images (N,) from strange pictures (M,) best, at `ACCEPTED` of the former."""
+    found = {name: auroc(own[name], strange[name]) for name in SCORES}
+    best = max(SCORES, key=lambda name: found[name])
+    return DomainBorder(best, float(np.quantile(own[best], 1 - ACCEPTED, method="lower")), found)
