@@ -29,7 +29,7 @@ demo: .venv/installed
 	$(BIN)/python -m data_prep domains/facades/domain.yaml
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --gpu_ids 0 --mixed_precision no --dynamo_backend no train.py
 	$(BIN)/python calibrate.py runs/facades
-	$(BIN)/python -m model_card runs/facades --examples 8 --license apache-2.0
+	$(BIN)/python -m model_card runs/facades --examples 8 --index train test --license apache-2.0
 
 test: .venv/installed
 	$(BIN)/python -m pytest -m "not slow"

@@ -22,10 +22,17 @@ def main() -> None:
     parser.add_argument(
         "--examples", type=int, default=0, metavar="N", help="publish N test images for the demo (only if you may)"
     )
+    parser.add_argument(
+        "--index",
+        nargs="+",
+        default=[],
+        metavar="SPLIT",
+        help="publish the images of these splits, to be searched (only if you may)",
+    )
     parser.add_argument("--license", default="other", help="the licence of the model, as the Hub names it")
     args = parser.parse_args()
     try:
-        folder = build(args.run, args.license, args.push_to_hub, args.examples)
+        folder = build(args.run, args.license, args.push_to_hub, args.examples, index=args.index)
         print(f"built {folder}")
         if args.push_to_hub:
             print(f"pushed: {push(folder, args.push_to_hub, private=not args.public)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from model_card.onnx_export import add_onnx
+from nicheclip.classifier import NicheClassifier
 from nicheclip.data import load_prepared
 from nicheclip.domain import Domain
 from nicheclip.hub import save_published_model
+from nicheclip.image_index import INDEX_FILE, write_index
 from nicheclip.results import METRIC_TITLES, Measure, read_json, replaced_folder
 
 TEMPLATE = Path(__file__).parent / "template.md"
@@ -20,7 +23,12 @@ REPORTED = ("accuracy", "macro_f1", "ece")
 
 
 def build(
-    run: Path, license_name: str = "other", repo_id: str | None = None, examples: int = 0, onnx: bool = False
+    run: Path,
+    license_name: str = "other",
+    repo_id: str | None = None,
+    examples: int = 0,
+    onnx: bool = False,
+    index: Sequence[str] = (),
 ) -> Path:
     """Builds the folder that is published and gives its path.
 
@@ -29,10 +37,12 @@ def build(
         repo_id: what the card's usage names.
         examples: how many test images to publish for the demo, of different classes.
         onnx: whether to add the visual tower as ONNX.
+        index: splits whose images to publish, to be searched.
 
     Raises:
         FileNotFoundError: naming the stage that has not been run.
         ImportError: if ONNX is wanted and not installed.
+        ValueError: if there is no split of that name to index.
     """
     scorecard = read_json(run / "scorecard.json", f"run `python calibrate.py {run}` first")
     calibration = read_json(run / "calibration.json", f"run `python calibrate.py {run}` first")
@@ -46,6 +56,8 @@ def build(
         for name in ("scorecard.json", "calibration.json"):
             shutil.copy(run / name, folder / name)
         save_examples(run, folder / "examples", examples)
+        if index:
+            write_index(NicheClassifier.from_pretrained(folder), load_prepared(run), index, folder / INDEX_FILE)
         onnx_report = add_onnx(run, folder) if onnx else None
         card = make_card(domain, scorecard, calibration, training, report, license_name, repo_id, onnx_report)
         card.save(folder / "README.md")

@@ -19,7 +19,7 @@ import torch
 from huggingface_hub import snapshot_download
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, CLIPModel
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 SETTINGS_FILE = "nicheclip.json"
 PROTOTYPES_FILE = "prototypes.safetensors"  # prototypes, and the shape of the domain
@@ -77,6 +77,19 @@ class VisualTower(torch.nn.Module):
         return torch.nn.functional.normalize(image_embeds, dim=-1)
 
 
+class TextTower:
+    """The half of a CLIPModel that reads: texts, longer ones cut off -> unit-length text_embeds (M, D)."""
+
+    def __init__(self, model: CLIPModel, tokenizer):
+        self.model = model
+        self.tokenizer = tokenizer
+
+    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt")
+        return torch.nn.functional.normalize(self.model.get_text_features(**tokens).pooler_output, dim=-1)
+
+
 class OnnxTower:
     """A `VisualTower` that `python -m model_card RUN --onnx` has exported, run by onnxruntime on the CPU.
 
@@ -112,6 +125,7 @@ class NicheClassifier:
         prototypes: (C, D) unit-length text_embeds of the canonical prompts.
         shape: of the training images: `whitening` (D, D) and the classes' whitened `means` (C, D).
         settings: the content of nicheclip.json.
+        text_tower: M texts -> unit-length text_embeds (M, D), where there is one.
     """
 
     def __init__(
@@ -122,8 +136,10 @@ class NicheClassifier:
         prototypes: torch.Tensor,
         shape: dict[str, torch.Tensor],
         settings: dict,
+        text_tower: Callable[[Sequence[str]], torch.Tensor] | None = None,
     ):
         self.tower = tower
+        self.text_tower = text_tower
         self.logit_scale = logit_scale
         self.image_processor = image_processor
         self.prototypes = prototypes
@@ -164,10 +180,11 @@ class NicheClassifier:
                 f"'{repo_or_path}' is of format {settings['format_version']}, this NicheCLIP reads {FORMAT_VERSION}; "
                 "publish it anew (calibrate.py, then python -m model_card), or install the NicheCLIP that made it"
             )
-        embeds = load_file(folder / PROTOTYPES_FILE)
+        embeds, text_tower = load_file(folder / PROTOTYPES_FILE), None
         if backend == "torch":
             model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
             tower, logit_scale = VisualTower(model), model.logit_scale.exp().item()
+            text_tower = TextTower(model, AutoTokenizer.from_pretrained(folder))
         elif not (folder / ONNX_FILES[backend]).is_file():
             raise FileNotFoundError(
                 f"'{repo_or_path}' has no {ONNX_FILES[backend]}; use backend='torch', or build it anew with "
@@ -183,6 +200,7 @@ class NicheClassifier:
             embeds["prototypes"],
             embeds,
             settings,
+            text_tower,
         )
 
     @torch.inference_mode()
@@ -190,6 +208,17 @@ class NicheClassifier:
         """Unit-length image_embeds (N, D) of paths or PIL images."""
         pixel_values = self.image_processor([_open(image) for image in images], return_tensors="pt")["pixel_values"]
         return self.tower(pixel_values)
+
+    @torch.inference_mode()
+    def text_embeds(self, texts: Sequence[str]) -> torch.Tensor:
+        """Unit-length text_embeds (M, D), to look for images by words.
+
+        Raises:
+            ValueError: of an ONNX backend, which has the visual tower only.
+        """
+        if self.text_tower is None:
+            raise ValueError("an ONNX backend has no text tower; load the model with backend='torch'")
+        return self.text_tower(texts)
 
     @torch.inference_mode()
     def probabilities(self, images: Sequence[str | Path | Image.Image]) -> np.ndarray:
@@ -206,7 +235,11 @@ class NicheClassifier:
         """
         if isinstance(images, (str, Path, Image.Image)):
             raise TypeError("expected a list of images; put the image into a list: classifier([image])[0]")
-        image_embeds = self.image_embeds(images)
+        return self.answer(self.image_embeds(images))
+
+    @torch.inference_mode()
+    def answer(self, image_embeds: torch.Tensor) -> list[Prediction]:
+        """Classifies images by their image_embeds (N, D)."""
         logits = self._logits(image_embeds)
         inside = (self._domain_score(image_embeds, logits) >= self.settings["border"]["threshold"]).tolist()
         probabilities = logits.softmax(dim=-1).cpu().numpy()

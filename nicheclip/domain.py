@@ -24,6 +24,7 @@ GatedMetric = Literal[
     "hard_negative_pass_rate",
     "semantic_recall_at_1",
     "image_recall_at_1",
+    "image_recall_at_5",
     "ece",
     "nll",
     "brier",

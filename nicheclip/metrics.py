@@ -145,18 +145,18 @@ def image_retrieval(image_embeds: np.ndarray, labels: np.ndarray, groups: np.nda
         groups: (N,) near-duplicate group of each image.
 
     Returns:
-        whether the first one found has the label (R@1), and the average precision, (N,) float each; NaN where no
-        other image has the label.
+        the rank of the first one found that has the label, from 1 (R@k is the share of ranks up to k), and the average
+        precision, (N,) float each; NaN where no other image has the label.
     """
     similarity = image_embeds @ image_embeds.T
-    first, precision = np.full(len(labels), np.nan), np.full(len(labels), np.nan)
+    rank, precision = np.full(len(labels), np.nan), np.full(len(labels), np.nan)
     for query in range(len(labels)):
         others = np.flatnonzero(groups != groups[query])
         found = labels[others[np.argsort(-similarity[query, others], kind="stable")]] == labels[query]
         if found.any():
-            first[query] = found[0]
+            rank[query] = found.argmax() + 1
             precision[query] = (np.cumsum(found) / np.arange(1, len(found) + 1))[found].mean()
-    return first, precision
+    return rank, precision
 
 
 def hard_negative_margin(
@@ -314,11 +314,15 @@ class SemanticRetrieval(_Metric):
 
 
 class ImageRetrieval(_Metric):
-    """`recall_at_1` and `map`, in [0, 1], of unit-length image_embeds (N, D); takes groups (N,), see the function."""
+    """`recall_at_1`, `recall_at_5` and `map`, in [0, 1], of unit-length image_embeds (N, D).
+
+    Takes groups (N,) as well, see the function.
+    """
 
     def _measure(self, image_embeds: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> dict[str, float]:
-        first, precision = image_retrieval(image_embeds, labels, groups)
-        return {"recall_at_1": float(np.nanmean(first)), "map": float(np.nanmean(precision))}
+        rank, precision = image_retrieval(image_embeds, labels, groups)
+        rank = rank[np.isfinite(rank)]
+        return {f"recall_at_{k}": float((rank <= k).mean()) for k in (1, 5)} | {"map": float(np.nanmean(precision))}
 
 
 class PredictionSets(_Metric):

@@ -30,6 +30,7 @@ METRIC_TITLES = {
     "semantic_recall_at_5": "Semantic R@5",
     "semantic_mrr": "Semantic MRR",
     "image_recall_at_1": "Image-to-image R@1",
+    "image_recall_at_5": "Image-to-image R@5",
     "image_map": "Image-to-image mAP",
     "ece": "ECE, calibrated",
     "ece_of_perfect": "ECE of a perfectly calibrated model",

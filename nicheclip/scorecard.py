@@ -100,23 +100,27 @@ def clip_statistics(outputs: Outputs, labels: np.ndarray, groups: np.ndarray, do
         outputs.similarity, outputs.prompt_classes, labels, np.array(domain.class_clusters)
     )
     rank = metrics.semantic_rank(outputs.similarity, outputs.prompt_classes, labels)
-    first, precision = metrics.image_retrieval(outputs.image_embeds, labels, groups)
+    found_at, precision = metrics.image_retrieval(outputs.image_embeds, labels, groups)
     with_prompts = prompt_answers(outputs.similarity, outputs.prompt_classes)  # (N, K)
     consistent = (
-        (with_prompts[:, 1:] == with_prompts[:, :1]).mean(axis=1) if with_prompts.shape[1] > 1 else first * np.nan
+        (with_prompts[:, 1:] == with_prompts[:, :1]).mean(axis=1)
+        if with_prompts.shape[1] > 1
+        else np.full(len(labels), np.nan)
     )
     noise = outputs.strange_scores["noise"]["confidence"]
     score, threshold = outputs.border.score, outputs.border.threshold
     own, strange = outputs.own_scores[score], np.concatenate([kind[score] for kind in outputs.strange_scores.values()])
     scores, number = np.concatenate([own, strange]), len(own)
     groups_of_both = np.concatenate([np.unique(groups, return_inverse=True)[1], number + np.arange(len(strange))])
-    split_of_both = f"test + {len(strange)} strange"
+
+    def within(ranks: np.ndarray, k: int) -> np.ndarray:
+        return np.where(np.isfinite(ranks), ranks <= k, np.nan)
 
     def told_apart(metric: Callable[[np.ndarray, np.ndarray], float]) -> Statistic:
         def compute(chosen: np.ndarray) -> float:
             return metric(scores[chosen[chosen < number]], scores[chosen[chosen >= number]])
 
-        return Statistic(compute, groups_of_both, split_of_both)
+        return Statistic(compute, groups_of_both, "test and strange")
 
     found = statistics(outputs, labels, groups, domain) | {
         "hard_negative_pass_rate": mean(np.where(np.isfinite(margin), margin > 0, np.nan), groups, share=True),
@@ -125,7 +129,8 @@ def clip_statistics(outputs: Outputs, labels: np.ndarray, groups: np.ndarray, do
         "semantic_recall_at_3": mean(rank <= 3, groups, share=True),
         "semantic_recall_at_5": mean(rank <= 5, groups, share=True),
         "semantic_mrr": mean(1 / rank, groups),
-        "image_recall_at_1": mean(first, groups, share=True),
+        "image_recall_at_1": mean(within(found_at, 1), groups, share=True),
+        "image_recall_at_5": mean(within(found_at, 5), groups, share=True),
         "image_map": mean(precision, groups),
         "noise_confidence_p95": Statistic(
             lambda chosen: float(np.percentile(noise[chosen], 95)), np.arange(len(noise)), "noise"

@@ -1,4 +1,4 @@
-"""The app: a photo in, calibrated probabilities or "not sure" out; the scorecard beside it.
+"""The app: a photo in, calibrated probabilities or "not sure" out; a search and the scorecard beside it.
 
 build_app("runs/facades/hub").launch(**LAUNCH)
 """
@@ -11,15 +11,17 @@ from typing import Any
 import gradio as gr
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-from PIL import Image
 
 from nicheclip.classifier import NicheClassifier, Prediction
+from nicheclip.image_index import ImageIndex
+from space.photo import UNREADABLE, open_photo, photo_input
 from space.scorecard import NBSP, percent, scorecard_tab
+from space.search import Shown, captioned, open_index, pictures, search_tab
 
 TOP_CLASSES = 5
+ALIKE = 6  # pictures shown beside an answer
 MOST_NAMED = 4  # classes that a sentence names
 EMPTY = "Add a photo to see what the model makes of it."
-UNREADABLE = "**This file can't be read as a picture.** Try another one: a JPEG, PNG or WebP photo."
 FONT = ["system-ui", "sans-serif"]
 # What `launch` takes instead of `gr.Blocks` since Gradio 6. System fonts: nothing is loaded from the internet.
 LAUNCH: dict[str, Any] = {
@@ -35,6 +37,10 @@ LAUNCH: dict[str, Any] = {
         @media (max-width: 640px) { .scores :is(th, td) { padding: 0.3rem 0.15rem !important; font-size: 0.7rem; } }
         .examples .grid-wrap { min-height: 0; max-height: none; overflow: visible; }
         .examples .grid-container { grid-template-columns: repeat(auto-fill, minmax(max(90px, 11%), 1fr)) !important; }
+        .found .grid-container { grid-template-columns: repeat(auto-fill, minmax(max(120px, 15%), 1fr)) !important; }
+        .found .grid-wrap { min-height: 0; max-height: none; overflow: visible; padding-top: 2.2rem; }
+        .found:has(.empty) { display: none; }
+        .found .caption-label { left: 0; max-width: 100%; white-space: normal; opacity: 1; }
         .examples .caption-label { left: 0; max-width: 100%; white-space: normal; opacity: 1; }
     """,
     "footer_links": ["api", "gradio", "settings"],
@@ -51,17 +57,22 @@ def build_app(repo_or_path: str | Path) -> gr.Blocks:
     """
     folder = _fetch(repo_or_path)
     classifier = NicheClassifier.from_pretrained(folder)
-    settings = classifier.settings
+    index, settings = open_index(folder), classifier.settings
     # Visitors' photos are deleted after an hour.
     with gr.Blocks(title=settings["title"], analytics_enabled=False, delete_cache=(600, 3600)) as app:
         gr.Markdown(
-            f"# {settings['title']}\nThis model knows {len(classifier.class_names)} classes and nothing else: "
-            "a picture of anything else gets one of them, or “not sure”."
+            f"# {settings['title']}\nThis model knows {len(classifier.class_names)} classes and nothing else. It says "
+            "when it is not sure, and mostly notices when a picture is of something else."
         )
         with gr.Tab("Classify"):
-            _classify_tab(classifier, sorted((folder / "examples").glob("*.*")))
+            _classify_tab(classifier, index, sorted((folder / "examples").glob("*.*")))
+        if index is not None:
+            with gr.Tab("Search"):
+                search_tab(classifier, index)
         with gr.Tab("Scorecard"):
             scorecard_tab(folder)
+        with gr.Tab("API"):
+            gr.Markdown(usage(repo_or_path))
     return app
 
 
@@ -69,7 +80,7 @@ def _fetch(repo_or_path: str | Path) -> Path:
     if Path(repo_or_path).is_dir():
         return Path(repo_or_path)
     try:
-        patterns = ["*.json", "*.safetensors", "*.txt", "figures/*", "examples/*"]
+        patterns = ["*.json", "*.safetensors", "*.txt", "figures/*", "examples/*", "index/*"]
         return Path(snapshot_download(str(repo_or_path), allow_patterns=patterns))
     except (OSError, HFValidationError) as error:
         absent = isinstance(error, RepositoryNotFoundError)
@@ -80,24 +91,21 @@ def _fetch(repo_or_path: str | Path) -> Path:
         ) from error
 
 
-def _classify_tab(classifier: NicheClassifier, examples: list[Path]) -> None:
-    def classify(photo: dict[str, Any] | None) -> tuple[str, dict[str, float] | None]:
+def _classify_tab(classifier: NicheClassifier, index: ImageIndex | None, examples: list[Path]) -> None:
+    def classify(photo: dict[str, Any] | None) -> tuple[str, dict[str, float] | None, Shown]:
         if photo is None:
-            return EMPTY, None
-        try:
-            image = Image.open(photo["path"])
-            image.load()
-        # What Pillow raises for a broken file depends on its format.
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            return UNREADABLE, None
-        prediction = classifier([image])[0]
-        return answer(prediction), prediction.probabilities
+            return EMPTY, None, []
+        image = open_photo(photo)
+        if image is None:
+            return UNREADABLE, None, []
+        image_embeds = classifier.image_embeds([image])
+        prediction = classifier.answer(image_embeds)[0]
+        alike = captioned(index.nearest(image_embeds.cpu().numpy(), ALIKE)[0]) if index else []
+        return answer(prediction), prediction.probabilities, alike
 
     with gr.Row():
         with gr.Column():
-            photo = gr.Image(
-                label="Photo", sources=["upload", "webcam", "clipboard"], height=340, buttons=[], alt_text="Your photo"
-            )
+            photo = photo_input("Photo", height=340)
         with gr.Column():
             sentence = gr.Markdown(EMPTY, elem_classes="answer", label="Answer")
             shown = min(TOP_CLASSES, len(classifier.class_names))
@@ -106,8 +114,10 @@ def _classify_tab(classifier: NicheClassifier, examples: list[Path]) -> None:
                 show_heading=False,
                 label=f"Calibrated probabilities, {shown} most likely classes",
             )
-    # Not preprocessed: Gradio would decode the photo itself, with an error message of its own, and re-encode it.
-    photo.change(classify, photo, [sentence, bars], preprocess=False, api_name="classify", show_progress="minimal")
+    alike = pictures("The published pictures most like yours: class, split, cosine", visible=index is not None)
+    photo.change(
+        classify, photo, [sentence, bars, alike], preprocess=False, api_name="classify", show_progress="minimal"
+    )
     if examples:
         gr.Markdown("Or try a test picture, which the model was not trained on. Its true class stands below it.")
         gallery = gr.Gallery(
@@ -125,6 +135,29 @@ def _classify_tab(classifier: NicheClassifier, examples: list[Path]) -> None:
             return gallery.value[event.index]["image"]["path"]
 
         gallery.select(choose, None, photo, api_visibility="private")
+
+
+def usage(repo_or_path: str | Path) -> str:
+    """How to ask the model, and this app, from a program."""
+    return f"""
+The model, on your own machine:
+
+```python
+from nicheclip import NicheClassifier
+
+classifier = NicheClassifier.from_pretrained("{repo_or_path}")
+print(classifier(["photo.jpg"])[0])
+```
+
+This app, over the network, with `pip install gradio_client` (the whole list stands under “Use via API” below):
+
+```python
+from gradio_client import Client, handle_file
+
+client = Client("ADDRESS OF THIS PAGE")
+print(client.predict(handle_file("photo.jpg"), api_name="/classify")[0])
+```
+"""
 
 
 def answer(prediction: Prediction) -> str:

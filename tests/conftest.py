@@ -51,7 +51,7 @@ def run(prepared: Path) -> Path:
     """A run directory that went through all stages, up to `run / "hub"`. Don't change it."""
     train.train([str(prepared)])
     calibrate.calibrate(prepared)
-    build(prepared, examples=3)
+    build(prepared, examples=3, index=["test"])
     return prepared
 
 

@@ -31,6 +31,7 @@ ORDER = [
     "answers",
     "scorecard",
     "classifier",
+    "image_index",
     "hub",
     "feature_cache",
     "callbacks",

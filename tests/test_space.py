@@ -14,8 +14,10 @@ from PIL import Image
 from nicheclip import NicheClassifier, Prediction
 from nicheclip.results import Measure, read_json
 from space import __main__ as entry
-from space.app import EMPTY, LAUNCH, TOP_CLASSES, UNREADABLE, answer, build_app
+from space.app import EMPTY, LAUNCH, TOP_CLASSES, answer, build_app
+from space.photo import UNREADABLE
 from space.scorecard import score_table
+from space.search import FOUND, NOTHING_ASKED
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def client(run: Path) -> Iterator[Client]:
 
 
 def classify(client: Client, path: Path) -> tuple[str, dict[str, float]]:
-    sentence, bars = client.predict(handle_file(path), api_name="/classify")
+    sentence, bars, _ = client.predict(handle_file(path), api_name="/classify")
     return sentence, {bar["label"]: bar["confidence"] for bar in bars.get("confidences") or []}
 
 
@@ -56,10 +58,33 @@ def test_a_file_that_is_no_picture_gets_a_sentence(client: Client, run: Path, tm
     assert classify(client, photo)[0] != UNREADABLE  # the server is still there
 
 
-def test_examples_are_shown_where_there_are_any(run: Path, tmp_path: Path):
-    shutil.copytree(run / "hub", tmp_path / "hub", ignore=shutil.ignore_patterns("examples"))
-    for folder, count in ((run / "hub", 1), (tmp_path / "hub", 0)):
-        assert [block.get_block_name() for block in build_app(folder).blocks.values()].count("gallery") == count
+def test_examples_and_search_are_there_where_they_were_published(run: Path, tmp_path: Path):
+    shutil.copytree(run / "hub", tmp_path / "hub", ignore=shutil.ignore_patterns("examples", "index"))
+    for folder, examples, search in ((run / "hub", 1, 1), (tmp_path / "hub", 0, 0)):
+        blocks = list(build_app(folder).blocks.values())
+        assert sum(block.elem_classes == ["examples"] for block in blocks) == examples
+        assert [getattr(block, "label", "") for block in blocks].count("Search") == search
+
+
+def test_a_picture_finds_itself_and_words_find_their_class(client: Client, run: Path):
+    photo = sorted((run / "hub" / "examples").iterdir())[0]
+    for found in (
+        client.predict(handle_file(photo), api_name="/classify")[2],
+        client.predict(handle_file(photo), api_name="/search_by_photo")[1],
+    ):
+        label, split, cosine = found[0]["caption"].split(" · ")
+        assert (label, split) == (photo.stem, "test")
+        assert float(cosine) > 0.9  # the index holds a JPEG of it
+    sentence, found = client.predict("  ", api_name="/search")
+    assert (sentence, found) == (NOTHING_ASKED, [])
+    assert len(client.predict("word " * 200, api_name="/search")[1]) == FOUND  # longer than CLIP reads
+
+
+def test_fifty_visitors_at_once_get_the_same_answer(client: Client, run: Path):
+    photo = next((run / "hub" / "examples").iterdir())
+    alone = classify(client, photo)
+    jobs = [client.submit(handle_file(photo), api_name="/classify") for _ in range(50)]
+    assert {job.result(timeout=120)[0] for job in jobs} == {alone[0]}
 
 
 def test_no_photo_no_answer(client: Client):
