@@ -19,6 +19,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from safetensors.numpy import save_file
 
+from model_card.errors import read_errors, write_errors
 from model_card.figures import draw_figures
 from nicheclip.answers import Answers, DomainClassifier, Outputs, fit, fit_and_run
 from nicheclip.calibration import Objective
@@ -93,12 +94,17 @@ def calibrate(run: Path, objective: Objective = "nll") -> None:
     with replaced_folder(run / "figures") as folder:
         draw_figures(folder, domain, labels, tuned, base, measures, gates)
     save_file(tuned.shape, run / SHAPE_FILE)
+    train_labels = np.array(training_set["label"])
+    readings = read_errors(
+        tuned.calibrated, base.calibrated, tuned.image_embeds, labels, train_embeds[0], train_labels
+    )
+    write_errors(run / "errors.html", domain, test, readings, training_set)
     save_predictions(run, domain, test, labels, tuned, base)
     write_json(run / "calibration.json", calibration)
     write_json(run / "scorecard.json", scorecard)  # last, since it says that the others are there
     print_scorecard(measures, gates)
     print_calibration(tuned)
-    print(f"\nthe figures in {run / 'figures'}")
+    print(f"\nread the errors in {run / 'errors.html'}; the figures are in {run / 'figures'}")
     print(f"next: python -m model_card {run}")
 
 

@@ -25,9 +25,10 @@ from sklearn.metrics import adjusted_rand_score
 
 from data_prep.encode import encode_rows
 from data_prep.quality import out_of_fold_probabilities
-from data_prep.report import ENVIRONMENT, Thumbnails
+from data_prep.report import ENVIRONMENT
 from nicheclip.data import quiet_datasets
 from nicheclip.domain import Domain
+from nicheclip.pages import Thumbnails
 from nicheclip.results import format_table, read_json
 from nicheclip.zero_shot import encode_texts, load_clip, zero_shot_logits
 

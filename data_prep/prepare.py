@@ -64,7 +64,8 @@ def prepare(
         raise ValueError(f"'{run / 'data'}' is not prepared data and would be overwritten; choose another --run")
     state = processes()
     with _alone(run) if state.is_main_process else nullcontext(), quiet_datasets(), _uncached():
-        decided = read_decisions(run / "review.csv")
+        # The second file is of calibrate.py's errors.html; where both decide, review.csv does.
+        decided = read_decisions(run / "review_errors.csv") | read_decisions(run / "review.csv")
         fetched = [fetch_images(domain, run, images, seed, contact) if state.is_main_process else None]
         location = broadcast_object_list(fetched)[0]
         listed, unplaced = read_source(domain, location, own=images is None)

@@ -6,26 +6,21 @@ are shown, is in report.html.jinja.
 
 from __future__ import annotations
 
-import base64
-import io
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from PIL import Image
 
 from data_prep.quality import DEFAULT_THRESHOLDS
 from nicheclip.domain import Domain
+from nicheclip.pages import Thumbnails, environment
 from nicheclip.results import detectable_difference
 
 SMALL_EXAM = 10  # test images of a class; with fewer, its own accuracy says next to nothing
 SHOWN = 60  # entries of a gallery
-SHORT_SIDE, LONG_SIDE = 112, 160  # pixels, of a thumbnail at most
-JPEG_QUALITY = 80
 
 # The kinds of reasons for the quarantine, those worth a look first: after which step of the funnel they are missing,
 # and what they mean. Other kinds count as lost on reading.
@@ -42,13 +37,7 @@ KINDS = {
     "not in a class folder": (READING, "The file lies beside the class folders, so it has no label."),
 }
 
-ENVIRONMENT = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
+ENVIRONMENT = environment(Path(__file__).parent)
 
 
 def write_report(path: Path, report: dict[str, Any], domain: Domain, picture: Callable[[str], Image.Image]) -> None:
@@ -73,44 +62,6 @@ def write_report(path: Path, report: dict[str, Any], domain: Domain, picture: Ca
         shown=SHOWN,
     )
     path.write_text(page, encoding="utf-8", newline="\n")
-
-
-@dataclass(frozen=True)
-class Thumbnail:
-    """One small picture of the page: `uri` holds its JPEG, `number` is its place."""
-
-    number: int
-    uri: str
-    width: int
-    height: int
-
-
-@dataclass
-class Thumbnails:
-    """The pictures that the page asks for, each of them once."""
-
-    picture: Callable[[str], Image.Image]
-    made: dict[str, Thumbnail | None] = field(default_factory=dict)  # by source_id
-    distinct: dict[str, Thumbnail] = field(default_factory=dict)  # by uri
-
-    def __call__(self, source_id: str) -> Thumbnail | None:
-        """None if there is no picture."""
-        if source_id not in self.made:
-            try:
-                image = self.picture(source_id)
-            except KeyError:
-                self.made[source_id] = None
-            else:
-                self.made[source_id] = self._add(image)
-        return self.made[source_id]
-
-    def _add(self, image: Image.Image) -> Thumbnail:
-        scale = min(1, SHORT_SIDE / min(image.size), LONG_SIDE / max(image.size))
-        size = [max(1, round(side * scale)) for side in image.size]
-        encoded = io.BytesIO()
-        image.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(encoded, "JPEG", quality=JPEG_QUALITY)
-        uri = f"data:image/jpeg;base64,{base64.b64encode(encoded.getvalue()).decode()}"
-        return self.distinct.setdefault(uri, Thumbnail(len(self.distinct), uri, *size))
 
 
 def _funnel(counts: dict[str, Any]) -> list[dict[str, Any]]:

@@ -118,13 +118,8 @@ def _scorecard(domain: Domain, measures: dict[str, Measure], gates: dict[str, Ve
     return figure
 
 
-def _by_cluster(domain: Domain) -> list[int]:
-    """Class indices, classes of one cluster side by side."""
-    return [domain.class_names.index(name) for members in domain.clusters.values() for name in members]
-
-
 def _confusion(domain: Domain, labels: np.ndarray, tuned: Outputs) -> Figure:
-    order = _by_cluster(domain)
+    order = domain.by_cluster
     count = len(order)
     matrix = np.zeros((count, count), dtype=int)
     np.add.at(matrix, (labels, tuned.calibrated.argmax(axis=1)), 1)
@@ -153,7 +148,7 @@ def _confusion(domain: Domain, labels: np.ndarray, tuned: Outputs) -> Figure:
 
 
 def _classes(domain: Domain, labels: np.ndarray, tuned: Outputs, base: Outputs) -> Figure:
-    order = _by_cluster(domain)
+    order = domain.by_cluster
     figure, (bars, scatter) = _figure(
         12.5, max(5.0, 0.3 * len(order) + 1.4), columns=2, gridspec_kw={"width_ratios": [1, 1.25]}
     )

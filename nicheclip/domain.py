@@ -289,6 +289,11 @@ class Domain(_Section):
         homes = {name: index for index, members in enumerate(self.clusters.values()) for name in members}
         return [homes[name] for name in self.classes]
 
+    @property
+    def by_cluster(self) -> list[int]:
+        """The class indices, those of one cluster side by side."""
+        return [self.class_names.index(name) for members in self.clusters.values() for name in members]
+
 
 def _read(path: Path) -> dict[str, Any]:
     """The keys of a domain file, not checked yet."""

@@ -64,7 +64,7 @@ class StagedTrainingArguments(TrainingArguments):
         },
     )
     cached_views: int = field(
-        default=8,
+        default=4,
         metadata={
             "help": "Augmented views of each image; what the frozen part of the visual tower makes of them is kept on "
             "disk and its visits take them in turn. 0: a new view at each visit, and nothing is kept."

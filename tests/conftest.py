@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,10 @@ def run(prepared: Path) -> Path:
 @pytest.fixture(scope="session")
 def domain(prepared: Path) -> Domain:
     return Domain.load(prepared)
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 
 
 def shared(name: str) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,9 +12,9 @@ from playwright.sync_api import Page, expect, sync_playwright
 from nicheclip import NicheClassifier
 from space.app import LAUNCH, answer, build_app
 from space.photo import UNREADABLE
+from tests.conftest import CHROMIUM, needs_chromium
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+pytestmark = needs_chromium
 PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 1000}
 
 

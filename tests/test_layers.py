@@ -12,6 +12,7 @@ from tests.conftest import ROOT
 ORDER = [
     "domain",
     "results",
+    "pages",
     "launch",
     "run",
     "metrics",

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.report import LONG_SIDE, SHORT_SIDE, SHOWN, write_report
+from data_prep.report import SHOWN, write_report
 from data_prep.sources.painter import STYLES, draw
 from nicheclip.domain import Domain
+from nicheclip.pages import LONG_SIDE, SHORT_SIDE
 
 DOMAIN = Domain.load(Path(__file__).parents[1] / "domains" / "facades")
 UNREADABLE = "train/gothic/broken.jpg"
