@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from safetensors.torch import load_file, save_file
 
 from nicheclip.classifier import FORMAT_VERSION, PROTOTYPES_FILE, SETTINGS_FILE, SHAPE_FILE
 from nicheclip.domain import Domain
-from nicheclip.results import write_json
+from nicheclip.results import read_json, write_json
 from nicheclip.zero_shot import encode_texts, load_clip
 
 
@@ -47,21 +47,84 @@ def save_published_model(run: Path, folder: Path, domain: Domain, calibration: d
     )
 
 
-def push(folder: Path, repo_id: str, private: bool) -> str:
-    """Uploads the folder as one commit and gives the address of the commit.
+RepoType = Literal["model", "dataset", "space"]
+KEPT = {".gitattributes"}  # of a repository: the Hub's own
+REMEDIES = {
+    401: "log in with `hf auth login`, with a token that may write there",
+    403: "log in with `hf auth login`, with a token that may write there",
+    404: "check the name, and that your token may read and write there",
+    412: "someone has committed there meanwhile; look at it, then push again",
+    429: "the Hub has had too many requests from you; wait some minutes and push again",
+}
+
+
+def push(
+    folder: Path,
+    repo_id: str,
+    record: Path,
+    private: bool = True,
+    repo_type: RepoType = "model",
+    overwrite: bool = False,
+) -> str:
+    """Makes a repository's content that of the folder, in one commit, and gives the address of the commit.
+
+    Large files that the Hub has already, of an earlier push or of one that was interrupted, are not uploaded again.
+
+    Args:
+        record: a JSON file that remembers the last commit that was pushed to each repository.
+        private: whether a new repository is; one that is there already stays as it is.
+        overwrite: whether to replace a commit that is not of this record.
 
     Raises:
+        ValueError: if `repo_id` is none, or the repository is public and `private` is wanted.
+        FileExistsError: if the repository's last commit is not of this record.
         OSError: with the remedy, if the Hub refuses or the connection is lost.
     """
-    api = HfApi()
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    # Not upload_folder: where Xet is installed it repeats and splits commits that fail, so half a model can be public.
-    additions = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in paths]
+    api, pushed = HfApi(), read_json(record, "") if record.is_file() else {}
     try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        return api.create_commit(repo_id, additions, commit_message="NicheCLIP model").commit_url
+        try:
+            space = {"space_sdk": "gradio"} if repo_type == "space" else {}
+            repo_id = api.create_repo(repo_id, private=private, repo_type=repo_type, **space).repo_id
+        except HfHubHTTPError as error:
+            if error.response.status_code != 409:
+                raise
+            repo_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
+        head = api.repo_info(repo_id, repo_type=repo_type)
+        there = {file.rfilename for file in head.siblings} - KEPT
+        if private and not head.private:
+            raise ValueError(
+                f"'{repo_id}' is a public repository; say --public to publish there, or make it private first"
+            )
+        name = f"{repo_type}:{repo_id}"
+        if there and pushed.get(name) != head.sha and not overwrite:
+            last = api.list_repo_commits(repo_id, repo_type=repo_type)[0]
+            raise FileExistsError(
+                f"the last commit of '{repo_id}', “{last.title}” by {', '.join(last.authors) or 'unknown'} of "
+                f"{last.created_at:%Y-%m-%d %H:%M}, was not pushed from here; look at it, then replace it with "
+                "--overwrite"
+            )
+        files = files_of(folder)
+        # Not upload_folder: where Xet is installed it repeats and splits commits that fail, so half a model can be
+        # public.
+        operations = [CommitOperationAdd(file, path) for file, path in files.items()]
+        operations += [CommitOperationDelete(file) for file in sorted(there - files.keys())]
+        commit = api.create_commit(
+            repo_id,
+            operations,
+            repo_type=repo_type,
+            commit_message=f"NicheCLIP {repo_type}",
+            parent_commit=head.sha,
+        )
+    except HFValidationError as error:
+        raise ValueError(f"'{repo_id}' is no name of a repository: {error}") from error
     except (HTTPError, RuntimeError) as error:  # the client raises RuntimeError for a file that it could not upload
-        remedy = "try again; a push is one commit, so nothing is half-published"
-        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
-            remedy = "log in with `hf auth login`, with a token that may write there"
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        remedy = REMEDIES.get(status, "try again; a push is one commit, so nothing is half-published")
         raise OSError(f"the Hub did not take '{repo_id}': {error}; {remedy}") from error
+    write_json(record, pushed | {name: commit.oid})
+    return commit.commit_url
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """The files of a folder by their name in a repository."""
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}

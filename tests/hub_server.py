@@ -1,7 +1,7 @@
-"""A small server that speaks the Hub's HTTP API for models, so that the real huggingface_hub client can be tested.
+"""A small server that speaks the Hub's HTTP API, so that the real huggingface_hub client can be tested.
 
-Repositories live in memory. What differs from the Hub: a new repository is empty (no .gitattributes), large files go
-through git-LFS and never through Xet, there is one branch, and ranges are ignored (the client then starts again).
+Repositories live in memory. What differs from the Hub: large files go through git-LFS and never through Xet, there is
+one branch, and ranges are ignored (the client then starts again).
 """
 
 from __future__ import annotations
@@ -47,14 +47,17 @@ class Commit:
     files: dict[str, File]
 
 
+FIRST = Commit("0" * 40, "initial commit", {".gitattributes": File(b"*.safetensors filter=lfs\n", lfs=False)})
+
+
 @dataclass
 class Repository:
     private: bool
-    commits: list[Commit] = field(default_factory=list)
+    commits: list[Commit] = field(default_factory=lambda: [FIRST])
 
     def at(self, revision: str) -> Commit:
         if revision == "main":
-            return self.commits[-1] if self.commits else Commit("0" * 40, "", {})
+            return self.commits[-1]
         for commit in self.commits:
             if commit.oid == revision:
                 return commit
@@ -66,10 +69,11 @@ class HubServer(ThreadingHTTPServer):
 
     Attributes:
         rights: what a token may do, "write" or "read"; any other token is refused.
-        repositories: by repository id, each with its log of commits.
+        repositories: by repository id, with "datasets/" or "spaces/" before it, each with its log of commits.
+        uploads: sha256 of the large files that were uploaded, each time.
         lfs_suffixes: of the files that have to be uploaded through git-LFS.
         fail_next: faults as (method, part of the path, status); each spoils the next request that it fits.
-            A status of None drops the connection without an answer.
+            A status of None drops the connection without an answer, after half of what was to be received.
     """
 
     daemon_threads = True
@@ -80,6 +84,7 @@ class HubServer(ThreadingHTTPServer):
         self.rights = {WRITER: "write", READER: "read"}
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}
+        self.uploads: list[str] = []
         self.lfs_suffixes: tuple[str, ...] = (".safetensors",)
         self.fail_next: list[tuple[str, str, int | None]] = []
         self.lock = threading.Lock()
@@ -98,23 +103,26 @@ class Handler(BaseHTTPRequestHandler):
     server: HubServer
 
     def handle_any(self) -> None:
+        path = unquote(urlsplit(self.path).path).replace("/api/models/", "/api/", 1)
+        length = int(self.headers.get("Content-Length", 0))
+        with self.server.lock:
+            faults = [each for each in self.server.fail_next if each[0] == self.command and each[1] in path]
+            if faults:
+                self.server.fail_next.remove(faults[0])
+        if faults and faults[0][2] is None:
+            self.rfile.read(length // 2)
+            self.close_connection = True
+            return
         # The body is read before anything is answered: what is left of it would be taken for the next request.
-        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        path = unquote(urlsplit(self.path).path)
+        self.body = self.rfile.read(length)
         try:
-            with self.server.lock:
-                for fault in self.server.fail_next:
-                    if fault[0] == self.command and fault[1] in path:
-                        self.server.fail_next.remove(fault)
-                        raise Refusal(fault[2], SERVER_ERROR)
+            if faults:
+                raise Refusal(faults[0][2], SERVER_ERROR)
             for method, pattern, answer in ROUTES:
                 if self.command in method and (match := re.fullmatch(pattern, path)):
                     return answer(self, *match.groups())
             raise Refusal(404, f"Sorry, we can't find {self.command} {path}")
         except Refusal as refusal:
-            if refusal.status is None:
-                self.close_connection = True
-                return
             code = {"X-Error-Code": refusal.code} if refusal.code else {}
             self.send({"error": str(refusal)}, refusal.status, {"X-Error-Message": str(refusal), **code})
 
@@ -164,12 +172,14 @@ class Handler(BaseHTTPRequestHandler):
         self.demand_write()
         wanted = json.loads(self.body)
         repo_id = f"{wanted.get('organization') or USER}/{wanted['name']}"
-        url = f"{self.server.url}/{repo_id}"
+        kind = wanted.get("type") or "model"
+        key = repo_id if kind == "model" else f"{kind}s/{repo_id}"
+        url = f"{self.server.url}/{key}"
         if not repo_id.startswith(f"{USER}/"):
             raise Refusal(403, f"You don't have the rights to create {repo_id}")
-        if repo_id in self.server.repositories:
-            return self.send({"error": "You already created this model repo", "url": url}, 409)
-        self.server.repositories[repo_id] = Repository(private=wanted.get("visibility") == "private")
+        if key in self.server.repositories:
+            return self.send({"error": f"You already created this {kind} repo", "url": url}, 409)
+        self.server.repositories[key] = Repository(private=wanted.get("visibility") == "private")
         self.send({"url": url, "name": repo_id})
 
     def preupload(self, repo_id: str, revision: str) -> None:
@@ -195,6 +205,7 @@ class Handler(BaseHTTPRequestHandler):
         if hashlib.sha256(self.body).hexdigest() != oid:
             raise Refusal(400, "The content does not match its sha256")
         self.server.objects[oid] = self.body
+        self.server.uploads.append(oid)
         self.send({})
 
     def commit(self, repo_id: str, revision: str) -> None:
@@ -202,6 +213,8 @@ class Handler(BaseHTTPRequestHandler):
         repository = self.repository(repo_id)
         header, *operations = (json.loads(line) for line in self.body.splitlines())
         with self.server.lock:
+            if header["value"].get("parentCommit") not in (None, repository.at(revision).oid):
+                raise Refusal(412, "A commit has happened since. Please refresh and try again.")
             files = dict(repository.at(revision).files)
             for key, value in ((operation["key"], operation["value"]) for operation in operations):
                 if key == "file":
@@ -220,7 +233,16 @@ class Handler(BaseHTTPRequestHandler):
         repository = self.repository(repo_id)
         commit = repository.at(revision or "main")
         siblings = [{"rfilename": path} for path in commit.files]
+        repo_id = repo_id.removeprefix("datasets/").removeprefix("spaces/")
         self.send({"id": repo_id, "sha": commit.oid, "private": repository.private, "tags": [], "siblings": siblings})
+
+    def commits(self, repo_id: str, revision: str) -> None:
+        self.repository(repo_id).at(revision)
+        log = reversed(self.repository(repo_id).commits)
+        date, authors = "2026-01-01T00:00:00.000Z", [{"user": USER, "avatar": ""}]
+        self.send(
+            [{"id": each.oid, "title": each.summary, "message": "", "date": date, "authors": authors} for each in log]
+        )
 
     def tree(self, repo_id: str, revision: str, folder: str | None) -> None:
         entries = []
@@ -241,16 +263,17 @@ class Handler(BaseHTTPRequestHandler):
         self.send(file.content, 200, {"ETag": f'"{file.oid}"', "X-Repo-Commit": commit.oid})
 
 
-ID = r"([\w.-]+/[\w.-]+)"
+ID = r"((?:datasets/|spaces/)?[\w.-]+/[\w.-]+)"
 ROUTES = [
     ("GET", "/api/whoami-v2", Handler.whoami),
     ("POST", "/api/validate-yaml", Handler.validate_yaml),
     ("POST", "/api/repos/create", Handler.create),
-    ("POST", f"/api/models/{ID}/preupload/(.+)", Handler.preupload),
+    ("POST", f"/api/{ID}/preupload/(.+)", Handler.preupload),
     ("POST", f"/{ID}.git/info/lfs/objects/batch", Handler.lfs_batch),
     ("PUT", "/lfs/([0-9a-f]{64})", Handler.lfs_upload),
-    ("POST", f"/api/models/{ID}/commit/(.+)", Handler.commit),
-    ("GET", f"/api/models/{ID}(?:/revision/(.+))?", Handler.info),
-    ("GET", f"/api/models/{ID}/tree/([^/]+)(?:/(.+))?", Handler.tree),
+    ("POST", f"/api/{ID}/commit/(.+)", Handler.commit),
+    ("GET", f"/api/{ID}/commits/(.+)", Handler.commits),
+    ("GET", f"/api/{ID}(?:/revision/(.+))?", Handler.info),
+    ("GET", f"/api/{ID}/tree/([^/]+)(?:/(.+))?", Handler.tree),
     (("HEAD", "GET"), f"/{ID}/resolve/([^/]+)/(.+)", Handler.resolve),
 ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,24 +16,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
 from nicheclip import NicheClassifier
+from nicheclip.data import load_prepared
 from nicheclip.hub import push
-from tests.hub_server import READER, WRITER, HubServer
+from tests.hub_server import READER, WRITER, Commit, File, HubServer, Repository
 
 ROOT = Path(__file__).parents[1]
 REPO_ID = "you/model"
 
 
-def client(hub: HubServer, home: Path, *arguments: object, xet: bool) -> subprocess.CompletedProcess[str]:
+def client(
+    hub: HubServer, home: Path, *arguments: object, xet: bool, folder: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
     """Runs Python with a client of huggingface_hub that starts with nothing but the server's address and a token."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
     environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": WRITER, "NO_PROXY": "127.0.0.1"}
     environment |= {} if xet else {"HF_HUB_DISABLE_XET": "1"}
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def call(hub: HubServer, home: Path, function: str, *arguments: object) -> list:
@@ -43,15 +48,15 @@ def call(hub: HubServer, home: Path, function: str, *arguments: object) -> list:
     return json.loads(process.stdout.splitlines()[-1])
 
 
-def push_with_each(folder: str, *tokens: str) -> list[str]:
-    """For each token what a push with it gives: the address of the commit, or the message of the OSError."""
+def push_with_each(folder: str, record: str, *attempts: str) -> list[str]:
+    """For each token, followed by " overwrite" or not, what a push gives: the commit's address, or the error."""
     results = []
-    for token in tokens:
-        os.environ["HF_TOKEN"] = token
+    for attempt in attempts:
+        os.environ["HF_TOKEN"], _, overwrite = attempt.partition(" ")
         try:
-            results.append(push(Path(folder), REPO_ID, private=True))
+            results.append(push(Path(folder), REPO_ID, Path(record), overwrite=bool(overwrite)))
         except OSError as error:
-            results.append(str(error))
+            results.append(f"{type(error).__name__}: {error}")
     return results
 
 
@@ -67,6 +72,16 @@ def probabilities(source: str, *images: str) -> list[list[list[float]]]:
     return [outputs.logits_per_image.softmax(dim=-1).tolist(), classifier.probabilities(images).tolist()]
 
 
+def linked(run: Path, tmp_path: Path) -> Path:
+    """The shared run, for commands that build its hub folder anew."""
+    own_run = tmp_path / "run"
+    own_run.mkdir()
+    for entry in run.iterdir():
+        if entry.name != "hub":
+            (own_run / entry.name).symlink_to(entry)
+    return own_run
+
+
 @pytest.fixture
 def hub() -> Iterator[HubServer]:
     with HubServer() as server:
@@ -75,12 +90,15 @@ def hub() -> Iterator[HubServer]:
 
 @pytest.fixture(scope="module")
 def pushed(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[HubServer, list[str]]]:
-    """A server that was pushed to five times, and what each push gave: four that had to fail, then a good one."""
+    """A server that was pushed to many times, and what each push gave: those that had to fail, then a good one."""
     with HubServer() as server:
-        # The third push loses a file on its way, the fourth its connection.
-        server.fail_next = [("PUT", "/lfs/", 403), ("POST", "/commit/", None)]
-        tokens = ["hf_unknown", READER, WRITER, WRITER, WRITER]
-        yield server, call(server, tmp_path_factory.mktemp("home"), "push_with_each", run / "hub", *tokens)
+        # A lost file, an upload cut off in the middle, a lost connection, too many requests, a fault of the Hub.
+        server.fail_next = [
+            ("PUT", "/lfs/", 403), ("POST", "/commit/", None), ("POST", "/commit/", 429), ("POST", "/commit/", 500),
+        ]  # fmt: skip
+        attempts = ["hf_unknown", READER, *[WRITER] * 5]
+        home = tmp_path_factory.mktemp("home")
+        yield server, call(server, home, "push_with_each", run / "hub", home / "pushed.json", *attempts)
 
 
 def test_a_refused_token_is_an_error_that_says_to_log_in(pushed):
@@ -88,22 +106,106 @@ def test_a_refused_token_is_an_error_that_says_to_log_in(pushed):
         assert REPO_ID in message and "`hf auth login`" in message and "may write" in message
 
 
-def test_a_lost_file_or_connection_is_an_error_that_says_to_try_again(pushed):
+def test_each_fault_is_an_error_with_its_remedy(pushed):
     assert pushed[0].fail_next == []
-    for message in pushed[1][2:4]:
-        assert REPO_ID in message and "try again" in message and "hf auth login" not in message
+    for message, remedy in zip(
+        pushed[1][2:6], ["try again", "try again", "wait some minutes", "try again"], strict=True
+    ):
+        assert REPO_ID in message and remedy in message and "hf auth login" not in message
 
 
 def test_a_push_is_one_commit_with_the_files_of_the_folder(pushed, run):
     server, results = pushed
     repository = server.repositories[REPO_ID]
     assert repository.private
-    # One, although four pushes failed before: those left nothing.
-    assert [f"{server.url}/{REPO_ID}/commit/{commit.oid}" for commit in repository.commits] == results[4:]
+    # One, although pushes failed before: those left nothing.
+    assert [f"{server.url}/{REPO_ID}/commit/{commit.oid}" for commit in repository.commits[1:]] == results[6:]
     folder = run / "hub"
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert {path: file.content for path, file in repository.at("main").files.items()} == files
+    published = {path: file.content for path, file in repository.at("main").files.items()}
+    assert published.pop(".gitattributes")
+    assert published == files
     assert repository.at("main").files["model.safetensors"].lfs
+
+
+def test_a_large_file_is_uploaded_once_however_often_the_push_was_interrupted(pushed):
+    uploads = pushed[0].uploads
+    assert len(uploads) == len(set(uploads)) > 0
+
+
+@pytest.mark.slow
+def test_an_upload_that_is_cut_off_publishes_nothing_and_the_next_push_goes_on(hub, run, tmp_path):
+    hub.fail_next = [("PUT", "/lfs/", None)] * 12  # the client tries each several times
+    arguments = (run / "hub", tmp_path / "pushed.json", WRITER)
+    (message,) = call(hub, tmp_path, "push_with_each", *arguments)
+    assert "try again" in message
+    assert len(hub.repositories[REPO_ID].commits) == 1
+    hub.fail_next = []
+    assert call(hub, tmp_path, "push_with_each", *arguments)[0].startswith(hub.url)
+
+
+def test_someone_elses_commit_is_not_overwritten_unless_told(hub, run, tmp_path):
+    folder, record = tmp_path / "hub", tmp_path / "pushed.json"
+    shutil.copytree(run / "hub", folder)
+    call(hub, tmp_path, "push_with_each", folder, record, WRITER)
+    (folder / "scorecard.json").unlink()
+    call(hub, tmp_path, "push_with_each", folder, record, WRITER)  # from here, so nobody is overwritten
+    repository = hub.repositories[REPO_ID]
+    assert len(repository.commits) == 3
+    assert "scorecard.json" not in repository.at("main").files  # what the folder lacks goes
+    newer = {**repository.at("main").files, "README.md": File(b"mended by hand", lfs=False)}
+    repository.commits.append(Commit("f" * 40, "A better card", newer))
+
+    refused, told = call(hub, tmp_path, "push_with_each", folder, record, WRITER, f"{WRITER} overwrite")
+    assert refused.startswith("FileExistsError") and "A better card" in refused and "--overwrite" in refused
+    assert told.startswith(hub.url)
+    assert len(repository.commits) == 5
+    assert repository.at("main").files["README.md"].content == (folder / "README.md").read_bytes()
+
+
+def test_a_commit_that_comes_between_is_a_conflict(hub, run, tmp_path):
+    hub.fail_next = [("POST", "/commit/", 412)]
+    (message,) = call(hub, tmp_path, "push_with_each", run / "hub", tmp_path / "pushed.json", WRITER)
+    assert "meanwhile" in message
+    assert len(hub.repositories[REPO_ID].commits) == 1
+
+
+def test_a_public_repository_gets_nothing_private(hub, run, tmp_path):
+    hub.repositories[REPO_ID] = Repository(private=False)
+    ended = client(hub, tmp_path, "-m", "model_card", linked(run, tmp_path), "--push-to-hub", REPO_ID, xet=False)
+    assert ended.returncode == 1
+    assert "is a public repository; say --public" in ended.stderr
+    assert len(hub.repositories[REPO_ID].commits) == 1
+
+
+def test_a_dry_run_lists_what_would_be_pushed_and_asks_nobody(hub, run, tmp_path):
+    arguments = ("--push-to-hub", REPO_ID, "--push-space", "you/demo", "--push-dataset", "you/data", "--dry-run")
+    ended = client(hub, tmp_path, "-m", "model_card", linked(run, tmp_path), *arguments, xet=False)
+    assert ended.returncode == 0, ended.stderr
+    assert hub.repositories == {}
+    for name in ("model.safetensors", "space/app.py", "requirements.txt", "data/train.parquet", "nothing was pushed"):
+        assert name in ended.stdout
+
+
+def test_space_and_dataset_have_repositories_of_their_own_and_the_space_boots(hub, run, tmp_path):
+    arguments = ("--push-to-hub", REPO_ID, "--push-space", "you/demo", "--push-dataset", "you/data", "--index", "test")
+    ended = client(hub, tmp_path, "-m", "model_card", linked(run, tmp_path), *arguments, xet=False)
+    assert ended.returncode == 0, ended.stderr
+    assert hub.repositories.keys() == {REPO_ID, "spaces/you/demo", "datasets/you/data"}
+
+    table = tmp_path / "test.parquet"
+    table.write_bytes(hub.repositories["datasets/you/data"].at("main").files["data/test.parquet"].content)
+    rows = Dataset.from_parquet(str(table), cache_dir=str(tmp_path / "cache"))
+    assert rows["source_id"][:] == load_prepared(run)["test"]["source_id"][:]
+
+    space = tmp_path / "space"
+    for name, file in hub.repositories["spaces/you/demo"].at("main").files.items():
+        (space / name).parent.mkdir(parents=True, exist_ok=True)
+        (space / name).write_bytes(file.content)
+    boot = "from space.app import build_app; print(len(build_app('you/model').blocks))"
+    booted = client(hub, tmp_path / "fresh", "-c", boot, xet=False, folder=space)
+    assert booted.returncode == 0, booted.stderr
+    assert int(booted.stdout) > 10
 
 
 def test_a_pushed_model_loads_from_its_repo_id_and_says_the_same(pushed, run, tmp_path):
@@ -114,19 +216,14 @@ def test_a_pushed_model_loads_from_its_repo_id_and_says_the_same(pushed, run, tm
 
 
 def test_a_failed_commit_publishes_nothing_and_ends_the_command_plainly(hub, run, tmp_path):
-    own_run = tmp_path / "run"  # the command builds its hub folder anew, and the shared run has to stay as it is
-    own_run.mkdir()
-    for entry in run.iterdir():
-        if entry.name != "hub":
-            (own_run / entry.name).symlink_to(entry)
     # Xet is what users have. With it, HfApi.upload_folder repeats commits that fail and splits them; push must not.
     # No file is announced as large, so the client asks for no Xet storage.
     hub.lfs_suffixes = ()
     hub.fail_next = [("POST", "/commit/", 500)]
-    ended = client(hub, tmp_path, "-m", "model_card", own_run, "--push-to-hub", REPO_ID, xet=True)
+    ended = client(hub, tmp_path, "-m", "model_card", linked(run, tmp_path), "--push-to-hub", REPO_ID, xet=True)
     assert ended.returncode == 1
     assert hub.fail_next == []
-    assert hub.repositories[REPO_ID].commits == []
+    assert len(hub.repositories[REPO_ID].commits) == 1
     assert "Traceback" not in ended.stderr
     message = ended.stderr[ended.stderr.index("model_card: ") :]
     assert REPO_ID in message and "500" in message and "try again" in message
