@@ -60,7 +60,7 @@ def verify_image(source: dict[str, Any] | None, stored_short_side: int, smallest
             if not file.read(1):
                 return _quarantined(f"{BROKEN}: empty file")
             file.seek(0)
-            with Image.open(file, formats=_formats()) as opened:
+            with Image.open(file, formats=readable_formats()) as opened:
                 image, mended, as_is = _read(opened, stored_short_side, smallest_side)
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -85,7 +85,7 @@ def verify_image(source: dict[str, Any] | None, stored_short_side: int, smallest
 
 
 @cache
-def _formats() -> list[str]:
+def readable_formats() -> list[str]:
     """Those of `FORMATS` that this build of Pillow reads."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
