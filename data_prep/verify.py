@@ -13,7 +13,7 @@ import imagehash
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-VERIFY_VERSION = 2  # to be raised when the same file would be stored or hashed in another way
+VERIFY_VERSION = 3  # to be raised when the same file would be stored or hashed in another way
 JPEG_QUALITY = 95
 HASH_SIDE = 12  # coefficients a side: 64 bits did not tell cropped copies from other drawings of one style, 144 did
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "MPO", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")  # no EPS
@@ -146,5 +146,5 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 def _encode(image: Image.Image) -> bytes:
     encoded = io.BytesIO()
-    image.save(encoded, "JPEG", quality=JPEG_QUALITY)
+    image.save(encoded, "JPEG", quality=JPEG_QUALITY, comment=b"")  # else Pillow passes the source's on
     return encoded.getvalue()

@@ -225,11 +225,15 @@ def read_json(path: str | Path, remedy: str) -> Any:
 
     Raises:
         FileNotFoundError: if it is absent; `remedy` names the command that writes it.
+        ValueError: if it is damaged.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"'{path}' is missing; {remedy}")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"'{path}' is damaged, not valid JSON ({error}); {remedy}") from error
 
 
 def format_table(header: list[str], rows: list[list[str]]) -> str:
