@@ -21,7 +21,7 @@ from nicheclip.callbacks import TrainingInterrupted
 from nicheclip.data import TrainingVisits, Views, load_prepared
 from nicheclip.domain import Domain, DomainError
 from nicheclip.launch import keep_freed_memory, processes
-from nicheclip.results import format_table, read_json, replaced_folder, write_json
+from nicheclip.results import format_table, replaced_folder, write_json
 from nicheclip.run import (
     alone,
     begin,
@@ -29,6 +29,7 @@ from nicheclip.run import (
     check_not_begun,
     check_unchanged,
     made_with,
+    read_report,
     write_trained_on,
 )
 from nicheclip.stages import check_stages
@@ -70,7 +71,7 @@ def fine_tune(domain: Domain, run: Path, args: StagedTrainingArguments, resume: 
     """Trains on RUN/data, all stages; writes RUN/model, RUN/training.json and RUN/trained_on.json."""
     with args.main_process_first(desc="preparing data"):
         splits = load_prepared(run)
-        report = read_json(run / "data" / "report.json", f"run `python -m data_prep DOMAIN --run {run}` again")
+        report = read_report(run)
         check_unchanged(domain, report, splits["train"].features["label"].names)
         if resume is None:
             check_not_begun(run, Path(args.output_dir))

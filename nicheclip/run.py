@@ -136,13 +136,20 @@ def check_not_trained_on(run: Path, splits: DatasetDict) -> None:
 
 def check_trained_on(run: Path) -> None:
     """Raises: ValueError if the model was trained on other data than the run holds now."""
-    trained_on = read_json(run / "training.json", f"run `accelerate launch train.py {run}` first")["data_fingerprint"]
-    prepared = read_json(run / "data" / "report.json", "run `python -m data_prep` again")["fingerprint"]
+    key, remedy = "data_fingerprint", f"run `accelerate launch train.py {run}` first"
+    trained_on = read_json(run / "training.json", remedy, [key])[key]
+    prepared = read_report(run)["fingerprint"]
     if trained_on != prepared:
         raise ValueError(
             f"'{run / 'model'}' was trained on other data than '{run / 'data'}' holds now (so test images may "
             f"have been trained on); run `accelerate launch train.py {run}` again"
         )
+
+
+def read_report(run: Path) -> dict[str, Any]:
+    """RUN/data/report.json. Raises: FileNotFoundError or ValueError if data_prep has not written it as it is."""
+    remedy = f"run `python -m data_prep DOMAIN --run {run}` again"
+    return read_json(run / "data" / "report.json", remedy, ["base", "settings", "fingerprint"])
 
 
 def check_unchanged(domain: Domain, report: dict, class_names: list[str]) -> None:
