@@ -297,7 +297,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise DomainError(f"no domain file at '{path}'; expected a YAML file like domains/facades/domain.yaml")
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    # PyYAML lets through what its constructors raise: for a 13th month, a list as a key, a thousand brackets.
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DomainError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise DomainError(f"{path} holds a {type(raw).__name__}; expected keys such as name, base, classes")

@@ -30,7 +30,7 @@ from tests.conftest import ROOT
 from tests.test_data_prep import photo_folders
 from tests.test_resume import command, contents
 
-KILLS = 6
+KILLS = 10
 
 
 @pytest.fixture
@@ -115,26 +115,33 @@ def test_without_room_training_leaves_the_earlier_model_and_is_not_taken_for_it(
 
 @pytest.mark.slow
 def test_killed_at_random_moments_data_prep_ends_with_the_same_result(prepared, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    started = time.monotonic()
-    subprocess.run([sys.executable, *command(prepared, whole)], cwd=ROOT, check=True, capture_output=True)
-    seconds = time.monotonic() - started
-    rng = random.Random(0)
-    for kill in range(KILLS):
+    """Ten moments, one in each tenth of the time from the lock to the end."""
+    whole, killed = tmp_path / "whole", 0
+
+    def start(run: Path) -> subprocess.Popen:
         process = subprocess.Popen(
-            [sys.executable, *command(prepared, killed)],
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            [sys.executable, *command(prepared, run)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
+        while not (run / LOCK).exists():
+            assert process.poll() is None
+            time.sleep(0.002)
+        return process
+
+    process, started = start(whole), time.monotonic()
+    assert process.wait() == 0
+    seconds, rng = time.monotonic() - started, random.Random(0)
+    for kill in range(KILLS):
+        run = tmp_path / str(kill)
+        process = start(run)
         time.sleep(seconds * rng.uniform(kill, kill + 1) / KILLS)
         process.send_signal(signal.SIGKILL)
-        process.wait()
-        if (killed / "data").exists():
-            load_prepared(killed)
-    subprocess.run([sys.executable, *command(prepared, killed)], cwd=ROOT, check=True, capture_output=True)
-    assert contents(killed) == contents(whole)
-    assert not list(killed.rglob("*.tmp"))
+        killed += process.wait() == -signal.SIGKILL
+        if (run / "data").exists():
+            load_prepared(run)
+        subprocess.run([sys.executable, *command(prepared, run)], cwd=ROOT, check=True, capture_output=True)
+        assert contents(run) == contents(whole), f"kill {kill}"
+        assert not list(run.rglob("*.tmp")), f"kill {kill}"
+    assert killed >= KILLS - 2, "the others had ended before"
 
 
 def damage(path: Path, how: str) -> None:

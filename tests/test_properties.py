@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from scipy.special import softmax
 
@@ -131,6 +131,20 @@ def test_a_damaged_file_gives_a_domain_error_and_no_other(damage, tmp_path):
         content = content[:place] + inserted + content[place + removed :]
     path = tmp_path / "domain.yaml"
     path.write_bytes(content)
+    loads_or_tells(path)
+
+
+@settings(max_examples=250)
+@given(text=st.text("?:[]{}&*!<>=-|%'\"#, \n09ab.e", max_size=40), place=st.integers(0, 400))
+@example(text="a: 2026-13-45\n", place=0)
+@example(text="? [a]\n: b\n", place=0)
+@example(text="a: !!timestamp x\n", place=0)
+@example(text="a: " + 3000 * "[", place=0)
+@example(text="a: " + 5000 * "9" + "\n", place=0)
+def test_what_yaml_can_write_and_python_not_gives_a_domain_error_and_no_other(text, place, tmp_path):
+    content = yaml.safe_dump(minimal())
+    path = tmp_path / "domain.yaml"
+    path.write_text(content[:place] + text + content[place:], encoding="utf-8")
     loads_or_tells(path)
 
 
