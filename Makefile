@@ -32,7 +32,7 @@ demo: .venv/installed
 	$(BIN)/python -m model_card runs/facades --examples 8 --index train test --license apache-2.0
 
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow

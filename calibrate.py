@@ -29,7 +29,7 @@ from nicheclip.domain import Domain
 from nicheclip.launch import keep_freed_memory
 from nicheclip.probe import fit_probe
 from nicheclip.results import METRIC_TITLES, Measure, Verdict, format_table, judge_gate, replaced_folder, write_json
-from nicheclip.run import check_not_trained_on, check_trained_on
+from nicheclip.run import alone, check_not_trained_on, check_trained_on, made_with
 from nicheclip.scorecard import class_table, clip_statistics, compare, outside_table, perfect_ece, stability_table
 from nicheclip.scorecard import statistics as statistics_of
 from nicheclip.zero_shot import load_clip
@@ -44,7 +44,8 @@ def main() -> None:
     args = parser.parse_args()
     keep_freed_memory()
     try:
-        calibrate(args.run, args.objective)
+        with alone(args.run):
+            calibrate(args.run, args.objective)
     except (ValueError, OSError) as error:
         sys.exit(f"calibrate.py: {error}")
 
@@ -74,6 +75,7 @@ def calibrate(run: Path, objective: Objective = "nll") -> None:
     gates = {name: judge_gate(name, measures[name], target) for name, target in domain.gates.items()}
     scorecard = {
         "domain": domain.name,
+        "made_with": made_with(),
         "base": Path(domain.base).name if Path(domain.base).is_dir() else domain.base,
         "metrics": {name: measures[name].to_dict() for name in METRIC_TITLES if name in measures},
         "gates": {name: asdict(gate) for name, gate in gates.items()},

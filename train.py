@@ -13,9 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import torch
-import transformers
 from transformers import HfArgumentParser, set_seed
 
 from data_prep.prepare import prepare
@@ -24,8 +21,17 @@ from nicheclip.callbacks import TrainingInterrupted
 from nicheclip.data import TrainingVisits, Views, load_prepared
 from nicheclip.domain import Domain, DomainError
 from nicheclip.launch import keep_freed_memory, processes
-from nicheclip.results import format_table, read_json, replaced_folder, write_json
-from nicheclip.run import begin, check_begun_alike, check_not_begun, check_unchanged, write_trained_on
+from nicheclip.results import format_table, replaced_folder, write_json
+from nicheclip.run import (
+    alone,
+    begin,
+    check_begun_alike,
+    check_not_begun,
+    check_unchanged,
+    made_with,
+    read_report,
+    write_trained_on,
+)
 from nicheclip.stages import check_stages
 from nicheclip.trainer import StagedTrainer
 from nicheclip.training_args import StagedTrainingArguments
@@ -57,9 +63,15 @@ def train(argv: list[str]) -> StagedTrainer:
     state.wait_for_everyone()  # so that all have looked before one of them writes
     if unprepared:
         prepare(domain, run)
+    with alone(run):
+        return fine_tune(domain, run, args, resume)
+
+
+def fine_tune(domain: Domain, run: Path, args: StagedTrainingArguments, resume: str | bool | None) -> StagedTrainer:
+    """Trains on RUN/data, all stages; writes RUN/model, RUN/training.json and RUN/trained_on.json."""
     with args.main_process_first(desc="preparing data"):
         splits = load_prepared(run)
-        report = read_json(run / "data" / "report.json", f"run `python -m data_prep {target}` again")
+        report = read_report(run)
         check_unchanged(domain, report, splits["train"].features["label"].names)
         if resume is None:
             check_not_begun(run, Path(args.output_dir))
@@ -123,8 +135,7 @@ def save_model(trainer: StagedTrainer, run: Path) -> None:
 def record(trainer: StagedTrainer, run: Path, facts: dict[str, Any]) -> None:
     """Writes RUN/training.json and prints the table of epochs."""
     training = facts | trainer.training_record()
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, accelerate)}
-    write_json(run / "training.json", training | {"versions": versions})
+    write_json(run / "training.json", training | {"made_with": made_with()})
     rows = [
         [
             f"{row['epoch']}{' *' if row['epoch'] == training['best_epoch'] else ''}",

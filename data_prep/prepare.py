@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from typing import Any
 import datasets
 import numpy as np
 from accelerate.utils import broadcast_object_list
-from filelock import FileLock, Timeout
 from PIL import Image
 from scipy.special import softmax
 
@@ -32,6 +31,7 @@ from nicheclip.data import SPLITS, features, quiet_datasets
 from nicheclip.domain import Domain
 from nicheclip.launch import processes
 from nicheclip.results import replaced_folder, write_json
+from nicheclip.run import alone, made_with
 from nicheclip.shards import map_shards
 from nicheclip.zero_shot import encode_images, encode_texts, fast_dtype, load_clip, zero_shot_logits
 
@@ -56,14 +56,14 @@ def prepare(
 
     Raises:
         ValueError: if a split would have no image of a class, or the images don't fit the domain.
-        BlockingIOError: if another data_prep is at work on the run.
+        BlockingIOError: if another command is at work on the run.
         RuntimeError: if after all a picture lies on both sides of a split.
     """
     run = Path(run)
     if (run / "data").exists() and not (run / "data" / "dataset_dict.json").is_file():
         raise ValueError(f"'{run / 'data'}' is not prepared data and would be overwritten; choose another --run")
     state = processes()
-    with _alone(run) if state.is_main_process else nullcontext(), quiet_datasets(), _uncached():
+    with alone(run), quiet_datasets(), _uncached():
         # The second file is of calibrate.py's errors.html; where both decide, review.csv does.
         decided = read_decisions(run / "review_errors.csv") | read_decisions(run / "review.csv")
         fetched = [fetch_images(domain, run, images, seed, contact) if state.is_main_process else None]
@@ -104,6 +104,7 @@ def prepare(
         alike = findings.alike_across_splits(catalogue, division, fingerprints)
         classes = findings.classes(domain, splits, quarantined, suspects, verdict)
         report = {
+            "made_with": made_with(),
             "domain": domain.name,
             "base": domain.base,
             "images": str(location),
@@ -133,19 +134,6 @@ def prepare(
         _save(splits, report, domain, run, lambda source_id: pictures[index_of[source_id]]["image"])
         write_review(run / "review.csv", findings.suspicions(report))
     return report
-
-
-@contextmanager
-def _alone(run: Path) -> Iterator[None]:
-    """Keeps a second data_prep from the same run directory."""
-    run.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(run / ".data_prep.lock", timeout=0):
-            yield
-    except Timeout:
-        raise BlockingIOError(
-            f"another data_prep is at work on '{run}'; wait for it, or choose another --run"
-        ) from None
 
 
 @contextmanager

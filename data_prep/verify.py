@@ -13,7 +13,7 @@ import imagehash
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-VERIFY_VERSION = 2  # to be raised when the same file would be stored or hashed in another way
+VERIFY_VERSION = 3  # to be raised when the same file would be stored or hashed in another way
 JPEG_QUALITY = 95
 HASH_SIDE = 12  # coefficients a side: 64 bits did not tell cropped copies from other drawings of one style, 144 did
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "MPO", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")  # no EPS
@@ -60,7 +60,7 @@ def verify_image(source: dict[str, Any] | None, stored_short_side: int, smallest
             if not file.read(1):
                 return _quarantined(f"{BROKEN}: empty file")
             file.seek(0)
-            with Image.open(file, formats=_formats()) as opened:
+            with Image.open(file, formats=readable_formats()) as opened:
                 image, mended, as_is = _read(opened, stored_short_side, smallest_side)
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -85,7 +85,7 @@ def verify_image(source: dict[str, Any] | None, stored_short_side: int, smallest
 
 
 @cache
-def _formats() -> list[str]:
+def readable_formats() -> list[str]:
     """Those of `FORMATS` that this build of Pillow reads."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
@@ -146,5 +146,5 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 def _encode(image: Image.Image) -> bytes:
     encoded = io.BytesIO()
-    image.save(encoded, "JPEG", quality=JPEG_QUALITY)
+    image.save(encoded, "JPEG", quality=JPEG_QUALITY, comment=b"")  # else Pillow passes the source's on
     return encoded.getvalue()

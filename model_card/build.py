@@ -17,6 +17,7 @@ from nicheclip.domain import Domain
 from nicheclip.hub import save_published_model
 from nicheclip.image_index import INDEX_FILE, write_index
 from nicheclip.results import METRIC_TITLES, Measure, read_json, replaced_folder
+from nicheclip.run import alone
 
 TEMPLATE = Path(__file__).parent / "template.md"
 REPORTED = ("accuracy", "macro_f1", "ece")
@@ -50,7 +51,7 @@ def build(
     report = read_json(run / "data" / "report.json", "run `python -m data_prep` first")
     domain = Domain.load(run)
 
-    with replaced_folder(run / "hub") as folder:
+    with alone(run), replaced_folder(run / "hub") as folder:
         save_published_model(run, folder, domain, calibration)
         shutil.copytree(run / "figures", folder / "figures")
         for name in ("scorecard.json", "calibration.json"):

@@ -57,13 +57,19 @@ def load_prepared(run: str | Path) -> datasets.DatasetDict:
 
     Raises:
         FileNotFoundError: if data_prep has not made it.
+        ValueError: if it is damaged.
     """
     folder = Path(run) / "data"
     if not (folder / "dataset_dict.json").is_file():
         raise FileNotFoundError(
             f"'{folder}' holds no prepared data; run `python -m data_prep DOMAIN --run {run}` first"
         )
-    return datasets.load_from_disk(folder)
+    try:
+        return datasets.load_from_disk(folder)
+    except (OSError, ValueError, LookupError, TypeError) as error:  # a file of it is missing, cut short or foreign
+        raise ValueError(
+            f"'{folder}' is damaged ({error}); run `python -m data_prep DOMAIN --run {run}` again"
+        ) from error
 
 
 def image_side(processor: CLIPProcessor) -> int:

@@ -6,6 +6,8 @@ domain = Domain.load("domains/facades/domain.yaml")
 from __future__ import annotations
 
 import difflib
+import re
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -301,7 +303,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise DomainError(f"no domain file at '{path}'; expected a YAML file like domains/facades/domain.yaml")
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    # PyYAML lets through what its constructors raise: for a 13th month, a list as a key, a thousand brackets.
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DomainError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise DomainError(f"{path} holds a {type(raw).__name__}; expected keys such as name, base, classes")
@@ -331,9 +334,14 @@ def _checked_classes(classes: dict[str, list[str]]) -> dict[str, list[str]]:
                 raise ValueError(f"prompt '{prompt}' is in both '{owners[prompt]}' and '{name}'; reword one")
     folded: dict[str, str] = {}
     for name in classes:
-        if folded.setdefault(name.strip().casefold(), name) != name:
-            raise ValueError(f"duplicate class: '{folded[name.strip().casefold()]}' and '{name}'; remove one")
+        if folded.setdefault(class_key(name), name) != name:
+            raise ValueError(f"duplicate class: '{folded[class_key(name)]}' and '{name}'; remove one")
     return classes
+
+
+def class_key(name: str) -> str:
+    """What names of one class have in common: case, accents in either form, and "_", "-" or a space between words."""
+    return re.sub(r"[\s_]+|(?<=\w)-+(?=\w)", " ", unicodedata.normalize("NFC", name)).strip().casefold()
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

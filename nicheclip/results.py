@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -221,16 +221,23 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(former, ignore_errors=True)
 
 
-def read_json(path: str | Path, remedy: str) -> Any:
-    """Reads a file that an earlier stage wrote.
+def read_json(path: str | Path, remedy: str, keys: Sequence[str] = ()) -> Any:
+    """Reads a file that an earlier stage wrote, with at least these `keys`.
 
     Raises:
         FileNotFoundError: if it is absent; `remedy` names the command that writes it.
+        ValueError: if it is damaged, or a key is missing.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"'{path}' is missing; {remedy}")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"'{path}' is damaged, not valid JSON ({error}); {remedy}") from error
+    if missing := [key for key in keys if key not in content]:
+        raise ValueError(f"'{path}' has no '{missing[0]}', so it is another version's or another program's; {remedy}")
+    return content
 
 
 def format_table(header: list[str], rows: list[list[str]]) -> str:

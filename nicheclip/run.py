@@ -3,18 +3,78 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
+import shlex
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from datasets import DatasetDict
+from filelock import FileLock, Timeout
 
 from nicheclip.domain import Domain, DomainError
+from nicheclip.launch import processes
 from nicheclip.results import read_json, write_json
 
 RESULTS = ("training.json", "trained_on.json", "calibration.json", "scorecard.json")  # they speak of one model
 TRAINED_ON = "trained_on.json"
 BEGUN = "begun.json"  # beside the checkpoints: the data and the settings that they depend on
+LOCK = ".lock"
+LOCK_SECONDS = 2  # the workers of a command that was killed hold its lock until they notice
+PACKAGES = ("accelerate", "datasets", "numpy", "pillow", "torch", "transformers")
+
+
+@contextmanager
+def alone(run: Path) -> Iterator[None]:
+    """Keeps other commands from writing to the same run directory; the main process holds the lock for the others.
+
+    The system lets go of the lock when its holder ends, however it ends: a lock file that is left behind is no lock.
+
+    Raises:
+        BlockingIOError: if another live process holds it; names the process and its command.
+    """
+    if not processes().is_main_process:
+        yield
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run / LOCK)
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        holder = (run / LOCK).read_text(encoding="utf-8") or "another command"
+        raise BlockingIOError(
+            f"{holder} is at work on '{run}'; wait for it or end it, or choose another run directory"
+        ) from None
+    try:
+        (run / LOCK).write_text(f"process {os.getpid()} ({_command()})", encoding="utf-8")
+        yield
+    finally:
+        lock.release()
+
+
+def made_with() -> dict[str, Any]:
+    """What a result was made with: the command, the versions, and the commit if the project is a git clone."""
+    root = Path(__file__).parents[1]
+    commit = None
+    if (root / ".git").exists():
+        git = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    return {
+        "command": _command(),
+        "git_commit": commit,
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+    }
+
+
+def _command() -> str:
+    return shlex.join(["python", *sys.orig_argv[1:]])
 
 
 def check_not_begun(run: Path, checkpoints: Path) -> None:
@@ -76,13 +136,20 @@ def check_not_trained_on(run: Path, splits: DatasetDict) -> None:
 
 def check_trained_on(run: Path) -> None:
     """Raises: ValueError if the model was trained on other data than the run holds now."""
-    trained_on = read_json(run / "training.json", f"run `accelerate launch train.py {run}` first")["data_fingerprint"]
-    prepared = read_json(run / "data" / "report.json", "run `python -m data_prep` again")["fingerprint"]
+    key, remedy = "data_fingerprint", f"run `accelerate launch train.py {run}` first"
+    trained_on = read_json(run / "training.json", remedy, [key])[key]
+    prepared = read_report(run)["fingerprint"]
     if trained_on != prepared:
         raise ValueError(
             f"'{run / 'model'}' was trained on other data than '{run / 'data'}' holds now (so test images may "
             f"have been trained on); run `accelerate launch train.py {run}` again"
         )
+
+
+def read_report(run: Path) -> dict[str, Any]:
+    """RUN/data/report.json. Raises: FileNotFoundError or ValueError if data_prep has not written it as it is."""
+    remedy = f"run `python -m data_prep DOMAIN --run {run}` again"
+    return read_json(run / "data" / "report.json", remedy, ["base", "settings", "fingerprint"])
 
 
 def check_unchanged(domain: Domain, report: dict, class_names: list[str]) -> None:

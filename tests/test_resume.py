@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -17,6 +18,7 @@ from PIL import Image
 
 from data_prep.prepare import prepare
 from nicheclip.data import load_prepared
+from nicheclip.run import LOCK
 from tests.conftest import ROOT
 
 
@@ -24,10 +26,12 @@ def command(prepared: Path, run: Path) -> list[str]:
     return ["-m", "data_prep", str(prepared), "--images", str(prepared / "images"), "--run", str(run)]
 
 
-def contents(run: Path) -> dict[str, bytes]:
-    """Every byte that training and a reader see; state.json holds random names."""
-    files = [*(run / "data").rglob("*.arrow"), run / "data" / "report.json", run / "data" / "report.html"]
-    return {path.relative_to(run).as_posix(): path.read_bytes() for path in [*files, run / "review.csv"]}
+def contents(run: Path) -> dict[str, Any]:
+    """Every byte that training and a reader see but the command; state.json holds random names."""
+    files = [*(run / "data").rglob("*.arrow"), run / "data" / "report.html", run / "review.csv"]
+    report = json.loads((run / "data" / "report.json").read_text())
+    del report["made_with"]["command"]
+    return {path.relative_to(run).as_posix(): path.read_bytes() for path in files} | {"report": report}
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +86,12 @@ def test_two_processes_make_the_same_dataset(prepared, uninterrupted, tmp_path):
 
 def test_a_run_directory_takes_one_data_prep_at_a_time(prepared, tmp_path):
     (tmp_path / "run").mkdir()
-    with FileLock(tmp_path / "run" / ".data_prep.lock"):
+    with FileLock(tmp_path / "run" / LOCK):
         done = subprocess.run(
             [sys.executable, *command(prepared, tmp_path / "run")], cwd=ROOT, capture_output=True, text=True
         )
     assert done.returncode == 1
-    assert "another data_prep is at work" in done.stderr
+    assert "another command is at work on" in done.stderr
 
 
 def test_the_cache_knows_what_its_contents_depend_on(prepared, domain, tmp_path):

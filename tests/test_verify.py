@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from data_prep.sources.painter import draw
 from data_prep.verify import verify_image
@@ -207,3 +207,11 @@ def test_equal_files_have_equal_hashes_wherever_they_lie(picture, tmp_path: Path
     (tmp_path / "a.jpg").write_bytes(content)
     from_path = verify_image({"path": str(tmp_path / "a.jpg"), "bytes": None}, stored_short_side=96)
     assert from_path == verify(content)
+
+
+@pytest.mark.parametrize("length", [40, 10**6])
+def test_a_comment_is_not_passed_on_however_long(picture, length):
+    """One of a megabyte fits into no JPEG."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text("comment", "x" * length)
+    assert "comment" not in stored(verify(encoded(picture, "PNG", pnginfo=text))).info

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -25,7 +25,7 @@ def read_folders(folder: str | Path, class_names: list[str]) -> tuple[datasets.D
 
     Args:
         folder: holds one folder a class, or folders named train, validation, calibration, test that do.
-        class_names: the classes of the domain; upper and lower case are alike.
+        class_names: the classes of the domain; upper and lower case, "_", "-" and a space are alike.
 
     Returns:
         rows as `data_prep.sources` describes them; and the files outside of a class, as source_id and reason.
@@ -40,14 +40,14 @@ def read_folders(folder: str | Path, class_names: list[str]) -> tuple[datasets.D
     names = {name.casefold() for name in class_names}
     attributions = dict(_attributions(folder))
     rows, outside = [], []
-    for path in sorted(_files(folder)):
+    for path in sorted(list_files(folder)):
         inside = path.relative_to(folder)
         if path.name in SIDECARS:
             continue
         if not path.is_file():
             outside.append({"source_id": inside.as_posix(), "reason": "not a file: a broken link, or a device"})
             continue
-        split = inside.parts[0] if inside.parts[0] in SPLITS and inside.parts[0].casefold() not in names else None
+        split = split_of(inside.parts, names)
         within = inside.parts[1 if split else 0 : -1]
         if not within:
             outside.append({"source_id": inside.as_posix(), "reason": "not in a class folder"})
@@ -69,7 +69,12 @@ def read_folders(folder: str | Path, class_names: list[str]) -> tuple[datasets.D
     return datasets.Dataset.from_list(rows, features=SOURCE_FEATURES), outside
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def split_of(parts: Sequence[str], class_names: Collection[str]) -> str | None:
+    """The split that the outermost folder of a path gives, unless a class is called so."""
+    return parts[0] if parts[0] in SPLITS and parts[0] not in class_names else None
+
+
+def list_files(folder: Path) -> Iterator[Path]:
     """What is in the folder and below, through links to other folders as well; hidden files are no images."""
     entered = set()
     for name, folders, files in os.walk(folder, followlinks=True):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import unicodedata
 from collections.abc import Iterable
 
 import datasets
+
+from nicheclip.domain import class_key
 
 SOURCE_FEATURES = datasets.Features(
     {
@@ -17,30 +18,25 @@ SOURCE_FEATURES = datasets.Features(
 
 
 def check_classes(found: Iterable[str], class_names: list[str], where: str) -> dict[str, str]:
-    """The class of the domain for each label that was found; upper and lower case are alike.
+    """The class of the domain for each label that was found; matched by `class_key`.
 
     Raises:
         ValueError: if a label is no class of the domain.
         FileNotFoundError: if a class has no image.
     """
-    names = {_key(name): name for name in class_names}
+    names = {class_key(name): name for name in class_names}
     canonical = {}
     for label in found:
-        if _key(label) not in names:
-            close = difflib.get_close_matches(_key(label), list(names), n=1)
+        if class_key(label) not in names:
+            close = difflib.get_close_matches(class_key(label), list(names), n=1)
             raise ValueError(
                 f"'{label}' in {where} is no class of the domain"
                 + (f"; did you mean '{names[close[0]]}'?" if close else "; add it to classes, or take it out")
             )
-        canonical[label] = names[_key(label)]
+        canonical[label] = names[class_key(label)]
     empty = sorted(set(class_names) - set(canonical.values()))
     if empty:
         raise FileNotFoundError(
             f"no images in {where} for: {', '.join(empty)}; add them, or take the classes out of the domain file"
         )
     return canonical
-
-
-def _key(name: str) -> str:
-    """File systems differ in how they write an accent."""
-    return unicodedata.normalize("NFC", name).casefold()
