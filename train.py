@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import HfArgumentParser, set_seed
 
 from data_prep.prepare import prepare
@@ -48,7 +49,7 @@ def main() -> None:
     except TrainingInterrupted as interrupted:
         print(f"train.py: {interrupted}", file=sys.stderr)
         sys.exit(128 + interrupted.signal)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, SafetensorError) as error:  # the last: no room for the weights
         sys.exit(f"train.py: {error}")
 
 

@@ -30,13 +30,15 @@ from tests.conftest import ROOT
 from tests.test_data_prep import photo_folders
 from tests.test_resume import command, contents
 
-KILLS = 10
+KILLS = 6
 
 
 @pytest.fixture
 def copy(prepared: Path, tmp_path: Path) -> Path:
     """A prepared run directory that may be damaged."""
-    return shutil.copytree(prepared, tmp_path / "copy", ignore=shutil.ignore_patterns("images", "checkpoints"))
+    return shutil.copytree(
+        prepared, tmp_path / "copy", ignore=shutil.ignore_patterns("images", "checkpoints", "model")
+    )
 
 
 def limited(arguments: list[str], limit: Callable[[], None]) -> subprocess.CompletedProcess[str]:
@@ -115,7 +117,7 @@ def test_without_room_training_leaves_the_earlier_model_and_is_not_taken_for_it(
 
 @pytest.mark.slow
 def test_killed_at_random_moments_data_prep_ends_with_the_same_result(prepared, tmp_path):
-    """Ten moments, one in each tenth of the time from the lock to the end."""
+    """Six moments, one in each sixth of the time from the lock to the end."""
     whole, killed = tmp_path / "whole", 0
 
     def start(run: Path) -> subprocess.Popen:
@@ -212,6 +214,7 @@ def test_a_class_added_after_data_prep_is_told(copy, monkeypatch, tmp_path):
         train.train(["more.yaml"])
 
 
+@pytest.mark.slow
 def test_the_seed_decides_what_is_painted(domain, report_of_seed_0, tmp_path):
     again, other = (prepare(domain, tmp_path / str(seed), seed=seed) for seed in (0, 1))
     assert again["fingerprint"] == report_of_seed_0["fingerprint"] != other["fingerprint"]
