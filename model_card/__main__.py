@@ -72,7 +72,7 @@ def main() -> None:
                 "the next three commands to try, after `source .venv/bin/activate`:\n"
                 f"  python -m space {args.run}\n"
                 f"  python -m model_card {args.run} --push-to-hub YOU/MODEL --dry-run\n"
-                "  python -m data_prep YOUR_DOMAIN.yaml --images FOLDER"
+                "  python -m data_prep.new_domain FOLDER --name YOUR_NICHE"
             )
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"model_card: {error}")

@@ -130,13 +130,13 @@ def bootstrap(
         statistic: takes the indices of the chosen images (M,) int, gives the value; NaN where they allow none.
         groups: the group of each image (N,), any comparable type.
         biased: of a statistic that grows with noise, as the ECE does, resamples lie above the value, of a minimum
-            below it; the basic bootstrap (the percentiles mirrored at the value, cut off at 0) takes that off.
+            below it; the basic bootstrap (the percentiles mirrored at the value, cut off at 0 and 1) takes that off.
     """
     values = [statistic(chosen) for chosen in resample_groups(groups)]
     value = float(statistic(np.arange(len(groups))))
     low, high = np.nanpercentile(values, [2.5, 97.5])
     if biased:
-        low, high = min(value, max(0.0, 2 * value - high)), max(value, 2 * value - low)
+        low, high = min(value, max(0.0, 2 * value - high)), max(value, min(1.0, 2 * value - low))
     return Measure(value, float(low), float(high), len(groups), split)
 
 

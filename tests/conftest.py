@@ -48,12 +48,14 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def run(prepared: Path) -> Path:
+def run(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory that went through all stages, up to `run / "hub"`. Don't change it."""
-    train.train([str(prepared)])
-    calibrate.calibrate(prepared)
-    build(prepared, examples=3, index=["test"])
-    return prepared
+    run = tmp_path_factory.mktemp("trained") / "run"
+    shutil.copytree(prepared, run)
+    train.train([str(run)])
+    calibrate.calibrate(run)
+    build(run, examples=3, index=["test"])
+    return run
 
 
 @pytest.fixture(scope="session")
