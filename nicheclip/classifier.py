@@ -8,6 +8,7 @@ Needs only torch, transformers, safetensors, huggingface_hub and Pillow; with an
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -25,7 +26,20 @@ SETTINGS_FILE = "nicheclip.json"
 PROTOTYPES_FILE = "prototypes.safetensors"  # prototypes, and the shape of the domain
 SHAPE_FILE = "domain_shape.safetensors"  # of a run
 FORMAT_VERSION = 2
+SETTINGS = {  # what is read of nicheclip.json
+    "class_names": list,
+    "prompts": dict,
+    "temperature": float,
+    "trained_logit_scale": float,
+    "abstention.threshold": float,
+    "conformal.quantile": float,
+    "border.score": str,
+    "border.threshold": float,
+}
 ONNX_FILES = {"onnx": "onnx/vision_model.onnx", "onnx-int8": "onnx/vision_model_int8.onnx"}  # by backend
+
+
+Photo = str | Path | Image.Image | bytes | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -174,12 +188,7 @@ class NicheClassifier:
                 f"'{repo_or_path}' has no {SETTINGS_FILE}; expected a model published by NicheCLIP "
                 "(for another CLIP model, use transformers' zero-shot-image-classification pipeline)"
             )
-        settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
-        if settings["format_version"] != FORMAT_VERSION:
-            raise ValueError(
-                f"'{repo_or_path}' is of format {settings['format_version']}, this NicheCLIP reads {FORMAT_VERSION}; "
-                "publish it anew (calibrate.py, then python -m model_card), or install the NicheCLIP that made it"
-            )
+        settings = _read_settings(folder / SETTINGS_FILE)
         embeds, text_tower = load_file(folder / PROTOTYPES_FILE), None
         if backend == "torch":
             model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
@@ -204,8 +213,13 @@ class NicheClassifier:
         )
 
     @torch.inference_mode()
-    def image_embeds(self, images: Sequence[str | Path | Image.Image]) -> torch.Tensor:
-        """Unit-length image_embeds (N, D) of paths or PIL images."""
+    def image_embeds(self, images: Sequence[Photo]) -> torch.Tensor:
+        """Unit-length image_embeds (N, D), of the same kinds of images as `__call__` takes.
+
+        Raises:
+            OSError: naming the image that can't be read.
+            ValueError: for an address.
+        """
         pixel_values = self.image_processor([_open(image) for image in images], return_tensors="pt")["pixel_values"]
         return self.tower(pixel_values)
 
@@ -221,19 +235,19 @@ class NicheClassifier:
         return self.text_tower(texts)
 
     @torch.inference_mode()
-    def probabilities(self, images: Sequence[str | Path | Image.Image]) -> np.ndarray:
+    def probabilities(self, images: Sequence[Photo]) -> np.ndarray:
         """Calibrated probabilities (N, C), classes in the order of `class_names`."""
         return self._logits(self.image_embeds(images)).softmax(dim=-1).cpu().numpy()
 
     @torch.inference_mode()
-    def __call__(self, images: Sequence[str | Path | Image.Image]) -> list[Prediction]:
-        """Classifies a batch of paths or PIL images.
+    def __call__(self, images: Sequence[Photo]) -> list[Prediction]:
+        """Classifies a batch of images: paths, PIL images, bytes of files, or uint8 arrays (H, W, 3) or (H, W).
 
         Raises:
             TypeError: if it is given one image instead of a list.
             PIL.UnidentifiedImageError: if a file is no image.
         """
-        if isinstance(images, (str, Path, Image.Image)):
+        if isinstance(images, Photo):
             raise TypeError("expected a list of images; put the image into a list: classifier([image])[0]")
         return self.answer(self.image_embeds(images))
 
@@ -270,6 +284,52 @@ class NicheClassifier:
         return Prediction(found, names[:size], not inside, self.threshold)
 
 
-def _open(image: str | Path | Image.Image) -> Image.Image:
-    opened = image if isinstance(image, Image.Image) else Image.open(image)
-    return ImageOps.exif_transpose(opened).convert("RGB")
+def _read_settings(path: Path) -> dict:
+    """nicheclip.json, if it is one that this version reads.
+
+    Raises:
+        ValueError: naming the field and what was expected.
+    """
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        version = settings["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"'{path}' is damaged or no file of NicheCLIP's ({error!r}); fetch or build it anew"
+        ) from error
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"'{path}' is of format {version}, this NicheCLIP reads {FORMAT_VERSION}; publish the model anew "
+            "(calibrate.py, then python -m model_card), or install the NicheCLIP that made it"
+        )
+    for name, kind in SETTINGS.items():
+        value = settings
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
+            raise ValueError(f"'{path}': {name} is {value!r}, expected a {kind.__name__}; fetch or build it anew")
+    return settings
+
+
+def _open(image: Photo) -> Image.Image:
+    expected = "a path, a PIL image, the bytes of a file, or a uint8 array (H, W, 3) or (H, W)"
+    try:
+        match image:
+            case str() if image.startswith(("http://", "https://")):
+                raise ValueError(f"'{image}' is an address, and nothing is downloaded here; save the image first")
+            case str() | Path():
+                opened = Image.open(image)
+            case bytes():
+                opened = Image.open(io.BytesIO(image))
+            case Image.Image():
+                opened = image
+            case np.ndarray() if image.dtype == np.uint8 and image.shape[2:] in ((), (3,)):
+                opened = Image.fromarray(image)
+            case np.ndarray():
+                raise TypeError(f"got an array of {image.dtype}, {image.shape}; expected {expected}")
+            case _:
+                raise TypeError(f"got a {type(image).__name__}; expected {expected}")
+        return ImageOps.exif_transpose(opened).convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises depends on the format
+        named = f"'{image}'" if isinstance(image, (str, Path)) else f"a {type(image).__name__}"
+        raise OSError(f"{named} can't be read as an image ({error}); expected a JPEG, PNG or WebP file") from error

@@ -67,6 +67,6 @@ def test_imports_point_downwards(path):
 def test_the_classifier_needs_little():
     """The Space carries classifier.py along, so it must not pull in the rest."""
     roots = {name.partition(".")[0] for name in imported(ROOT / "nicheclip" / "classifier.py")}
-    third_party = roots - {"__future__", "collections", "dataclasses", "json", "math", "pathlib"}
+    third_party = roots - {"__future__", "collections", "dataclasses", "io", "json", "math", "pathlib"}
     needed = {"torch", "transformers", "safetensors", "huggingface_hub", "PIL", "numpy"}
     assert third_party == needed | {"onnxruntime"}  # the last only for an ONNX backend
