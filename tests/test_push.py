@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,9 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
-from PIL import Image
-from transformers import CLIPModel, CLIPProcessor
+from datasets import Dataset, load_from_disk
+from transformers import CLIPModel, CLIPProcessor, pipeline
 
 from nicheclip import NicheClassifier
 from nicheclip.data import load_prepared
@@ -60,16 +60,23 @@ def push_with_each(folder: str, record: str, *attempts: str) -> list[str]:
     return results
 
 
-def probabilities(source: str, *images: str) -> list[list[list[float]]]:
-    """Those of the stock CLIPModel over the canonical prompts, and those of the NicheClassifier."""
-    model = CLIPModel.from_pretrained(source)
-    processor = CLIPProcessor.from_pretrained(source)
+def probabilities(source: str, data: str) -> list[list[list[float]]]:
+    """Those of the test images, by stock CLIPModel, by the stock pipeline, both over canonical prompts, and by ours."""
+    images = [image.convert("RGB") for image in load_from_disk(data)["test"]["image"]]
     classifier = NicheClassifier.from_pretrained(source)
     prompts = [synonyms[0] for synonyms in classifier.settings["prompts"].values()]
-    pictures = [Image.open(image) for image in images]
+    model, processor = CLIPModel.from_pretrained(source), CLIPProcessor.from_pretrained(source)
     with torch.inference_mode():
-        outputs = model(**processor(text=prompts, images=pictures, padding=True, return_tensors="pt"))
-    return [outputs.logits_per_image.softmax(dim=-1).tolist(), classifier.probabilities(images).tolist()]
+        outputs = model(**processor(text=prompts, images=images, padding=True, return_tensors="pt"))
+    answers = pipeline("zero-shot-image-classification", model=source)(
+        images, candidate_labels=prompts, hypothesis_template="{}"
+    )
+    scores = [{each["label"]: each["score"] for each in answer} for answer in answers]
+    return [
+        outputs.logits_per_image.softmax(dim=-1).tolist(),
+        [[answer[prompt] for prompt in prompts] for answer in scores],
+        classifier.probabilities(images).tolist(),
+    ]
 
 
 def linked(run: Path, tmp_path: Path) -> Path:
@@ -187,7 +194,7 @@ def test_a_dry_run_lists_what_would_be_pushed_and_asks_nobody(hub, run, tmp_path
         assert name in ended.stdout
 
 
-def test_space_and_dataset_have_repositories_of_their_own_and_the_space_boots(hub, run, tmp_path):
+def test_space_and_dataset_have_repositories_the_cards_usage_works_and_the_space_boots(hub, run, tmp_path):
     arguments = ("--push-to-hub", REPO_ID, "--push-space", "you/demo", "--push-dataset", "you/data", "--index", "test")
     ended = client(hub, tmp_path, "-m", "model_card", linked(run, tmp_path), *arguments, xet=False)
     assert ended.returncode == 0, ended.stderr
@@ -202,17 +209,28 @@ def test_space_and_dataset_have_repositories_of_their_own_and_the_space_boots(hu
     for name, file in hub.repositories["spaces/you/demo"].at("main").files.items():
         (space / name).parent.mkdir(parents=True, exist_ok=True)
         (space / name).write_bytes(file.content)
+    card = hub.repositories[REPO_ID].at("main").files["README.md"].content.decode()
+    (tmp_path / "photo.jpg").write_bytes(next((run / "hub" / "examples").iterdir()).read_bytes())
+    usages = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(usages) == 2
+    for usage in usages:  # as printed; the client's working directory is not the project's, so it is on the path
+        used = client(hub, tmp_path / "fresh", "-c", f"import sys; sys.path.append({str(ROOT)!r})\n{usage}", xet=False,
+                      folder=tmp_path)  # fmt: skip
+        assert used.returncode == 0, used.stderr
+        assert used.stdout.strip()
+
     boot = "from space.app import build_app; print(len(build_app('you/model').blocks))"
     booted = client(hub, tmp_path / "fresh", "-c", boot, xet=False, folder=space)
     assert booted.returncode == 0, booted.stderr
     assert int(booted.stdout) > 10
 
 
-def test_a_pushed_model_loads_from_its_repo_id_and_says_the_same(pushed, run, tmp_path):
-    images = sorted(map(str, (run / "hub" / "examples").iterdir()))
-    from_repo = np.array(call(pushed[0], tmp_path, "probabilities", REPO_ID, *images))
-    assert from_repo.shape[:2] == (2, len(images))
-    np.testing.assert_allclose(from_repo, probabilities(str(run / "hub"), *images), rtol=0, atol=1e-6)
+def test_what_is_loaded_from_the_hub_gives_the_scorecards_probabilities_for_a_hundred_images(pushed, run, tmp_path):
+    measured = Dataset.from_parquet(str(run / "predictions.parquet"), cache_dir=str(tmp_path / "cache"))
+    from_hub = np.array(call(pushed[0], tmp_path, "probabilities", REPO_ID, run / "data"))
+    assert len(measured) >= 100
+    for given in from_hub:
+        np.testing.assert_allclose(given, np.array(measured["probabilities"]), rtol=0, atol=1e-5)
 
 
 def test_a_failed_commit_publishes_nothing_and_ends_the_command_plainly(hub, run, tmp_path):
