@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from model_card.dataset import attributions
 from model_card.onnx_export import add_onnx
 from nicheclip.classifier import NicheClassifier
 from nicheclip.data import load_prepared
@@ -49,7 +50,7 @@ def build(
     calibration = read_json(run / "calibration.json", f"run `python calibrate.py {run}` first")
     training = read_json(run / "training.json", f"run `accelerate launch train.py {run}` first")
     report = read_json(run / "data" / "report.json", "run `python -m data_prep` first")
-    domain = Domain.load(run)
+    domain, splits = Domain.load(run), load_prepared(run)
 
     with alone(run), replaced_folder(run / "hub") as folder:
         save_published_model(run, folder, domain, calibration)
@@ -58,9 +59,10 @@ def build(
             shutil.copy(run / name, folder / name)
         save_examples(run, folder / "examples", examples)
         if index:
-            write_index(NicheClassifier.from_pretrained(folder), load_prepared(run), index, folder / INDEX_FILE)
+            write_index(NicheClassifier.from_pretrained(folder), splits, index, folder / INDEX_FILE)
         onnx_report = add_onnx(run, folder) if onnx else None
-        card = make_card(domain, scorecard, calibration, training, report, license_name, repo_id, onnx_report)
+        whose = attributions(splits)
+        card = make_card(domain, scorecard, calibration, training, report, whose, license_name, repo_id, onnx_report)
         card.save(folder / "README.md")
     return run / "hub"
 
@@ -83,6 +85,7 @@ def make_card(
     calibration: dict[str, Any],
     training: dict[str, Any],
     report: dict[str, Any],
+    whose: str,
     license_name: str,
     repo_id: str | None,
     onnx: dict[str, Any] | None,
@@ -125,5 +128,6 @@ def make_card(
         calibration=calibration,
         training=training,
         counts=report["counts"],
+        attributions=whose,
         onnx=onnx,
     )

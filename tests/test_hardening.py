@@ -197,7 +197,7 @@ def test_a_model_that_an_older_version_has_published_is_refused(run, tmp_path):
     hub = shutil.copytree(run / "hub", tmp_path / "hub")
     settings = read_json(hub / "nicheclip.json", "") | {"format_version": 1}
     (hub / "nicheclip.json").write_text(json.dumps(settings), encoding="utf-8")
-    with pytest.raises(ValueError, match="is of format 1, this NicheCLIP reads .*publish it anew"):
+    with pytest.raises(ValueError, match="is of format 1, this NicheCLIP reads .*publish the model anew"):
         NicheClassifier.from_pretrained(hub)
 
 

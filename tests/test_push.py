@@ -61,7 +61,7 @@ def push_with_each(folder: str, record: str, *attempts: str) -> list[str]:
 
 
 def probabilities(source: str, data: str) -> list[list[list[float]]]:
-    """Those of the test images, by stock CLIPModel, by the stock pipeline, both over canonical prompts, and by ours."""
+    """Those of the test images, by stock CLIPModel and pipeline over the canonical prompts, and by ours."""
     images = [image.convert("RGB") for image in load_from_disk(data)["test"]["image"]]
     classifier = NicheClassifier.from_pretrained(source)
     prompts = [synonyms[0] for synonyms in classifier.settings["prompts"].values()]
