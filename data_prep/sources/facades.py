@@ -7,6 +7,7 @@ classes are uneven. The held-out splits are like what an expert has gone through
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
@@ -20,6 +21,8 @@ from tqdm.auto import tqdm
 
 from data_prep.sources.painter import draw
 from nicheclip.results import read_json, replaced_folder, write_json
+
+ATTRIBUTION = "drawn by NicheCLIP, CC0"
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class FacadeOptions:
 
 
 def paint_facades(folder: str | Path, clusters: list[list[str]], seed: int, **options: object) -> Path:
-    """Paints the class folders `folder`/<split>/<style>/*.jpg and `folder`/truth.json; does nothing if they are there.
+    """Paints the class folders `folder`/<split>/<style>/*.jpg with their metadata.jsonl and truth.json, unless done.
 
     `truth.json` holds wrong_labels {source_id: true style}, near_duplicates {source_id: source_id of the original}
     and unreadable [source_id].
@@ -56,7 +59,7 @@ def paint_facades(folder: str | Path, clusters: list[list[str]], seed: int, **op
     except TypeError as error:
         known = ", ".join(FacadeOptions.__dataclass_fields__)
         raise ValueError(f"source.options of the façade painter: {error}; known options are {known}") from error
-    order = {"seed": seed, "clusters": clusters, **asdict(chosen)}
+    order = {"seed": seed, "clusters": clusters, "attribution": ATTRIBUTION, **asdict(chosen)}
     truth_file = folder / "truth.json"
     if truth_file.is_file() and read_json(truth_file, "")["order"] == order:
         return folder
@@ -71,6 +74,8 @@ def paint_facades(folder: str | Path, clusters: list[list[str]], seed: int, **op
             pool.map(_paint_file, tasks, chunksize=16), total=len(jobs), desc="painting façades", unit="img"
         ):
             pass
+        lines = (json.dumps({"file_name": name, "attribution": ATTRIBUTION}) for name, *_ in jobs)
+        (unfinished / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         write_json(unfinished / "truth.json", {"order": order, **truth})
     return folder
 
