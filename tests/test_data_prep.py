@@ -255,6 +255,7 @@ def test_the_search_finds_what_comparing_all_pairs_finds():
     assert len(prints.across(parts)) == 1000, "the audit misses none"
 
 
+@pytest.mark.slow
 def test_an_exact_copy_is_never_lost_among_many():
     """A thousand pictures with one hash are one group, without comparing all pairs."""
     hashes = np.tile(np.arange(18, dtype=np.uint8), (2, 1000, 1))

@@ -194,6 +194,7 @@ def test_a_dry_run_lists_what_would_be_pushed_and_asks_nobody(hub, run, tmp_path
         assert name in ended.stdout
 
 
+@pytest.mark.slow
 def test_space_and_dataset_have_repositories_the_cards_usage_works_and_the_space_boots(hub, run, tmp_path):
     arguments = ("--push-to-hub", REPO_ID, "--push-space", "you/demo", "--push-dataset", "you/data", "--index", "test")
     ended = client(hub, tmp_path, "-m", "model_card", linked(run, tmp_path), *arguments, xet=False)

@@ -41,7 +41,7 @@ def uninterrupted(prepared: Path, tmp_path_factory) -> Path:
     return run
 
 
-@pytest.mark.parametrize("step", ["verified", "encoded"])
+@pytest.mark.parametrize("step", [pytest.param("verified", marks=pytest.mark.slow), "encoded"])
 def test_a_killed_run_ends_with_the_same_bytes(prepared, uninterrupted, tmp_path, step):
     run = tmp_path / "run"
     process = subprocess.Popen(
@@ -64,6 +64,7 @@ def test_a_killed_run_ends_with_the_same_bytes(prepared, uninterrupted, tmp_path
     assert {name: finished_shards()[name] for name in done} == done, "finished shards are not made again"
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same_dataset(prepared, uninterrupted, tmp_path):
     run, script = tmp_path / "run", tmp_path / "launched.py"
     script.write_text(

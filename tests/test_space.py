@@ -11,6 +11,7 @@ import pytest
 from gradio_client import Client, handle_file
 from PIL import Image
 
+from data_prep.sources.facades import ATTRIBUTION
 from nicheclip import NicheClassifier, Prediction
 from nicheclip.results import Measure, read_json
 from space import __main__ as entry
@@ -72,8 +73,8 @@ def test_a_picture_finds_itself_and_words_find_their_class(client: Client, run: 
         client.predict(handle_file(photo), api_name="/classify")[2],
         client.predict(handle_file(photo), api_name="/search_by_photo")[1],
     ):
-        label, split, cosine = found[0]["caption"].split(" · ")
-        assert (label, split) == (photo.stem, "test")
+        label, split, cosine, whose = found[0]["caption"].split(" · ")
+        assert (label, split, whose) == (photo.stem, "test", ATTRIBUTION)
         assert float(cosine) > 0.9  # the index holds a JPEG of it
     sentence, found = client.predict("  ", api_name="/search")
     assert (sentence, found) == (NOTHING_ASKED, [])
