@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from nicheclip.classifier import NicheClassifier, Prediction
 from nicheclip.image_index import ImageIndex
 from space.photo import UNREADABLE, open_photo, photo_input
-from space.scorecard import NBSP, percent, scorecard_tab
+from space.scorecard import NBSP, percent, read_measures, scorecard_tab
 from space.search import Shown, captioned, open_index, pictures, search_tab
 
 TOP_CLASSES = 5
@@ -58,11 +58,12 @@ def build_app(repo_or_path: str | Path) -> gr.Blocks:
     folder = _fetch(repo_or_path)
     classifier = NicheClassifier.from_pretrained(folder)
     index, settings = open_index(folder), classifier.settings
+    unnoticed = read_measures(folder)["ood_accepted"]
     # Visitors' photos are deleted after an hour.
     with gr.Blocks(title=settings["title"], analytics_enabled=False, delete_cache=(600, 3600)) as app:
         gr.Markdown(
             f"# {settings['title']}\nThis model knows {len(classifier.class_names)} classes and nothing else. It says "
-            "when it is not sure, and mostly notices when a picture is of something else."
+            f"when it is not sure; of {unnoticed.n} pictures of other things it noticed {percent(1 - unnoticed.value)}."
         )
         with gr.Tab("Classify"):
             _classify_tab(classifier, index, sorted((folder / "examples").glob("*.*")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
@@ -20,11 +21,18 @@ FIGURES = {
 }
 
 
+def read_measures(folder: Path) -> dict[str, Measure]:
+    """The metrics of a published folder's scorecard, by name."""
+    return {name: Measure.from_dict(fields) for name, fields in _read(folder)["metrics"].items()}
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    return read_json(folder / "scorecard.json", "build the folder again with `python -m model_card RUN`")
+
+
 def scorecard_tab(folder: Path) -> None:
     """Lays out the tab of a published folder, inside of a `gr.Tab`."""
-    scorecard = read_json(folder / "scorecard.json", "build the folder again with `python -m model_card RUN`")
-    measures = {name: Measure.from_dict(fields) for name, fields in scorecard["metrics"].items()}
-    gates = scorecard["gates"]
+    measures, gates = read_measures(folder), _read(folder)["gates"]
     passed = sum(gate["verdict"] == "pass" for gate in gates.values())
     undecided = sum(gate["verdict"] == "undecided" for gate in gates.values())
     accuracy, coverage = measures["accuracy"], measures["coverage"]
