@@ -63,7 +63,7 @@ def build_app(repo_or_path: str | Path) -> gr.Blocks:
     with gr.Blocks(title=settings["title"], analytics_enabled=False, delete_cache=(600, 3600)) as app:
         gr.Markdown(
             f"# {settings['title']}\nThis model knows {len(classifier.class_names)} classes and nothing else. It says "
-            f"when it is not sure; of {unnoticed.n} pictures of other things it noticed {percent(1 - unnoticed.value)}."
+            f"when it is not sure; of {unnoticed.n} other pictures it noticed {percent(1 - unnoticed.value)}."
         )
         with gr.Tab("Classify"):
             _classify_tab(classifier, index, sorted((folder / "examples").glob("*.*")))
