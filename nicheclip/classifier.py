@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 SETTINGS_FILE = "nicheclip.json"
-PROTOTYPES_FILE = "prototypes.safetensors"  # prototypes, and the shape of the domain
+PROTOTYPES_FILE = "prototypes.safetensors"  # prototypes, prompt bank, and the shape of the domain
 SHAPE_FILE = "domain_shape.safetensors"  # of a run
 FORMAT_VERSION = 2
 SETTINGS = {  # what is read of nicheclip.json

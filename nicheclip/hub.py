@@ -18,7 +18,7 @@ from nicheclip.zero_shot import encode_texts, load_clip
 
 
 def save_published_model(run: Path, folder: Path, domain: Domain, calibration: dict[str, Any]) -> None:
-    """Writes model, processor, nicheclip.json and prototypes.safetensors into `folder`.
+    """Writes model, processor, nicheclip.json and prototypes.safetensors (the prompt bank as well) into `folder`.
 
     softmax(logits / T) is what the published model's own softmax gives: log T is taken off its logit_scale.
     """
@@ -27,8 +27,13 @@ def save_published_model(run: Path, folder: Path, domain: Domain, calibration: d
         model.logit_scale -= math.log(calibration["temperature"])
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    prototypes = encode_texts(model, processor, domain.canonical_prompts).cpu().contiguous()
-    save_file({"prototypes": prototypes} | load_file(run / SHAPE_FILE), folder / PROTOTYPES_FILE)
+    prompts, prompt_classes = domain.prompt_bank
+    embeds = {
+        "prototypes": encode_texts(model, processor, domain.canonical_prompts).cpu().contiguous(),  # (C, D)
+        "prompt_embeds": encode_texts(model, processor, prompts).cpu().contiguous(),  # (P, D), by class in file order
+        "prompt_classes": torch.tensor(prompt_classes),  # (P,)
+    }
+    save_file(embeds | load_file(run / SHAPE_FILE), folder / PROTOTYPES_FILE)
     write_json(
         folder / SETTINGS_FILE,
         {

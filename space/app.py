@@ -20,6 +20,7 @@ from space.search import Shown, captioned, open_index, pictures, search_tab
 
 TOP_CLASSES = 5
 ALIKE = 6  # pictures shown beside an answer
+MOST_WAITING = 100  # requests; more are told to come back
 MOST_NAMED = 4  # classes that a sentence names
 EMPTY = "Add a photo to see what the model makes of it."
 FONT = ["system-ui", "sans-serif"]
@@ -74,7 +75,7 @@ def build_app(repo_or_path: str | Path) -> gr.Blocks:
             scorecard_tab(folder)
         with gr.Tab("API"):
             gr.Markdown(usage(repo_or_path))
-    return app
+    return app.queue(max_size=MOST_WAITING)
 
 
 def _fetch(repo_or_path: str | Path) -> Path:

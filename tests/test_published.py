@@ -86,6 +86,18 @@ def test_the_classifier_gives_the_scorecards_prediction_sets_and_border(run, pre
     assert measured["in_domain_accepted"]["value"] == pytest.approx(1 - np.mean([each.outside for each in given]))
 
 
+def test_the_prompt_bank_is_published_with_its_embeddings(run, predictions):
+    embeds = load_file(run / "hub" / "prototypes.safetensors")
+    prompts = json.loads((run / "hub" / "nicheclip.json").read_text())["prompts"]
+    counts = [len(of_class) for of_class in prompts.values()]
+    assert embeds["prompt_classes"].tolist() == [index for index, count in enumerate(counts) for _ in range(count)]
+    classifier = NicheClassifier.from_pretrained(run / "hub")
+    texts = [prompt for of_class in prompts.values() for prompt in of_class]
+    np.testing.assert_allclose(embeds["prompt_embeds"], classifier.text_embeds(texts), atol=1e-5)
+    first = np.cumsum([0, *counts[:-1]])
+    np.testing.assert_allclose(embeds["prompt_embeds"][first], embeds["prototypes"], atol=1e-5)
+
+
 def test_temperature_is_folded_into_logit_scale(run):
     calibration = json.loads((run / "calibration.json").read_text())
     scale = load_file(run / "hub" / "model.safetensors")["logit_scale"].item()
