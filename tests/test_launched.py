@@ -111,4 +111,5 @@ def test_two_processes_see_each_batch_once_and_learn_as_one(prepared, tmp_path):
     states = [load_file(run / "model" / "model.safetensors") for run in (alone, together)]
     assert max((states[0][name] - states[1][name]).abs().max().item() for name in states[0]) < 1e-3
     files = [{path.name for path in run.iterdir()} for run in (alone, together)]
-    assert files[0] == files[1] == {"data", "domain.yaml", "cache", "checkpoints", "model", "training.json"}
+    written = {"domain.yaml", "cache", "checkpoints", "model", "training.json", "trained_on.json"}
+    assert files[0] == files[1] == {"data", ".lock", *written}
