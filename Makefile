@@ -13,7 +13,7 @@ help:
 	@echo "make demo       prepare, train, calibrate and build the model of the embedded example"
 	@echo "make test       the fast tests"
 	@echo "make test-slow  the slow tests"
-	@echo "make lint       ruff, as CI runs it"
+	@echo "make lint       ruff and mypy, as CI runs them"
 	@echo "make clean      remove runs/ (not .venv)"
 
 install: .venv/installed
@@ -40,6 +40,7 @@ test-slow: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf runs
