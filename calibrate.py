@@ -36,6 +36,7 @@ from nicheclip.zero_shot import load_clip
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="calibrate.py", description=__doc__.split("\n", 1)[1])
     parser.add_argument("run", type=Path, help="a run directory that train.py has filled")
     parser.add_argument(
@@ -51,6 +52,11 @@ def main() -> None:
 
 
 def calibrate(run: Path, objective: Objective = "nll") -> None:
+    """Calibrates RUN/model on the calibration split and judges it on test, beside the base and the probe.
+
+    Raises:
+        ValueError: if the model was trained on other data, or test images were seen before.
+    """
     domain, splits = Domain.load(run), load_prepared(run)
     check_not_trained_on(run, splits)
     check_trained_on(run)
@@ -72,7 +78,9 @@ def calibrate(run: Path, objective: Objective = "nll") -> None:
         statistics_of(probe, labels, groups, domain),
     )
     measures["ece_of_perfect"] = perfect_ece(tuned)
-    gates = {name: judge_gate(name, measures[name], target) for name, target in domain.gates.items()}
+    gates: dict[str, Verdict] = {
+        name: judge_gate(name, measures[name], target) for name, target in domain.gates.items()
+    }
     scorecard = {
         "domain": domain.name,
         "made_with": made_with(),
@@ -131,6 +139,7 @@ def run_probe(
 def save_predictions(
     run: Path, domain: Domain, test: Dataset, labels: np.ndarray, tuned: Outputs, base: Outputs
 ) -> None:
+    """RUN/predictions.parquet: each test image with its label, probabilities, prediction set and domain score."""
     predictions = {
         "source_id": test["source_id"][:],
         "sha256": test["sha256"][:],
@@ -146,6 +155,7 @@ def save_predictions(
 
 
 def print_scorecard(measures: dict[str, Measure], gates: dict[str, Verdict]) -> None:
+    """All measures, those with a gate first."""
     names = [*gates, *(name for name in METRIC_TITLES if name in measures and name not in gates)]
     rows = []
     for name in names:
@@ -160,6 +170,7 @@ def print_scorecard(measures: dict[str, Measure], gates: dict[str, Verdict]) -> 
 
 
 def print_calibration(tuned: Outputs) -> None:
+    """Temperature, abstention and the border of the domain in words."""
     temperature, abstention = tuned.fitted.temperature, tuned.fitted.abstention
     aim = "reached" if abstention.target_reached else "not reached, so the best at half coverage"
     print(

@@ -22,7 +22,7 @@ from nicheclip.callbacks import TrainingInterrupted
 from nicheclip.data import TrainingVisits, Views, load_prepared
 from nicheclip.domain import Domain, DomainError
 from nicheclip.launch import keep_freed_memory, processes
-from nicheclip.results import format_table, replaced_folder, write_json
+from nicheclip.results import replaced_folder, write_json
 from nicheclip.run import (
     alone,
     begin,
@@ -36,6 +36,7 @@ from nicheclip.run import (
 from nicheclip.stages import check_stages
 from nicheclip.trainer import StagedTrainer
 from nicheclip.training_args import StagedTrainingArguments
+from nicheclip.training_record import print_training, training_record
 from nicheclip.wise_ft import mix_with_base
 from nicheclip.zero_shot import load_clip
 
@@ -43,6 +44,7 @@ DEFAULT_DOMAIN = Path(__file__).parent / "domains" / "facades"
 
 
 def main() -> None:
+    """The command line."""
     keep_freed_memory()
     try:
         train(sys.argv[1:])
@@ -54,6 +56,7 @@ def main() -> None:
 
 
 def train(argv: list[str]) -> StagedTrainer:
+    """Prepares the data where there is none, and fine-tunes; what `main` does, but for the errors."""
     target, options = (argv[0], argv[1:]) if argv and not argv[0].startswith("--") else (DEFAULT_DOMAIN, argv)
     state = processes()  # before the arguments make a process group that waits for half an hour only
     domain, run = locate(Path(target))
@@ -97,7 +100,11 @@ def fine_tune(domain: Domain, run: Path, args: StagedTrainingArguments, resume: 
         )
         save_model(trainer, run)
         write_trained_on(run, splits)
-        record(trainer, run, facts | {"resumed": resume is not None, "wise_ft": mixed})
+        training = facts | {"resumed": resume is not None, "wise_ft": mixed} | training_record(trainer)
+        write_json(run / "training.json", training | {"made_with": made_with()})
+        print_training(training)
+        since = " since it was resumed" if training["resumed"] else ""
+        print(f"in {run / 'model'} ({training['seconds']:.0f} s{since}); next: python calibrate.py {run}")
     return trainer
 
 
@@ -110,7 +117,8 @@ def locate(target: Path) -> tuple[Domain, Path]:
 
 def parse_arguments(domain: Domain, run: Path, options: list[str]) -> StagedTrainingArguments:
     """Command line over domain file over defaults."""
-    parser = HfArgumentParser(StagedTrainingArguments, prog="train.py", description=__doc__)
+    arguments: Any = StagedTrainingArguments  # transformers asks for a NewType that no class has
+    parser = HfArgumentParser(arguments, prog="train.py", description=__doc__)
     known = StagedTrainingArguments.__dataclass_fields__
     unknown = sorted(set(domain.training) - set(known))
     if unknown:
@@ -131,42 +139,6 @@ def save_model(trainer: StagedTrainer, run: Path) -> None:
         trainer.model.save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
     trainer.domain.save(run / "domain.yaml")
-
-
-def record(trainer: StagedTrainer, run: Path, facts: dict[str, Any]) -> None:
-    """Writes RUN/training.json and prints the table of epochs."""
-    training = facts | trainer.training_record()
-    write_json(run / "training.json", training | {"made_with": made_with()})
-    rows = [
-        [
-            f"{row['epoch']}{' *' if row['epoch'] == training['best_epoch'] else ''}",
-            f"{row['loss']:.3f}",
-            f"{row['eval_accuracy']:.1%}",
-            f"{row['eval_macro_f1']:.3f}",
-            row["stage"],
-        ]
-        for row in training["epochs"]
-    ]
-    print(format_table(["epoch", "loss", "val accuracy", "val macro F1", "stage"], rows))
-    batches, mixtures = training["batches"], {row["alpha"]: row for row in training["wise_ft"]["mixtures"]}
-    print(
-        f"* the best on validation. Of the pairs in a batch {batches['same_class_pairs']:.1%} share a class, "
-        f"{batches['hard_pairs']:.1%} are of classes in one cluster; "
-        f"the loss can't fall below {batches['loss_floor']:.3f}"
-    )
-    if (features := training["features"])["views"]:
-        print(
-            f"{features['encoded']:,} views, encoded in {features['seconds']:.0f} s, took the place of "
-            f"{features['visits']:,} passes through the frozen part of the visual tower "
-            f"({features['bytes'] / 1e6:.0f} MB in {trainer.args.feature_cache}, which can be removed)"
-        )
-    for alpha in sorted({0.0, training["wise_ft"]["alpha"], 1.0}):
-        told = f"weights {alpha:.0%} fine-tuned: validation {mixtures[alpha]['accuracy']['value']:.1%}"
-        outside = mixtures[alpha]["outside"]
-        told += f", outside the domain {outside['value']:.1%} (n = {outside['n']})" if outside else ""
-        print(told + (", kept" if alpha == training["wise_ft"]["alpha"] else ""))
-    since = " since it was resumed" if training["resumed"] else ""
-    print(f"in {run / 'model'} ({training['seconds']:.0f} s{since}); next: python calibrate.py {run}")
 
 
 if __name__ == "__main__":

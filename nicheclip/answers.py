@@ -28,7 +28,16 @@ from nicheclip.calibration import (
 from nicheclip.data import image_side
 from nicheclip.domain import Domain
 from nicheclip.stability import CHANGES
-from nicheclip.strange import KINDS, PER_KIND, DomainBorder, domain_scores, fit_border, fit_shape, strange_pictures
+from nicheclip.strange import (
+    KINDS,
+    PER_KIND,
+    DomainBorder,
+    Score,
+    domain_scores,
+    fit_border,
+    fit_shape,
+    strange_pictures,
+)
 from nicheclip.zero_shot import encode_images, encode_texts, zero_shot_logits
 
 CHANGED_IMAGES = 300  # of a split, on which stability is measured
@@ -48,6 +57,7 @@ class DomainClassifier:
 
     @property
     def logit_scale(self) -> float:
+        """What cosines are multiplied by, no logarithm."""
         return self.model.logit_scale.exp().item()
 
     def embed(self, images: Iterable[Image.Image], total: int, what: str) -> np.ndarray:
@@ -55,6 +65,7 @@ class DomainClassifier:
         return encode_images(self.model, self.processor, images, total, description=f"{what}, {self.title}")
 
     def embed_rows(self, rows: Dataset, what: str) -> np.ndarray:
+        """`embed` of a split."""
         return self.embed((row["image"] for row in rows), len(rows), what)
 
     def embed_strange(self, own: Dataset, seed: int) -> dict[str, np.ndarray]:
@@ -153,8 +164,8 @@ class Outputs(Answers):
     similarity: np.ndarray  # (N, P) cosine with every prompt of the bank
     prompt_classes: np.ndarray  # (P,)
     border: DomainBorder
-    own_scores: dict[str, np.ndarray]  # of the images (N,), by score
-    strange_scores: dict[str, dict[str, np.ndarray]]  # of strange pictures (M,), by kind and score
+    own_scores: dict[Score, np.ndarray]  # of the images (N,), by score
+    strange_scores: dict[str, dict[Score, np.ndarray]]  # of strange pictures (M,), by kind and score
     changed: dict[str, tuple[np.ndarray, np.ndarray]]  # cosine and whether the answer stays, (N,), NaN: not tried
 
 
@@ -184,7 +195,7 @@ def fit_and_run(
         logits, np.array(calibration["label"]), np.array(calibration["group_id"]), domain, objective, reference
     )
 
-    def scores(image_embeds: np.ndarray) -> dict[str, np.ndarray]:
+    def scores(image_embeds: np.ndarray) -> dict[Score, np.ndarray]:
         temperature = fitted.temperature.value
         scaled = classifier.logits(image_embeds) / temperature
         return domain_scores(image_embeds, scaled, classifier.logit_scale / temperature, shape)

@@ -64,12 +64,12 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray, objective: Objective
             return nll(scaled, labels)
         return expected_calibration_error(softmax(scaled, axis=1).max(axis=1), right)
 
-    bounds = np.log(TEMPERATURE_BOUNDS)
+    low, high = np.log(TEMPERATURE_BOUNDS)
     if objective == "ece":
-        grid = np.linspace(*bounds, 100)
+        grid = np.linspace(low, high, 100)
         best = int(np.argmin([loss(log_t) for log_t in grid]))
-        bounds = grid[max(0, best - 1)], grid[min(len(grid) - 1, best + 1)]
-    return float(np.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x))
+        low, high = grid[max(0, best - 1)], grid[min(len(grid) - 1, best + 1)]
+    return float(np.exp(minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-6}).x))
 
 
 def calibrate_temperature(
@@ -141,16 +141,14 @@ def fit_abstention(
     possible = np.append(np.diff(confidence[order]) < 0, True)
     if coverage is not None:
         reached = np.flatnonzero(possible & (answered >= coverage * len(labels)))[:1]
-        aim, target = "coverage", coverage
     else:
         possible &= answered >= min_coverage * len(labels)
         reached = np.flatnonzero(possible & (selective >= selective_accuracy))[-1:]
-        aim, target = "selective_accuracy", selective_accuracy
     chosen = reached[0] if len(reached) else np.flatnonzero(possible)[np.argmax(selective[possible])]
     return Abstention(
         threshold=float(confidence[order][chosen]),
-        aim=aim,
-        target=target,
+        aim="selective_accuracy" if coverage is None else "coverage",
+        target=selective_accuracy if coverage is None else coverage,
         target_reached=bool(len(reached)),
         selective_accuracy=float(selective[chosen]),
         coverage=float(answered[chosen] / len(labels)),

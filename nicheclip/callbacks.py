@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from transformers import CLIPModel, ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 MAX_LOGIT_SCALE = math.log(100)
 
@@ -30,9 +30,10 @@ class TrainingInterrupted(KeyboardInterrupt):
 class ClampLogitScale(TrainerCallback):
     """Keeps exp(logit_scale) at 100 or below, as CLIP does (Radford et al. 2021, arXiv:2103.00020)."""
 
-    def on_optimizer_step(self, args, state, control, model: CLIPModel, **kwargs: Any) -> None:
+    def on_optimizer_step(self, args, state, control, **kwargs: Any) -> None:
+        """After each step, on `model` among the keywords."""
         with torch.no_grad():
-            model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+            kwargs["model"].logit_scale.clamp_(max=MAX_LOGIT_SCALE)
 
 
 class EndOfStage(TrainerCallback):
@@ -48,15 +49,18 @@ class EndOfStage(TrainerCallback):
         self.steps_per_epoch = steps_per_epoch
 
     def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Leaves the checkpoint of an epoch's last step to `on_epoch_end`."""
         if state.global_step % self.steps_per_epoch == 0:
             control.should_save = False  # not before the epoch has been evaluated: who resumes would skip that
 
     def on_epoch_end(self, args, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Evaluates whole epochs only, and writes a checkpoint in any case."""
         whole = state.global_step % self.steps_per_epoch == 0  # else a signal has cut it off
         control.should_log = control.should_evaluate = whole
         control.should_save = True
 
     def on_evaluate(self, args, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ends the stage."""
         if self.is_over():
             control.should_training_stop = True
 
@@ -89,18 +93,20 @@ class StopOnSignal(TrainerCallback):
         if not torch.distributed.is_initialized():
             self.__exit__()
 
-    def agree(self, args: TrainingArguments) -> bool:
-        """Whether any of the processes has received a signal."""
+    def agree(self, args: TrainingArguments) -> signal.Signals | None:
+        """The signal that any of the processes has received."""
         number = int(self.received or 0)
         if args.world_size > 1:
             highest = torch.tensor(number, device=args.device)
             torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
             number = int(highest.item())
-        if number:
-            self.received = signal.Signals(number)
-        return bool(number)
+        if not number:
+            return None
+        self.received = signal.Signals(number)
+        return self.received
 
     def on_step_end(self, args: TrainingArguments, state, control: TrainerControl, **kwargs: Any) -> None:
+        """Ends the training if any process has received a signal."""
         if self.agree(args):
             control.should_training_stop = True
 
@@ -115,7 +121,8 @@ class EpochLines(ProgressCallback):
     """Progress bars, and one line an epoch instead of the Trainer's dictionaries."""
 
     def on_log(self, args, state: TrainerState, control, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if state.is_local_process_zero and "eval_accuracy" in logs and self.training_bar is not None:
+        """One line when an epoch has been evaluated."""
+        if state.is_local_process_zero and logs and "eval_accuracy" in logs and self.training_bar is not None:
             *_, before = (entry for entry in state.log_history if "loss" in entry)
             self.training_bar.write(
                 f"{before['stage']}, epoch {round(state.epoch)}: loss {before['loss']:.3f}, "

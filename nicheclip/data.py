@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageFilter
-from transformers import CLIPProcessor
+from transformers import BatchEncoding, CLIPProcessor
 
 from nicheclip.domain import Augmentation
 
@@ -125,14 +125,14 @@ class Views(torch.utils.data.Dataset):
         rows: a prepared split.
 
     Attributes:
-        features: kept states of the views, (row, view) -> array, which take the place of the pixels; None: pixels.
+        features: gives the kept states of (row, view), which take the place of the pixels; None: pixels.
     """
 
     def __init__(self, rows: datasets.Dataset, processor: CLIPProcessor):
         self.rows = rows
         self.processor = processor
         self.labels = np.asarray(rows["label"])
-        self.features: Mapping[tuple[int, int], np.ndarray] | None = None
+        self.features: Callable[[int, int], np.ndarray] | None = None
 
     def view(self, row: int, view: int) -> torch.Tensor:
         """Pixels (3, S, S): resized and cropped as the processor does it. There is but one such view."""
@@ -150,7 +150,7 @@ class Views(torch.utils.data.Dataset):
 
     def _images(self, row: int, view: int) -> torch.Tensor:
         if self.features is not None:
-            return torch.from_numpy(self.features[row, view])
+            return torch.from_numpy(self.features(row, view))
         return self.view(row, view)
 
     def _pixels(self, image: Image.Image, **options: Any) -> torch.Tensor:
@@ -206,6 +206,7 @@ class TrainingVisits(Views):
         return self._augmented(entry["image"], rng)
 
     def identity(self) -> dict[str, Any]:
+        """With what the views are drawn by."""
         return super().identity() | {"augmentation": self.augmentation.model_dump(mode="json"), "seed": self.seed}
 
     def __len__(self) -> int:
@@ -229,6 +230,6 @@ class TrainingVisits(Views):
         return self._pixels(view, do_resize=False, do_center_crop=False)
 
 
-def tokenize(processor: CLIPProcessor, prompts: list[str]) -> dict[str, torch.Tensor]:
+def tokenize(processor: CLIPProcessor, prompts: list[str]) -> BatchEncoding:
     """`input_ids` and `attention_mask`, each (P, L), padded to the longest prompt only."""
     return processor.tokenizer(prompts, padding=True, truncation=True, max_length=77, return_tensors="pt")

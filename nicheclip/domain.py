@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
@@ -49,15 +50,21 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Source(_Section):
-    """Where the images come from: class folders, a dataset (Hub id, Parquet or Arrow), Wikimedia Commons, façades."""
-
-    kind: Literal["folder", "dataset", "commons", "facades"] = "folder"
-    path: str | None = None  # of the folders, or the id or path of the dataset; `--images` overrides it
+class _Origin(_Section):
+    path: str | None = None  # of the folders, or the id or path of the dataset
     options: dict[str, Any] = {}  # passed on to the source, see `data_prep.sources`
 
 
-class OutsideSource(Source):
+class Source(_Origin):
+    """Where the images come from: class folders, a dataset (Hub id, Parquet or Arrow), Wikimedia Commons, façades.
+
+    `--images` overrides its path.
+    """
+
+    kind: Literal["folder", "dataset", "commons", "facades"] = "folder"
+
+
+class OutsideSource(_Origin):
     """Where the images of the outside task come from: class folders, a dataset, or drawn shapes (classes: colours)."""
 
     kind: Literal["folder", "dataset", "shapes"] = "folder"
@@ -267,6 +274,7 @@ class Domain(_Section):
 
     @property
     def class_names(self) -> list[str]:
+        """In the order of the class indices."""
         return list(self.classes)
 
     def indices(self, class_names: Iterable[str]) -> np.ndarray:
@@ -359,7 +367,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_SECTION_OF_KEY = {
+_SECTION_OF_KEY: dict[str, type[BaseModel]] = {
     "source": Source,
     "outside": Outside,
     "outside.source": OutsideSource,
@@ -370,7 +378,7 @@ _SECTION_OF_KEY = {
 }
 
 
-def _explain(problem: dict[str, Any]) -> str:
+def _explain(problem: ErrorDetails) -> str:
     """One line of plain words for one of pydantic's problems."""
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location)

@@ -27,7 +27,7 @@ DTYPES = {"float16": np.float16, "float32": np.float32}
 
 
 class Features:
-    """States of views at a cut: features[row, view] is (T, D), or (D,) of the pooled cut, in a copy of its own."""
+    """States of views at a cut: features(row, view) is (T, D), or (D,) of the pooled cut."""
 
     def __init__(self, encoded: datasets.Dataset, rows: int, shape: tuple[int, ...]):
         chunks = encoded.data.column("states").chunks
@@ -35,8 +35,8 @@ class Features:
         self._starts = np.cumsum([0, *map(len, self._parts)])
         self._rows = rows
 
-    def __getitem__(self, row_and_view: tuple[int, int]) -> np.ndarray:
-        row, view = row_and_view
+    def __call__(self, row: int, view: int) -> np.ndarray:
+        """The states of one view, in a copy of its own."""
         index = view * self._rows + row
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._parts[part][index - self._starts[part]].copy()
@@ -50,7 +50,7 @@ def encode_views(
     cache: Path,
     dtype: str = "float16",
     autocast: torch.dtype = torch.float32,
-) -> Features:
+) -> Features | None:
     """The states at the last of `cuts`, worked out from those at the cut before it, and the first from pixels.
 
     Args:
@@ -61,7 +61,7 @@ def encode_views(
         autocast: of the arithmetic.
 
     Returns:
-        features[row, view] of every row of `views.rows` and every view below `count`.
+        features(row, view) of every row of `views.rows` and every view below `count`; None if there are no cuts.
 
     Raises:
         OSError: if there is no room for them on the disk; nothing has been written then.
@@ -123,7 +123,7 @@ class _Encode:
             if self.before is None:
                 yield torch.stack([self.views.view(row, view) for row, view in at])
             else:
-                yield torch.from_numpy(np.stack([self.before[place] for place in at]))
+                yield torch.from_numpy(np.stack([self.before(row, view) for row, view in at]))
 
 
 def _shape(tower: VisionTower, cut: int) -> tuple[int, ...]:

@@ -70,9 +70,8 @@ def loss_floor(labels: np.ndarray, loss: str, label_smoothing: float, num_classe
     size = len(labels)
     _, class_of, counts = np.unique(labels, return_inverse=True, return_counts=True)
     alike = counts[class_of]  # (B,) images of the same class, itself included
-    other = label_smoothing / size  # target of each image of another class
-    own = 1 - other * (size - alike)  # (B,) target of the class, `alike` images share it
-    return float(np.mean(-xlogy(own, own / alike) - xlogy(other * (size - alike), other)))
+    others = label_smoothing / size * (size - alike)  # (B,) target of the other classes together
+    return float(np.mean(-xlogy(1 - others, (1 - others) / alike) - xlogy(others, label_smoothing / size)))
 
 
 class _Gather(torch.autograd.Function):

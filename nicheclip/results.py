@@ -89,12 +89,14 @@ class Measure:
     difference: Measure | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """As it is written to JSON: what is None is left out."""
         return _without_none(asdict(self))
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Measure:
+        """The other way."""
         return cls(
-            **{name: cls.from_dict(value) if isinstance(value, dict) else value for name, value in fields.items()}
+            **fields | {name: cls.from_dict(value) for name, value in fields.items() if isinstance(value, dict)}
         )
 
     def __str__(self) -> str:

@@ -42,7 +42,7 @@ class ClusterBatchSampler(Sampler[list[int]]):
 
     def __init__(
         self,
-        labels: Sequence[int],
+        labels: Sequence[int] | np.ndarray,
         class_clusters: Sequence[int],
         batch_size: int,
         cluster_share: float = 0.5,

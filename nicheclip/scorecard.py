@@ -35,7 +35,10 @@ class Statistic:
     biased: bool = False
 
     def measure(self) -> Measure:
-        judged = np.arange(len(self.groups)) if self.values is None else np.flatnonzero(np.isfinite(self.values))
+        """The value on all images that are judged, with its interval."""
+        if self.values is None:
+            return bootstrap(self.compute, self.groups, self.split, self.biased)
+        judged = np.flatnonzero(np.isfinite(self.values))
         if self.share:
             return proportion(self.values[judged] > 0, self.groups[judged], self.split)
         return bootstrap(lambda chosen: self.compute(judged[chosen]), self.groups[judged], self.split, self.biased)

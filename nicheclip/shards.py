@@ -87,7 +87,7 @@ def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in weights.items():
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.cpu().contiguous().numpy())
+        digest.update(tensor.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -125,7 +125,7 @@ def _end_with_parent() -> None:
     """Makes a worker end when its parent is killed; else it would wait for work for ever."""
 
     def watch() -> None:
-        multiprocessing.parent_process().join()
+        multiprocessing.parent_process().join()  # type: ignore[union-attr]  # a worker has a parent
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

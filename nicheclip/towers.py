@@ -8,6 +8,7 @@ trains gives the same states at every visit of a view, so they can be kept (nich
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch.nn.functional import embedding
@@ -25,13 +26,15 @@ class VisionTower(CLIPVisionModel):
     cut = PIXELS
 
     def forward(self, pixel_values: torch.Tensor, **unused) -> BaseModelOutputWithPooling:
+        """The pooled output (B, D)."""
         is_pixels = pixel_values.ndim == 4
         states = pixel_values if is_pixels else pixel_values.to(self.post_layernorm.weight.dtype)
         return BaseModelOutputWithPooling(pooler_output=self.between(states, PIXELS if is_pixels else self.cut))
 
     def between(self, states: torch.Tensor, start: int, end: int | None = None) -> torch.Tensor:
         """The states at the cut `end` (pooled, if not given) from those at the cut `start`."""
-        blocks, last = self.encoder.layers, len(self.encoder.layers)
+        blocks: list[Any] = list(self.encoder.layers)
+        last = len(blocks)
         end = pooled(self) if end is None else end
         if start == PIXELS != end:
             states, start = self.pre_layrnorm(self.embeddings(states)), 0
@@ -52,9 +55,13 @@ class TextTower(CLIPTextModel):
     row_of_token: torch.Tensor | None = None  # (V,), of the tokens that train alone
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **unused):
+        """The pooled output (P, D)."""
         if input_ids.is_floating_point():
             return BaseModelOutputWithPooling(pooler_output=input_ids)
-        *blocks, last = self.encoder.layers
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        blocks: list[Any] = list(self.encoder.layers)
+        last = blocks.pop()
         nodes, place = shared_beginnings(input_ids, attention_mask)
         end = place.gather(1, attention_mask.sum(dim=1, keepdim=True) - 1).flatten()  # (P,)
         states = self._embeds(input_ids.flatten()[nodes])  # (N, D)
@@ -68,12 +75,12 @@ class TextTower(CLIPTextModel):
         for block in blocks:
             attention, seen = block.self_attn, block.layer_norm1(states)
             projected = (at(project(seen)) for project in (attention.q_proj, attention.k_proj, attention.v_proj))
-            attended = _attend(attention, *projected, before[None, None])
+            attended = _attend(attention, *projected, seen=before[None, None])
             states = _finish(block, states, attended.flatten(0, 1).index_select(0, nodes))
         attention, seen = last.self_attn, last.layer_norm1(states)
         queries = attention.q_proj(seen[end])[:, None]  # (P, 1, D)
         keys, values = at(attention.k_proj(seen)), at(attention.v_proj(seen))
-        attended = _attend(attention, queries, keys, values, attention_mask.bool()[:, None, None])
+        attended = _attend(attention, queries, keys, values, seen=attention_mask.bool()[:, None, None])
         states = _finish(last, states[end], attended[:, 0])
         return BaseModelOutputWithPooling(pooler_output=self.final_layer_norm(states))
 
@@ -95,8 +102,10 @@ class TextTower(CLIPTextModel):
 
     def train_all(self) -> None:
         """Undoes `train_only`."""
-        self.store_embeddings()
-        self.row_of_token = self.used_embeddings = None
+        if self.row_of_token is not None:
+            self.store_embeddings()
+            self.row_of_token = None
+            del self.used_embeddings
 
     @torch.no_grad()
     def store_embeddings(self) -> None:
@@ -136,10 +145,11 @@ def shared_beginnings(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> 
     return torch.cat(nodes).to(input_ids.device), place.to(input_ids.device)
 
 
-def begin_later(model: CLIPModel) -> None:
+def begin_later(model: CLIPModel) -> tuple[VisionTower, TextTower]:
     """Gives the towers the forward passes above; modules, parameters and their names stay as they are."""
-    model.vision_model.__class__ = VisionTower
-    model.text_model.__class__ = TextTower
+    vision, text = model.vision_model, model.text_model
+    vision.__class__, text.__class__ = VisionTower, TextTower
+    return vision, text
 
 
 def pooled(tower: CLIPVisionModel) -> int:
@@ -189,6 +199,7 @@ def _attend(
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
+    *,
     seen: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(B, Q, D) queries, (B, T, D) keys and values -> (B, Q, D).

@@ -6,8 +6,6 @@ trainer.train()
 
 from __future__ import annotations
 
-import json
-import logging
 import math
 import signal
 import time
@@ -23,7 +21,7 @@ from torch.nn.functional import cross_entropy, normalize
 from torch.utils.data import DataLoader, default_collate
 from transformers import CLIPModel, CLIPProcessor, ProgressCallback, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, sort_checkpoints
+from transformers.trainer_utils import TrainOutput
 
 from nicheclip.callbacks import (
     ClampLogitScale,
@@ -33,18 +31,17 @@ from nicheclip.callbacks import (
     TrainingInterrupted,
     ignore_interrupts,
 )
+from nicheclip.checkpoints import best_checkpoint, checkpoint_at, find_checkpoint, read_state
 from nicheclip.data import TrainingVisits, Views, tokenize
 from nicheclip.domain import Domain, Stage
 from nicheclip.feature_cache import encode_views
-from nicheclip.losses import LOSSES, class_prompts, gather, loss_floor
+from nicheclip.losses import LOSSES, class_prompts, gather
 from nicheclip.metrics import Accuracy, ExpectedCalibrationError, MacroF1
 from nicheclip.sampler import ClusterBatchSampler
 from nicheclip.stages import current_stage, set_trainable, trainable_names
 from nicheclip.towers import PIXELS, begin_later, cut_before
 from nicheclip.training_args import StagedTrainingArguments
 from nicheclip.zero_shot import encode_texts
-
-logger = logging.getLogger(__name__)
 
 OF_STEPS = (1,)  # spawn key: the prompts that a step draws are no visit's and no epoch's stream of chance
 
@@ -66,6 +63,12 @@ class StagedTrainer(Trainer):
         ValueError: if a stage names parameters that the model does not have, or one process sees several GPUs.
     """
 
+    model: CLIPModel
+    args: StagedTrainingArguments
+    train_dataset: TrainingVisits
+    eval_dataset: Views
+    processing_class: CLIPProcessor
+
     def __init__(
         self,
         model: CLIPModel,
@@ -75,12 +78,12 @@ class StagedTrainer(Trainer):
         train_dataset: TrainingVisits,
         eval_dataset: Views,
     ):
-        begin_later(model)
+        self._vision, self._text = begin_later(model)
         if args.bf16 and args.device.type == "cpu":
             model.set_attn_implementation("eager")  # torch's own has a slow backward pass there
-        model._keys_to_ignore_on_save |= {"text_model.used_embeddings"}
+        model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), "text_model.used_embeddings"}
         names = [name for name, _ in model.named_parameters()]
-        self._cuts = [cut_before(model.vision_model, trainable_names(names, stage)) for stage in domain.stages]
+        self.cuts = [cut_before(self._vision, trainable_names(names, stage)) for stage in domain.stages]
         if args.n_gpu > 1:
             raise ValueError(
                 f"one process sees {args.n_gpu} GPUs; start one a GPU: accelerate launch --num_processes {args.n_gpu}"
@@ -91,9 +94,9 @@ class StagedTrainer(Trainer):
         self.domain = domain
         self.stage = domain.stages[0]
         self._running: tuple[Stage, int] | None = None  # the stage, and the epochs before it
-        self._encoding_seconds = 0.0
+        self.encoding_seconds = 0.0
         self._stage_start = 0  # the global step at which the stage begins
-        self._feature_cache = Path(args.feature_cache or Path(args.output_dir) / "features")
+        self.feature_cache = Path(args.feature_cache or Path(args.output_dir) / "features")
         prompts, classes = domain.prompt_bank
         self._bank = tokenize(processor, prompts)  # (P, L) each
         self._used_tokens = tokenize(processor, [*prompts, *domain.canonical_prompts])["input_ids"].unique()  # (U,)
@@ -113,7 +116,7 @@ class StagedTrainer(Trainer):
             num_processes=args.world_size,
             process_index=args.process_index,
         )
-        self._steps_per_epoch = math.ceil(len(self.sampler) / args.gradient_accumulation_steps)
+        self.steps_per_epoch = math.ceil(len(self.sampler) / args.gradient_accumulation_steps)
         super().__init__(
             model=model,
             args=args,
@@ -124,7 +127,7 @@ class StagedTrainer(Trainer):
             compute_metrics=self._compute_metrics,
             callbacks=[
                 ClampLogitScale(),
-                EndOfStage(lambda: self._position() != self._running, self._steps_per_epoch),
+                EndOfStage(lambda: self._position() != self._running, self.steps_per_epoch),
                 self._interruption,
             ],
         )
@@ -132,7 +135,9 @@ class StagedTrainer(Trainer):
         if self.pop_callback(ProgressCallback):
             self.add_callback(EpochLines())
 
-    def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput | None:
+    def train(  # type: ignore[override]  # a search over hyperparameters has no stages
+        self, resume_from_checkpoint: str | bool | None = None
+    ) -> TrainOutput | None:
         """Runs the stages in turn; resumes in any of them, from a folder or (True) from the last whole checkpoint.
 
         Returns:
@@ -143,8 +148,8 @@ class StagedTrainer(Trainer):
             FloatingPointError: if the loss is not finite.
         """
         output = None
-        checkpoint = self._find_checkpoint(resume_from_checkpoint)
-        self.state = TrainerState.load_from_json(checkpoint / TRAINER_STATE_NAME) if checkpoint else TrainerState()
+        checkpoint = find_checkpoint(self.args.output_dir, resume_from_checkpoint)
+        self.state = read_state(checkpoint) if checkpoint else TrainerState()
         while (position := self._position()) is not None:
             try:
                 self._enter(*position, checkpoint)
@@ -152,11 +157,11 @@ class StagedTrainer(Trainer):
                 raise TrainingInterrupted(signal.SIGINT, checkpoint) from interrupt
             with self._interruption:
                 output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            checkpoint = self._checkpoint(self.state.global_step)
-            if self._interruption.agree(self.args):
-                raise TrainingInterrupted(self._interruption.received, checkpoint)
-        self.model.text_model.train_all()
-        super()._load_from_checkpoint(str(self._checkpoint(self.state.best_global_step)))
+            checkpoint = checkpoint_at(self.args.output_dir, self.state.global_step)
+            if received := self._interruption.agree(self.args):
+                raise TrainingInterrupted(received, checkpoint)
+        self._text.train_all()
+        super()._load_from_checkpoint(str(best_checkpoint(self.args.output_dir, self.state)))
         return output
 
     def _position(self) -> tuple[Stage, int] | None:
@@ -168,12 +173,11 @@ class StagedTrainer(Trainer):
     def _enter(self, stage: Stage, epochs_before: int, checkpoint: Path | None) -> None:
         self.stage = stage
         self._running = (stage, epochs_before)
-        self._stage_start = epochs_before * self._steps_per_epoch
-        tower = self.model.text_model
-        tower.train_all()
+        self._stage_start = epochs_before * self.steps_per_epoch
+        self._text.train_all()
         set_trainable(self.model, stage)
-        if tower.embeddings.token_embedding.weight.requires_grad:
-            tower.train_only(self._used_tokens)
+        if self._text.embeddings.token_embedding.weight.requires_grad:
+            self._text.train_only(self._used_tokens)
         self.args.num_train_epochs = epochs_before + stage.epochs
         self.args.learning_rate = stage.learning_rate
         self.args.warmup_steps = stage.warmup
@@ -189,58 +193,22 @@ class StagedTrainer(Trainer):
         started = time.perf_counter()
         self.model.eval()  # what is kept must not depend on a draw of dropout
         self._frozen_texts = None
-        if not any(parameter.requires_grad for parameter in self.model.text_model.parameters()):
+        if not any(parameter.requires_grad for parameter in self._text.parameters()):
             bank = torch.arange(len(self._bank["input_ids"]))
             with torch.no_grad():
-                self._frozen_texts = self.model.text_model(**self._texts(bank)).pooler_output  # (P, D)
-        tower, cut = self.model.vision_model, self._cuts[self.domain.stages.index(self.stage)]
-        tower.cut = cut
+                self._frozen_texts = self._text(**self._texts(bank)).pooler_output  # (P, D)
+        self._vision.cut = cut = self.cuts[self.domain.stages.index(self.stage)]
         # What no stage trains is encoded for all of them; where this stage's cut is later, from there on.
-        cuts = sorted({min(self._cuts), cut} - {PIXELS}) if self.args.cached_views else []
+        cuts = sorted({min(self.cuts), cut} - {PIXELS}) if self.args.cached_views else []
         self.train_dataset.views = self.args.cached_views if cuts else 0
         precision = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
         for name, views, count in (
             ("train", self.train_dataset, self.train_dataset.views),
             ("validation", self.eval_dataset, 1),
         ):
-            folder = self._feature_cache / name
-            views.features = (
-                encode_views(tower, views, count, cuts, folder, self.args.feature_dtype, precision) if cuts else None
-            )
-        self._encoding_seconds += time.perf_counter() - started
-
-    def _checkpoint(self, step: int) -> Path:
-        return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-
-    def _find_checkpoint(self, asked: str | bool | None) -> Path | None:
-        """The checkpoint to go on from. One that a kill has left unfinished has no state: it is passed over."""
-        if not asked:
-            return None
-        if asked is not True:
-            return self._checked_checkpoint(Path(asked))
-        for folder in reversed(sort_checkpoints(self.args.output_dir)):
-            if _is_json(Path(folder) / TRAINER_STATE_NAME):
-                return Path(folder)
-            logger.warning(f"'{folder}' is unfinished; going on from the one before it")
-        logger.warning(f"no checkpoint in '{self.args.output_dir}' yet; beginning at the beginning")
-        return None
-
-    def _checked_checkpoint(self, folder: Path) -> Path:
-        """Raises: ValueError if a training can't go on from there."""
-        if not _is_json(folder / TRAINER_STATE_NAME):
-            raise ValueError(f"'{folder}' is no whole checkpoint: it has no {TRAINER_STATE_NAME} that can be read")
-        state = TrainerState.load_from_json(folder / TRAINER_STATE_NAME)
-        later = [path for path in sort_checkpoints(self.args.output_dir) if _step(path) > state.global_step]
-        if later:
-            raise ValueError(
-                f"'{folder}' is not the last checkpoint; remove the later ones first, such as {later[-1]}"
-            )
-        if state.best_global_step and not self._checkpoint(state.best_global_step).is_dir():
-            raise ValueError(
-                f"the best checkpoint before '{folder}', {self._checkpoint(state.best_global_step)}, is gone; "
-                "begin afresh, and keep more of them with --save_total_limit"
-            )
-        return folder
+            folder = self.feature_cache / name
+            views.features = encode_views(self._vision, views, count, cuts, folder, self.args.feature_dtype, precision)
+        self.encoding_seconds += time.perf_counter() - started
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -249,23 +217,23 @@ class StagedTrainer(Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         """The state goes first and comes last, so that a checkpoint that has one is whole."""
         if self.args.should_save:
-            (self._checkpoint(self.state.global_step) / TRAINER_STATE_NAME).unlink(missing_ok=True)
+            (checkpoint_at(self.args.output_dir, self.state.global_step) / TRAINER_STATE_NAME).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Model and processor; not the arguments, which the Trainer would pickle."""
         if self.args.should_save:
-            self.model.text_model.store_embeddings()
-            self.model.save_pretrained(output_dir, state_dict=state_dict)
-            self.processing_class.save_pretrained(output_dir)
+            self._text.store_embeddings()
+            self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
+            self.processing_class.save_pretrained(output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """A stage begins with the best weights of those before it."""
-        state = TrainerState.load_from_json(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)
+        state = read_state(Path(resume_from_checkpoint))
         if state.global_step == self._stage_start:
-            resume_from_checkpoint = str(self._checkpoint(state.best_global_step))
+            resume_from_checkpoint = str(best_checkpoint(self.args.output_dir, state))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.model.text_model.read_embeddings()
+        self._text.read_embeddings()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """A checkpoint at the very start of a stage holds the optimiser of the stage before it: that one is done."""
@@ -273,8 +241,10 @@ class StagedTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The Trainer's log, with the stage."""
         super().log(logs, start_time)
-        self.state.log_history[-1]["stage"] = self.stage.name  # after the trackers, which take numbers only
+        # After the trackers, which take numbers only.
+        self.state.log_history[-1]["stage"] = self.stage.name  # type: ignore[assignment]
 
     def create_optimizer(self, model: CLIPModel | None = None) -> torch.optim.Optimizer:
         """AdamW over what trains in this stage; biases, norms and logit_scale (`ndim <= 1`) never decay."""
@@ -295,6 +265,7 @@ class StagedTrainer(Trainer):
         return super().create_scheduler(num_training_steps - self._stage_start, optimizer)
 
     def get_train_dataloader(self) -> DataLoader:
+        """The batches that the sampler composes."""
         loader = DataLoader(
             self.train_dataset,
             batch_sampler=self.sampler,
@@ -304,7 +275,10 @@ class StagedTrainer(Trainer):
         # The sampler has dealt out each batch among the processes, so that together they see one composed batch.
         return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
 
-    def get_eval_dataloader(self, eval_dataset: Views | None = None) -> DataLoader:
+    def get_eval_dataloader(  # type: ignore[override]  # there is one evaluation set, without names
+        self, eval_dataset: Views | None = None
+    ) -> DataLoader:
+        """Every row once, dealt out to the processes."""
         loader = DataLoader(
             eval_dataset if eval_dataset is not None else self.eval_dataset,
             batch_size=self.args.eval_batch_size,
@@ -378,6 +352,7 @@ class StagedTrainer(Trainer):
         return 0
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Loss and metrics of zero-shot classification with the canonical prompts."""
         self.model.eval()
         self._prototypes = encode_texts(self.model, self.processing_class, self.domain.canonical_prompts)  # (C, D)
         return super().evaluate(*args, **kwargs)
@@ -395,48 +370,10 @@ class StagedTrainer(Trainer):
         probabilities = softmax(np.asarray(prediction.predictions, dtype=np.float64), axis=1)
         return self._metrics.compute(predictions=probabilities, references=prediction.label_ids)
 
-    def batch_record(self) -> dict[str, float]:
-        """How the batches of an epoch are composed, and the lowest value that the loss can reach on them."""
-        self.sampler.set_epoch(0)
-        floors = [
-            loss_floor(
-                self.train_dataset.labels[batch],
-                self.args.loss,
-                self.args.label_smoothing_factor,
-                len(self.domain.classes),
-            )
-            for batch in self.sampler.global_batches()
-        ]
-        return self.sampler.composition() | {"loss_floor": float(np.mean(floors))}
-
-    def feature_record(self) -> dict[str, float]:
-        """What was encoded beforehand, and the visits that it served; bytes on disk, seconds in this session."""
-        frozen = {stage.name for stage, cut in zip(self.domain.stages, self._cuts, strict=True) if cut != PIXELS}
-        epochs = sum(entry["stage"] in frozen for entry in self.state.log_history if "loss" in entry)
-        views = self.args.cached_views if frozen else 0
-        return {
-            "views": views,
-            "encoded": views * len(self.train_dataset.rows),
-            "visits": epochs * len(self.train_dataset) if views else 0,
-            "bytes": sum(path.stat().st_size for path in self._feature_cache.rglob("*.arrow")),
-            "seconds": round(self._encoding_seconds, 1),
-        }
-
-    def training_record(self) -> dict[str, Any]:
-        """What was trained and how: one row an epoch with its stage, loss and validation metrics; settings."""
-        rows: dict[int, dict[str, Any]] = {}
-        for entry in self.state.log_history:
-            row = rows.setdefault(round(entry["epoch"]), {"epoch": round(entry["epoch"]), "stage": entry["stage"]})
-            logged = ("loss", "eval_accuracy", "eval_macro_f1", "eval_ece")
-            row |= {name: entry[name] for name in logged if name in entry}
-        return {
-            "epochs": [row for row in rows.values() if "eval_accuracy" in row],
-            "best_epoch": self.state.best_global_step // self._steps_per_epoch,
-            "batches": self.batch_record(),
-            "features": self.feature_record(),
-            "processes": self.args.world_size,
-            "settings": self.settings(),
-        }
+    @property
+    def best_epoch(self) -> int:
+        """The epoch that is kept, counted from 1."""
+        return (self.state.best_global_step or 0) // self.steps_per_epoch
 
     def settings(self) -> dict[str, Any]:
         """What decides the weights, beside model and data."""
@@ -450,15 +387,3 @@ class StagedTrainer(Trainer):
             "precision": "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "float32",
             "stages": [stage.model_dump(mode="json") for stage in self.domain.stages],
         }
-
-
-def _step(checkpoint: str) -> int:
-    return int(checkpoint.rsplit("-", 1)[1])
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True

@@ -38,6 +38,7 @@ class StagedTrainingArguments(TrainingArguments):
     Learning rates, epochs and warm-up belong to the stages of the domain file; setting them here is an error.
     """
 
+    output_dir: str = "trainer_output"
     loss: str = field(default="multi_positive", metadata={"help": f"One of {', '.join(LOSSES)}."})
     cluster_share: float = field(
         default=0.5, metadata={"help": "Share of each batch that comes from one cluster of confusable classes."}
@@ -77,7 +78,7 @@ class StagedTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Where it is kept; default: RUN/cache/features, which may be removed any time."},
     )
-    bf16: bool | None = field(
+    bf16: bool | None = field(  # type: ignore[assignment]  # unset until __post_init__
         default=None, metadata={"help": "Mixed precision in bfloat16; default: where there is a GPU that supports it."}
     )
     gradient_accumulation_steps: int = field(

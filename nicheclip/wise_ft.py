@@ -38,6 +38,7 @@ class Interpolation:
     outside: Measure | None  # accuracy on the outside task, if there is one
 
     def to_dict(self) -> dict[str, Any]:
+        """As training.json has it."""
         return {
             "alpha": self.alpha,
             "accuracy": self.accuracy.to_dict(),

@@ -30,7 +30,7 @@ def load_clip(base: str | Path) -> tuple[CLIPModel, CLIPProcessor]:
             f"can't load a CLIP model from '{base}': expected a folder written by save_pretrained or a Hub id such as "
             f"openai/clip-vit-base-patch32; check `base` in the domain file, and the network ({error})"
         ) from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor  # type: ignore[arg-type]  # a wrapper of transformers' hides self
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:

@@ -37,7 +37,9 @@ ORDER = [
     "feature_cache",
     "callbacks",
     "training_args",
+    "checkpoints",
     "trainer",
+    "training_record",
     "__init__",
 ]
 

@@ -1,0 +1,90 @@
+"""What a training was: RUN/training.json, and what is said of it when it ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from nicheclip.losses import loss_floor
+from nicheclip.results import format_table
+from nicheclip.towers import PIXELS
+from nicheclip.trainer import StagedTrainer
+
+LOGGED = ("loss", "eval_accuracy", "eval_macro_f1", "eval_ece")
+
+
+def training_record(trainer: StagedTrainer) -> dict[str, Any]:
+    """One row an epoch with its stage, loss and validation metrics; batches, features and settings."""
+    rows: dict[int, dict[str, Any]] = {}
+    for entry in trainer.state.log_history:
+        epoch = round(entry["epoch"])
+        row = rows.setdefault(epoch, {"epoch": epoch, "stage": entry["stage"]})
+        row |= {name: entry[name] for name in LOGGED if name in entry}
+    epochs = [row for row in rows.values() if "eval_accuracy" in row]
+    return {
+        "epochs": epochs,
+        "best_epoch": trainer.best_epoch,
+        "batches": batch_record(trainer),
+        "features": feature_record(trainer, epochs),
+        "processes": trainer.args.world_size,
+        "settings": trainer.settings(),
+    }
+
+
+def batch_record(trainer: StagedTrainer) -> dict[str, float]:
+    """How the batches of an epoch are composed, and the lowest value that the loss can reach on them."""
+    trainer.sampler.set_epoch(0)
+    args, labels, classes = trainer.args, trainer.train_dataset.labels, len(trainer.domain.classes)
+    floors = [
+        loss_floor(labels[batch], args.loss, args.label_smoothing_factor, classes)
+        for batch in trainer.sampler.global_batches()
+    ]
+    return trainer.sampler.composition() | {"loss_floor": float(np.mean(floors))}
+
+
+def feature_record(trainer: StagedTrainer, epochs: list[dict[str, Any]]) -> dict[str, float]:
+    """What was encoded beforehand, and the visits that it served; bytes on disk, seconds in this session."""
+    frozen = {stage.name for stage, cut in zip(trainer.domain.stages, trainer.cuts, strict=True) if cut != PIXELS}
+    views = trainer.args.cached_views if frozen else 0
+    served = sum(row["stage"] in frozen for row in epochs) if views else 0
+    return {
+        "views": views,
+        "encoded": views * len(trainer.train_dataset.rows),
+        "visits": served * len(trainer.train_dataset),
+        "bytes": sum(path.stat().st_size for path in trainer.feature_cache.rglob("*.arrow")),
+        "seconds": round(trainer.encoding_seconds, 1),
+    }
+
+
+def print_training(training: dict[str, Any]) -> None:
+    """The table of epochs, and what batches, features and the mixture with the base came to."""
+    rows = [
+        [
+            f"{row['epoch']}{' *' if row['epoch'] == training['best_epoch'] else ''}",
+            f"{row['loss']:.3f}",
+            f"{row['eval_accuracy']:.1%}",
+            f"{row['eval_macro_f1']:.3f}",
+            row["stage"],
+        ]
+        for row in training["epochs"]
+    ]
+    print(format_table(["epoch", "loss", "val accuracy", "val macro F1", "stage"], rows))
+    batches, features, kept = training["batches"], training["features"], training["wise_ft"]["alpha"]
+    print(
+        f"* the best on validation. Of the pairs in a batch {batches['same_class_pairs']:.1%} share a class, "
+        f"{batches['hard_pairs']:.1%} are of classes in one cluster; "
+        f"the loss can't fall below {batches['loss_floor']:.3f}"
+    )
+    if features["views"]:
+        print(
+            f"{features['encoded']:,} views, encoded in {features['seconds']:.0f} s, took the place of "
+            f"{features['visits']:,} passes through the frozen part of the visual tower "
+            f"({features['bytes'] / 1e6:.0f} MB are kept, see --feature_cache)"
+        )
+    mixtures = {row["alpha"]: row for row in training["wise_ft"]["mixtures"]}
+    for alpha in sorted({0.0, kept, 1.0}):
+        told = f"weights {alpha:.0%} fine-tuned: validation {mixtures[alpha]['accuracy']['value']:.1%}"
+        outside = mixtures[alpha]["outside"]
+        told += f", outside the domain {outside['value']:.1%} (n = {outside['n']})" if outside else ""
+        print(told + (", kept" if alpha == kept else ""))
