@@ -20,6 +20,7 @@ from nicheclip.results import format_table
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m data_prep", description=__doc__.split("\n", 1)[1])
     parser.add_argument("domain", help="a domain file, or the folder that holds it as domain.yaml")
     parser.add_argument("--images", help="class folders or a dataset to read instead of the domain's own source")

@@ -42,6 +42,7 @@ SHOWN_IMAGES = 4  # for each direction of a pair
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m data_prep.clusters", description=__doc__.split("\n", 1)[1])
     parser.add_argument("domain", help="a domain file, or the folder that holds it as domain.yaml")
     parser.add_argument("--run", type=Path, help="where the prepared run lives (default: runs/<domain name>)")
@@ -83,6 +84,7 @@ class Evidence:
 
 
 def percent(value: float, digits: int = 1) -> str:
+    """A share in words: 0.125 is "12.5 %"."""
     return f"{100 * value:.{digits}f} %"
 
 

@@ -27,6 +27,7 @@ class Catalogue:
 
     @classmethod
     def of(cls, rows: datasets.Dataset, domain: Domain) -> Catalogue:
+        """Of the rows of a source once they are verified."""
         source_ids, class_names, sha256, given = (
             rows[name][:] for name in ("source_id", "class_name", "sha256", "split")
         )
@@ -36,6 +37,7 @@ class Catalogue:
         return len(self.source_ids)
 
     def name(self, index: int) -> dict[str, str]:
+        """How report.json names an image."""
         return {"source_id": self.source_ids[index], "label": self.class_names[index]}
 
     def rank(self, index: int) -> int:
@@ -111,13 +113,12 @@ def _set_copies_aside(catalogue: Catalogue, decided: list[str], reasons: dict[in
         labels = sorted({catalogue.class_names[index] for index in same})
         chosen = {catalogue.class_names[index] for index in same if decided[index] == "keep"}
         right = labels if len(labels) == 1 else sorted(chosen) if len(chosen) == 1 else []
-        usable = [index for index in same if catalogue.class_names[index] in right]
-        first = min(usable, key=lambda index: (catalogue.rank(index), index), default=None)
+        usable = sorted((index for index in same if catalogue.class_names[index] in right), key=catalogue.rank)
         for index in same:
-            if catalogue.class_names[index] not in right:
+            if index not in usable:
                 reasons[index] = f"conflict: the same file under {' and '.join(labels)}"
-            elif index != first:
-                reasons[index] = f"exact duplicate: of {catalogue.source_ids[first]}"
+            elif index != usable[0]:
+                reasons[index] = f"exact duplicate: of {catalogue.source_ids[usable[0]]}"
 
 
 def _place(
@@ -134,10 +135,10 @@ def _place(
     pool = np.flatnonzero(parts == "train")
     if to_fill and len(pool):
         parts[pool] = assign_splits(catalogue.labels[pool], groups[pool].tolist(), domain.splits, to_fill)
-    first: dict[str, int] = {}  # of each group, in the split that keeps it
+    owners: dict[str, int] = {}  # the first image of each group, in the split that keeps it
     for name in PRECEDENCE:
         for index in np.flatnonzero(parts == name).tolist():
-            owner = first.setdefault(groups[index], index)
+            owner = owners.setdefault(groups[index], index)
             if parts[owner] != name:
                 reasons[index] = f"leak: near-duplicate of {catalogue.source_ids[owner]}, which is in {parts[owner]}"
     parts[list(reasons)] = ""

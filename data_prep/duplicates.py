@@ -65,6 +65,7 @@ class Fingerprints:
         return cls(hashes, centred, tuple(cosines.tolist()))
 
     def take(self, indices: np.ndarray) -> Fingerprints:
+        """Those of some of the pictures; `indices` (M,) int."""
         return replace(self, hashes=self.hashes[:, indices], image_embeds=self.image_embeds[indices])
 
     def same(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -25,7 +25,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from PIL import Image
 from scipy.special import softmax
-from transformers import CLIPConfig
+from transformers import CLIPTextConfig, CLIPVisionConfig
 
 from data_prep.clusters import propose
 from data_prep.sources.folders import SIDECARS, list_files, split_of
@@ -54,6 +54,7 @@ RATES = {"wide": ("5.0e-6", "5.0e-7"), "narrow": ("5.0e-4", "5.0e-5")}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m data_prep.new_domain", description=__doc__.split("\n", 1)[1])
     parser.add_argument("folder", type=Path, help="one folder a class inside, its name that of the class")
     parser.add_argument("--name", required=True, help="of the domain, in lower case, e.g. birds")
@@ -101,13 +102,16 @@ def look_into(folder: Path) -> Survey:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder at '{folder}'; expected one that holds a folder of images a class")
-    images, others, nested, splits = Counter(), [], defaultdict(set), set()
+    images: Counter[str] = Counter()
+    nested: defaultdict[str, set[str]] = defaultdict(set)
+    splits, others = set(), []
     top = {path.relative_to(folder).parts for path in list_files(folder) if path.name not in SIDECARS}
     flat = {parts[0] for parts in top if len(parts) == 2} - {parts[0] for parts in top if len(parts) > 2}
     loose = [parts for parts in top if len(parts) == 1]
     for parts in sorted(top - set(loose)):
         split = split_of(parts, flat)
-        splits |= {split} - {None}
+        if split:
+            splits.add(split)
         name, *inner = parts[1:-1] if split else parts[:-1]
         if inner:
             nested[name].add(inner[0])
@@ -178,7 +182,8 @@ def write_domain(survey: Survey, name: str, base: str, out: Path, force: bool) -
     names = {folder: re.sub(r"[\s_]+|(?<=\w)-+(?=\w)", " ", folder).strip() for folder in sorted(survey.images)}
     prompts = _prompts(list(names.values()), _kind(name))
     local = _local_base(base)
-    config = CLIPConfig.from_pretrained(local) if local else CLIPConfig()
+    text = CLIPTextConfig.from_pretrained(local) if local else CLIPTextConfig()
+    vision = CLIPVisionConfig.from_pretrained(local) if local else CLIPVisionConfig()
     clusters, origin = _clusters(prompts, local)
     middle = int(statistics.median(survey.images.values()))
     samples = min(280, max(24, middle))
@@ -200,10 +205,10 @@ def write_domain(survey: Survey, name: str, base: str, out: Path, force: bool) -
             samples=samples,
             batch=batch,
             epochs=(epochs, max(3, epochs // 2)),
-            rates=RATES["wide" if config.text_config.hidden_size >= WIDE else "narrow"],
-            blocks=min(2, config.vision_config.num_hidden_layers),
+            rates=RATES["wide" if text.hidden_size >= WIDE else "narrow"],
+            blocks=min(2, vision.num_hidden_layers),
             hard_negatives=any(len(members) > 1 for members in clusters.values()) or not clusters,
-            side=max(32, config.vision_config.image_size * 9 // 7),
+            side=max(32, vision.image_size * 9 // 7),
             smallest=min(survey.images.values()),
             small=SMALL_CLASS,
         )

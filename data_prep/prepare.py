@@ -23,8 +23,8 @@ from data_prep.encode import encode_rows
 from data_prep.quality import Verdict, judge, out_of_fold_probabilities, visits_per_epoch
 from data_prep.report import write_report
 from data_prep.review import read_decisions, write_review
-from data_prep.sources import fetch_images, planted_faults, read_source
-from data_prep.sources.facades import found_faults
+from data_prep.sources import fetch_images, read_source
+from data_prep.sources.facades import found_faults, planted_faults
 from data_prep.sources.rows import check_classes
 from data_prep.verify import VERIFY_VERSION, verify_rows
 from nicheclip.data import SPLITS, features, quiet_datasets

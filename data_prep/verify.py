@@ -102,13 +102,14 @@ def _quarantined(reason: str) -> dict[str, Any]:
 def _read(opened: Image.Image, stored_short_side: int, smallest_side: int) -> tuple[Image.Image, list[str], bool]:
     """The image as it is stored, what was mended, and whether the file can be stored as it is."""
     mended = []
-    if min(opened.size) < smallest_side:
-        width, height = opened.size
+    width, height = opened.size
+    short_side = min(opened.size)
+    if short_side < smallest_side:
         raise _UnusableError(f"{TINY}: {width} x {height} px, expected at least {smallest_side} on the short side")
     if getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO":  # of an MPO the others are previews
         mended.append("first frame of an animation")
-    as_is = opened.format == "JPEG" and opened.mode == "RGB" and min(opened.size) <= stored_short_side
-    opened.draft("RGB", [side * stored_short_side // min(opened.size) + 1 for side in opened.size])
+    as_is = opened.format == "JPEG" and opened.mode == "RGB" and short_side <= stored_short_side
+    opened.draft("RGB", (width * stored_short_side // short_side + 1, height * stored_short_side // short_side + 1))
     image = opened
     if image.mode.startswith("I"):
         image = _eight_bits(image)
@@ -121,7 +122,7 @@ def _read(opened: Image.Image, stored_short_side: int, smallest_side: int) -> tu
         mended.append("EXIF orientation")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        if image.getextrema()[3][0] < 255:
+        if image.getchannel("A").getextrema() != (255, 255):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             mended.append("transparency on white")
     elif image.mode not in ("RGB", "L"):
@@ -132,7 +133,7 @@ def _read(opened: Image.Image, stored_short_side: int, smallest_side: int) -> tu
     if min(image.size) > stored_short_side:
         scale = stored_short_side / min(image.size)
         image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
-    if all(low == high for low, high in image.getextrema()):
+    if image.getcolors(maxcolors=1):
         raise _UnusableError(f"{BLANK}: every pixel has the same colour")
     return image, mended, as_is
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
@@ -20,12 +19,11 @@ from data_prep.sources.shapes import draw_shapes
 from data_prep.sources.tables import is_table, read_table
 from data_prep.verify import verify_image
 from nicheclip.domain import Domain
-from nicheclip.results import read_json
 
 logger = logging.getLogger(__name__)
 
 
-def fetch_images(domain: Domain, run: Path, images: str | None, seed: int, contact: str | None) -> str | Path:
+def fetch_images(domain: Domain, run: Path, images: str | Path | None, seed: int, contact: str | None) -> str | Path:
     """Paints or downloads what the domain's source asks for; where the images lie then.
 
     Args:
@@ -82,7 +80,7 @@ def outside_rows(domain: Domain, seed: int = 0) -> datasets.Dataset:
     if outside is None:
         raise ValueError(f"domain '{domain.name}' has no outside task; add `outside` to the domain file")
     names, source = list(outside.classes), outside.source
-    if source.kind == "shapes":
+    if source.path is None:  # of shapes only, which are drawn
         rows = draw_shapes(names, outside.images_per_class, seed)
     elif source.kind == "dataset":
         rows, _ = read_table(source.path, names, **source.options)
@@ -105,9 +103,3 @@ def outside_rows(domain: Domain, seed: int = 0) -> datasets.Dataset:
         labels += [label] * len(readable)
     columns = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
     return datasets.Dataset.from_dict({"image": images, "label": labels}, features=columns)
-
-
-def planted_faults(location: str | Path) -> dict[str, Any] | None:
-    """The truth about the painter's faults, if the images are its own."""
-    path = Path(location) / "truth.json"
-    return read_json(path, "") if path.is_file() else None

@@ -20,6 +20,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from data_prep.sources.rows import read_options
 from data_prep.sources.wikimedia import EXTENSIONS, Commons, CommonsFile
 from nicheclip.results import read_json, write_json
 
@@ -77,11 +78,7 @@ def download_commons(folder: Path, class_names: list[str], contact: str | None, 
 
 
 def _options(options: dict[str, Any], class_names: list[str]) -> CommonsOptions:
-    try:
-        chosen = CommonsOptions(**options)
-    except TypeError as error:
-        known = _join(CommonsOptions.__dataclass_fields__)
-        raise ValueError(f"source.options of Commons: {error}; known options are {known}") from error
+    chosen = read_options(CommonsOptions, options, "Commons")
     for name in chosen.categories:
         if name not in class_names:
             close = difflib.get_close_matches(name, class_names, n=1)
@@ -200,8 +197,8 @@ def _download(commons: Commons, folder: Path, chosen: list[tuple], skipped: list
     finally:
         kept = []
         for stem, (class_name, file) in places.items():
-            if path := _stored(stem):
-                kept.append(file.metadata(path.relative_to(folder).as_posix()))
+            if stored := _stored(stem):
+                kept.append(file.metadata(stored.relative_to(folder).as_posix()))
             else:
                 reason = problems.get(stem) or "not downloaded yet: the run was stopped"
                 skipped.append(_skipped(class_name, file, reason))

@@ -20,6 +20,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from data_prep.sources.painter import draw
+from data_prep.sources.rows import read_options
 from nicheclip.results import read_json, replaced_folder, write_json
 
 ATTRIBUTION = "drawn by NicheCLIP, CC0"
@@ -40,7 +41,7 @@ class FacadeOptions:
     size: int = 96  # pixels
 
 
-def paint_facades(folder: str | Path, clusters: list[list[str]], seed: int, **options: object) -> Path:
+def paint_facades(folder: str | Path, clusters: list[list[str]], seed: int, **options: Any) -> Path:
     """Paints the class folders `folder`/<split>/<style>/*.jpg with their metadata.jsonl and truth.json, unless done.
 
     `truth.json` holds wrong_labels {source_id: true style}, near_duplicates {source_id: source_id of the original}
@@ -54,11 +55,7 @@ def paint_facades(folder: str | Path, clusters: list[list[str]], seed: int, **op
         ValueError: for an option that does not exist, or if `folder` holds something else.
     """
     folder = Path(folder)
-    try:
-        chosen = FacadeOptions(**options)
-    except TypeError as error:
-        known = ", ".join(FacadeOptions.__dataclass_fields__)
-        raise ValueError(f"source.options of the façade painter: {error}; known options are {known}") from error
+    chosen = read_options(FacadeOptions, options, "the façade painter")
     order = {"seed": seed, "clusters": clusters, "attribution": ATTRIBUTION, **asdict(chosen)}
     truth_file = folder / "truth.json"
     if truth_file.is_file() and read_json(truth_file, "")["order"] == order:
@@ -78,6 +75,12 @@ def paint_facades(folder: str | Path, clusters: list[list[str]], seed: int, **op
         (unfinished / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         write_json(unfinished / "truth.json", {"order": order, **truth})
     return folder
+
+
+def planted_faults(location: str | Path) -> dict[str, Any] | None:
+    """truth.json, if the images are the painter's own."""
+    path = Path(location) / "truth.json"
+    return read_json(path, "") if path.is_file() else None
 
 
 def found_faults(truth: dict[str, Any], report: dict[str, Any], group_of: dict[str, str]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 
@@ -39,7 +40,8 @@ def read_folders(folder: str | Path, class_names: list[str]) -> tuple[datasets.D
         raise FileNotFoundError(f"no image folder at '{folder}'; expected one folder a class, e.g. {folder}/gothic")
     names = {name.casefold() for name in class_names}
     attributions = dict(_attributions(folder))
-    rows, outside = [], []
+    rows: list[dict[str, Any]] = []
+    outside = []
     for path in sorted(list_files(folder)):
         inside = path.relative_to(folder)
         if path.name in SIDECARS:

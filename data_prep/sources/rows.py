@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import datasets
 
@@ -15,6 +17,22 @@ SOURCE_FEATURES = datasets.Features(
         **{name: datasets.Value("string") for name in ("source_id", "version", "class_name", "split", "attribution")},
     }
 )
+
+
+T = TypeVar("T")
+
+
+def read_options(kind: type[T], options: dict[str, Any], source: str) -> T:
+    """`source.options` of a domain file as the dataclass of its source.
+
+    Raises:
+        ValueError: for an option that it does not know.
+    """
+    try:
+        return kind(**options)
+    except TypeError as error:
+        known = ", ".join(inspect.signature(kind).parameters)
+        raise ValueError(f"source.options of {source}: {error}; known options are {known}") from error
 
 
 def check_classes(found: Iterable[str], class_names: list[str], where: str) -> dict[str, str]:

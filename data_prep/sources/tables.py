@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import datasets
 
-from data_prep.sources.rows import SOURCE_FEATURES, check_classes
+from data_prep.sources.rows import SOURCE_FEATURES, check_classes, read_options
 from nicheclip.data import SPLITS
 
 ALIASES = {"val": "validation", "valid": "validation", "dev": "validation"}
-_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
+SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,11 @@ def is_table(location: str | Path) -> bool:
     """Whether `location` is for `read_table`: everything but a folder of folders is."""
     path = Path(location)
     saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
-    return not path.is_dir() or saved or any(any(path.rglob(f"*{suffix}")) for suffix in _SUFFIXES)
+    return not path.is_dir() or saved or any(any(path.rglob(f"*{suffix}")) for suffix in SUFFIXES)
 
 
 def read_table(
-    location: str | Path, class_names: list[str], **options: object
+    location: str | Path, class_names: list[str], **options: Any
 ) -> tuple[datasets.Dataset, list[dict[str, str]]]:
     """Opens a dataset; images stay undecoded and on disk.
 
@@ -51,11 +52,7 @@ def read_table(
         ValueError: for an unknown option, column, split or label.
         FileNotFoundError: if there is no such dataset, or a class has no image.
     """
-    try:
-        chosen = TableOptions(**options)
-    except TypeError as error:
-        known = ", ".join(TableOptions.__dataclass_fields__)
-        raise ValueError(f"source.options of a dataset: {error}; known options are {known}") from error
+    chosen = read_options(TableOptions, options, "a dataset")
     parts, rest, unlabelled = [], [], []
     for name, table in _load(location, chosen).items():
         split = chosen.splits.get(name, ALIASES.get(name, name if name in SPLITS else None))
@@ -106,8 +103,8 @@ def _versions(table: datasets.Dataset, images: datasets.Dataset, indices: list[i
 
 def _load(location: str | Path, options: TableOptions) -> datasets.DatasetDict:
     path = Path(location)
-    if path.suffix in _SUFFIXES and path.is_file():
-        loaded = datasets.load_dataset(_SUFFIXES[path.suffix], data_files={"table": str(path)})
+    if path.suffix in SUFFIXES and path.is_file():
+        loaded = datasets.load_dataset(SUFFIXES[path.suffix], data_files={"table": str(path)})
     elif any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
         loaded = datasets.load_from_disk(path)
     else:

@@ -54,6 +54,7 @@ class CommonsFile:
         return "_".join(filter(None, [str(self.page_id), slug, f"{width}px", self.sha1[:8]]))
 
     def metadata(self, file_name: str) -> dict[str, Any]:
+        """Its line of metadata.jsonl."""
         licence = f"{self.license} ({self.license_url})" if self.license_url else self.license
         fields = asdict(self)
         del fields["reason"], fields["url"]
@@ -115,7 +116,7 @@ class Commons:
             try:
                 response = self.client.get(url, params=params or None)
             except httpx.TransportError as error:  # also for a body that is shorter than announced
-                problem = f"{type(error).__name__}: {error}"
+                problem: str | None = f"{type(error).__name__}: {error}"
                 whole_site = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
             else:
                 if response.status_code == 403:
@@ -161,6 +162,7 @@ class Commons:
         return [name for name in categories if name not in filled]
 
     def subcategories(self, category: str) -> list[str]:
+        """Their names without "Category:", one level down."""
         query = {"list": "categorymembers", "cmtitle": f"Category:{category}", "cmtype": "subcat", "cmlimit": 500}
         return [
             member["title"].removeprefix("Category:")
@@ -210,7 +212,7 @@ class Commons:
             return f"HTTP {response.status_code}"
         try:
             with Image.open(io.BytesIO(response.content), formats=["JPEG", "PNG", "WEBP"]) as image:
-                extension = EXTENSIONS[image.format]
+                extension = EXTENSIONS[str(image.format)]
                 image.verify()
         except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
             return f"what came is no image: {str(error).splitlines()[0]}"
@@ -281,8 +283,7 @@ def _rights(texts: dict[str, str]) -> tuple[bool, bool]:
 
 def plain_text(html: str) -> str:
     """The text that a reader of the HTML sees, on one line."""
-    html = re.sub(
-        r"<(\w+)[^>]*display:\s*none.*?</\1>", "", html, flags=re.DOTALL
-    )  # such as a second 'Unknown author'
+    # What is hidden goes first, such as a second 'Unknown author'.
+    html = re.sub(r"<(\w+)[^>]*display:\s*none.*?</\1>", "", html, flags=re.DOTALL)
     html = re.sub(r"<(br|p|div|li|td|tr)\b", r" <\1", html)
     return " ".join(unescape(re.sub(r"<[^>]*>", "", html)).split())

@@ -1,7 +1,7 @@
 """The canvas of one picture: chance, light, palette, and the marks and parts that all buildings share."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -70,15 +70,23 @@ SKIES: dict[str, tuple[Colour, Colour, tuple[float, float, float]]] = {
 LAMPLIGHT: Colour = (255, 214, 128)
 
 
-def mix(a: Sequence[float], b: Sequence[float], share: float) -> Colour:
-    return tuple(int(x + (y - x) * share) for x, y in zip(a, b, strict=True))
+def _rgb(channels: Iterable[float]) -> Colour:
+    red, green, blue = (min(255, int(channel)) for channel in channels)
+    return red, green, blue
+
+
+def mix(a: Colour, b: Colour, share: float) -> Colour:
+    """`a` where `share` is 0, `b` where it is 1."""
+    return _rgb(x + (y - x) * share for x, y in zip(a, b, strict=True))
 
 
 def tone(colour: Colour, factor: float) -> Colour:
-    return tuple(min(255, int(c * factor)) for c in colour)
+    """A colour made lighter (factor > 1) or darker."""
+    return _rgb(channel * factor for channel in colour)
 
 
 def box(x: float, y: float, w: float, h: float) -> Points:
+    """The corners of an upright rectangle; (x, y) is the top left."""
     return [(x, y), (x + w, y), (x + w, y + h), (x, y + h)]
 
 
@@ -131,7 +139,7 @@ class Scene:
         self.season = "winter" if self.weather == "snow" else self.pick(tuple(FOLIAGE))
         self.zenith, self.horizon, self.light = SKIES[self.weather if self.time == "day" else self.time]
         jitter = rng.normal(0, 6, 3)
-        self.wall = tuple(int(np.clip(c + j, 30, 245)) for c, j in zip(WALLS[self.wall_name], jitter, strict=True))
+        self.wall = _rgb(np.clip(np.array(WALLS[self.wall_name]) + jitter, 30, 245))
         dark_trim = tone(self.wall, self.u(0.45, 0.7))
         light_trim = mix(self.wall, (248, 244, 234), self.u(0.5, 0.9))
         self.trim = dark_trim if self.chance(0.35) else light_trim
@@ -158,18 +166,23 @@ class Scene:
     # Chance
 
     def u(self, low: float, high: float) -> float:
+        """A number between the two, all as likely."""
         return low + (high - low) * self.rng.random()
 
     def n(self, low: int, high: int) -> int:
+        """A whole number from `low` to `high`, both included."""
         return int(self.rng.integers(low, high + 1))
 
     def chance(self, probability: float) -> bool:
+        """True with that probability."""
         return self.rng.random() < probability
 
     def has(self, cue: str) -> bool:
+        """Whether this building shows a cue of `CUES`; asked again, it is drawn again."""
         return self.chance(self.cues.get(cue, 0.0))
 
     def pick(self, options: Sequence[T]) -> T:
+        """One of them, all as likely."""
         return options[int(self.rng.integers(len(options)))]
 
     # Marks on the canvas, in units
@@ -178,19 +191,24 @@ class Scene:
         return [((x + MARGIN) * self.scale, (y + MARGIN) * self.scale) for x, y in points]
 
     def ink(self, colour: Colour) -> Colour:
-        return tuple(min(255, int(c * f)) for c, f in zip(colour, self.light, strict=True))
+        """A colour in the light of the scene."""
+        return _rgb(channel * light for channel, light in zip(colour, self.light, strict=True))
 
     def fill(self, points: Points, colour: Colour, glow: bool = False) -> None:
+        """A polygon; what glows does not depend on the light."""
         self.pen.polygon(self._pixels(points), colour if glow else self.ink(colour))
 
     def rect(self, x: float, y: float, w: float, h: float, colour: Colour) -> None:
+        """A filled `box`."""
         self.fill(box(x, y, w, h), colour)
 
     def oval(self, x: float, y: float, rx: float, ry: float, colour: Colour, glow: bool = False) -> None:
+        """An ellipse round (x, y) with the half axes rx and ry."""
         box = self._pixels([(x - rx, y - ry), (x + rx, y + ry)])
         self.pen.ellipse(box, colour if glow else self.ink(colour))
 
     def line(self, points: Points, colour: Colour, width: float = 0.7) -> None:
+        """A line through the points, at least one pixel wide."""
         self.pen.line(self._pixels(points), self.ink(colour), max(1, round(width * self.scale)))
 
     def _stencil(self, points: Points, strength: int = 255) -> tuple[tuple[int, int, int, int], Image.Image]:
@@ -257,11 +275,13 @@ class Scene:
                 self.fill([outer[i], outer[i + 1], inner[i + 1], inner[i]], other)
 
     def door(self, x: float, w: float, h: float, shape: str = "flat", acute: float = 1.0) -> None:
+        """A double door on the ground, `x` at its left."""
         colour = self.pick(((74, 50, 38), (42, 64, 56), (110, 40, 36), (40, 50, 78), (60, 56, 54)))
         self.fill(opening(x, self.ground - h, w, h, shape, acute), colour)
         self.line([(x + w / 2, self.ground - h * 0.8), (x + w / 2, self.ground)], tone(colour, 0.6), 0.4)
 
     def column(self, x: float, y: float, w: float, h: float) -> None:
+        """A round column with its base and capital; (x, y) is the top left of the shaft."""
         stone = mix(self.trim, (240, 236, 226), 0.4)
         self.rect(x, y, w, h, stone)
         self.round_off(x, y, w, h)
@@ -279,10 +299,12 @@ class Scene:
         self.shade(box(x, y + 1.2, w, 1.2), 0.75)
 
     def cornice(self, x: float, y: float, w: float, thick: float = 1.6, out: float = 1.2) -> None:
+        """A moulding above (x, y) … (x + w, y), and its shadow below."""
         self.rect(x - out, y - thick, w + 2 * out, thick, self.trim)
         self.shade(box(x, y, w, 1.4), 0.74)
 
     def chimney(self, x: float, y: float, h: float) -> None:
+        """A stack with two pots that rises from (x, y)."""
         self.lay(box(x, y - h, 3.2, h + 4), tone(self.wall, 0.85), "brick")
         self.rect(x - 0.4, y - h, 4, 1, tone(self.wall, 0.6))
         self.rect(x + 0.3, y - h - 1.4, 1, 1.4, (150, 92, 70))
@@ -308,6 +330,7 @@ class Scene:
         self.line([peak, (peak[0], peak[1] - 2.5)], self.trim, 0.5)
 
     def crenels(self, x: float, y: float, w: float) -> None:
+        """Battlements on (x, y) … (x + w, y)."""
         count = max(3, round(w / 4))
         step = w / (count - 0.4)
         for i in range(count):

@@ -7,6 +7,7 @@ from data_prep.sources.painter.scene import FOLIAGE, LAMPLIGHT, MARGIN, UNITS, W
 
 
 def backdrop(s: Scene) -> None:
+    """Paints what is farther away than the building: the sky, hills, other houses."""
     ramp = np.linspace(0, 1, s.side, dtype=np.float32)[:, None] ** 0.9
     sky = np.array(s.zenith) * (1 - ramp) + np.array(s.horizon) * ramp
     s.image.paste(Image.fromarray(np.repeat(sky[:, None].astype(np.uint8), s.side, axis=1)))
@@ -70,6 +71,7 @@ def street(s: Scene) -> str:
 
 
 def tree(s: Scene, x: float, tall: float) -> None:
+    """Paints a tree at `x`, as its season has it."""
     foot = s.ground + s.u(2, 6)
     s.fill([(x - 0.9, foot), (x - 0.5, foot - tall), (x + 0.5, foot - tall), (x + 0.9, foot)], (84, 66, 52))
     if s.season == "winter":
@@ -147,7 +149,7 @@ def develop(s: Scene, picture: Image.Image) -> Image.Image:
     """Haze, soft light across the picture, and a little blur and noise of the sensor."""
     if s.chance(0.25):
         picture = picture.filter(ImageFilter.GaussianBlur(s.u(0.2, 0.5) * s.size / UNITS))
-    pixels = np.asarray(picture, np.float32)
+    pixels: np.ndarray = np.asarray(picture, np.float32)  # (size, size, 3)
     across = np.linspace(-1, 1, s.size, dtype=np.float32)
     if s.weather == "fog":
         haze = (s.u(0.28, 0.5) + 0.15 * across)[::-1, None, None]
@@ -158,6 +160,7 @@ def develop(s: Scene, picture: Image.Image) -> Image.Image:
 
 
 def weather(s: Scene) -> None:
+    """Paints rain or snow in front of everything else."""
     if s.weather == "rain":
         for _ in range(45):
             x, y = s.u(-8, 104), s.u(-8, 100)
