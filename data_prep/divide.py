@@ -100,7 +100,7 @@ def divide(
 def leaks(division: Division, fingerprints: Fingerprints) -> np.ndarray:
     """The pairs of the same picture in different splits, (P, 2) int; compares all of them."""
     used = np.flatnonzero(division.parts != "")
-    return used[fingerprints.take(used).across(np.unique(division.parts[used], return_inverse=True)[1])]
+    return used[fingerprints.take(used).across(division.parts[used])]
 
 
 def _set_copies_aside(catalogue: Catalogue, decided: list[str], reasons: dict[int, str]) -> None:

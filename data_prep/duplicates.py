@@ -107,11 +107,7 @@ class Fingerprints:
         return np.unique(np.concatenate(found), axis=0)
 
     def across(self, parts: np.ndarray) -> np.ndarray:
-        """Pairs of the same picture in different parts, (P, 2) int; compares every such pair of pictures.
-
-        Args:
-            parts: (N,) the split of each picture, as an integer.
-        """
+        """Pairs of the same picture in different `parts` (N,), (P, 2) int; compares every such pair of pictures."""
         plain, mirrored = np.unpackbits(self.hashes, axis=2).astype(np.float32) * 2 - 1  # (N, bits) each
         least = plain.shape[1] - 2 * REMOTE  # the inner product of two hashes at that distance
         found = [np.empty((0, 2), dtype=np.int64)]
@@ -122,7 +118,7 @@ class Fingerprints:
         return np.concatenate(found)
 
     def most_alike_across(self, parts: np.ndarray, count: int) -> list[tuple[int, int, float]]:
-        """The `count` pairs of pictures in different parts with the highest cosine, for a person to look at."""
+        """The `count` pairs of pictures in different `parts` (N,) with the highest cosine, for a person to look at."""
         best: list[tuple[int, int, float]] = []
         for own, others in _blocks(parts):
             cosine = self.image_embeds[own] @ self.image_embeds[others].T

@@ -145,7 +145,7 @@ def alike_across_splits(
 ) -> list[dict[str, Any]]:
     """The pairs of pictures in different splits that the base model finds most alike."""
     used = np.flatnonzero(division.parts != "")
-    pairs = fingerprints.take(used).most_alike_across(np.unique(division.parts[used], return_inverse=True)[1], count)
+    pairs = fingerprints.take(used).most_alike_across(division.parts[used], count)
     return [
         {
             "source_ids": [catalogue.source_ids[used[index]] for index in pair],

@@ -175,44 +175,11 @@ def write_domain(survey: Survey, name: str, base: str, out: Path, force: bool) -
 
     Raises:
         FileExistsError: if there is one already, unless `force`.
-        DomainError: if the name is none.
+        ValueError: if the name, or that of a class, does not suit a domain file.
     """
     if out.exists() and not force:
         raise FileExistsError(f"'{out}' exists; give --force to overwrite it, or another --out")
-    names = {folder: re.sub(r"[\s_]+|(?<=\w)-+(?=\w)", " ", folder).strip() for folder in sorted(survey.images)}
-    prompts = _prompts(list(names.values()), _kind(name))
-    local = _local_base(base)
-    text = CLIPTextConfig.from_pretrained(local) if local else CLIPTextConfig()
-    vision = CLIPVisionConfig.from_pretrained(local) if local else CLIPVisionConfig()
-    clusters, origin = _clusters(prompts, local)
-    middle = int(statistics.median(survey.images.values()))
-    samples = min(280, max(24, middle))
-    visits = samples * len(names)
-    batch = min(BATCH, visits // 2)
-    epochs = round(min(12, max(5, STEPS * batch / visits)))
-    text = (
-        _environment()
-        .get_template("new_domain.yaml.jinja")
-        .render(
-            survey=survey,
-            name=name,
-            title=name[0].upper() + re.sub(r"[-_.]", " ", name[1:]),
-            base=Path(base).resolve().as_posix() if Path(base).is_dir() else base,
-            prompts=prompts,
-            clusters=clusters,
-            origin=origin,
-            middle=middle,
-            samples=samples,
-            batch=batch,
-            epochs=(epochs, max(3, epochs // 2)),
-            rates=RATES["wide" if text.hidden_size >= WIDE else "narrow"],
-            blocks=min(2, vision.num_hidden_layers),
-            hard_negatives=any(len(members) > 1 for members in clusters.values()) or not clusters,
-            side=max(32, vision.image_size * 9 // 7),
-            smallest=min(survey.images.values()),
-            small=SMALL_CLASS,
-        )
-    )
+    text = _domain_file(survey, name, base)
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(f"{out.name}.tmp")
     unfinished.write_text(text, encoding="utf-8")
@@ -223,6 +190,40 @@ def write_domain(survey: Survey, name: str, base: str, out: Path, force: bool) -
         raise ValueError(str(error).replace(str(unfinished), str(out))) from error
     unfinished.replace(out)
     return domain
+
+
+def _domain_file(survey: Survey, name: str, base: str) -> str:
+    """The YAML, from the template; how long the stages are and how fast depends on the images and on the base."""
+    names = [re.sub(r"[\s_]+|(?<=\w)-+(?=\w)", " ", folder).strip() for folder in sorted(survey.images)]
+    prompts = _prompts(names, _kind(name))
+    local = _local_base(base)
+    text = CLIPTextConfig.from_pretrained(local) if local else CLIPTextConfig()
+    vision = CLIPVisionConfig.from_pretrained(local) if local else CLIPVisionConfig()
+    clusters, origin = _clusters(prompts, local)
+    middle = int(statistics.median(survey.images.values()))
+    samples = min(280, max(24, middle))
+    visits = samples * len(names)
+    batch = min(BATCH, visits // 2)
+    epochs = round(min(12, max(5, STEPS * batch / visits)))
+    return _template().render(
+        survey=survey,
+        name=name,
+        title=name[0].upper() + re.sub(r"[-_.]", " ", name[1:]),
+        base=Path(base).resolve().as_posix() if Path(base).is_dir() else base,
+        prompts=prompts,
+        clusters=clusters,
+        origin=origin,
+        middle=middle,
+        samples=samples,
+        batch=batch,
+        epochs=(epochs, max(3, epochs // 2)),
+        rates=RATES["wide" if text.hidden_size >= WIDE else "narrow"],
+        blocks=min(2, vision.num_hidden_layers),
+        hard_negatives=any(len(members) > 1 for members in clusters.values()) or not clusters,
+        side=max(32, vision.image_size * 9 // 7),  # type: ignore[operator]  # CLIP's is one number
+        smallest=min(survey.images.values()),
+        small=SMALL_CLASS,
+    )
 
 
 def _prompts(names: list[str], kind: str) -> dict[str, list[str]]:
@@ -308,7 +309,7 @@ def summary(survey: Survey, domain: Domain) -> str:
     return "\n".join([*lines, *warnings, "", format_table(["folder", "images", "cluster"], rows)])
 
 
-def _environment() -> jinja2.Environment:
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
@@ -317,7 +318,7 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     environment.filters["scalar"] = _scalar
-    return environment
+    return environment.get_template("new_domain.yaml.jinja")
 
 
 def _scalar(value: Any) -> str:

@@ -24,6 +24,7 @@ from data_prep.sources.rows import read_options
 from data_prep.sources.wikimedia import EXTENSIONS, Commons, CommonsFile
 from nicheclip.results import read_json, write_json
 
+Choice = tuple[str, CommonsFile]  # the name of a class, and a file of it
 WIDTHS = (250, 330, 500, 960, 1280, 1920)  # the thumbnails that Wikimedia serves, as far as they suit photos
 
 
@@ -143,8 +144,10 @@ def _list_class(commons: Commons, categories: list[str], options: CommonsOptions
     return list(files.values())
 
 
-def _choose(listings: dict[str, list[CommonsFile]], options: CommonsOptions) -> tuple[list[tuple], list[dict]]:
-    """What each class takes from its categories in turn, as (class name, file), and the rows of skipped.jsonl."""
+def _choose(
+    listings: dict[str, list[CommonsFile]], options: CommonsOptions
+) -> tuple[list[Choice], list[dict[str, str]]]:
+    """What each class takes from its categories in turn, and the rows of skipped.jsonl."""
     homes: dict[str, list[str]] = {}
     for class_name, files in listings.items():
         for file in files:
@@ -173,7 +176,9 @@ def _skipped(class_name: str, file: CommonsFile, reason: str) -> dict[str, str]:
     return {"title": file.title, "class_name": class_name, "category": file.category, "reason": reason}
 
 
-def _download(commons: Commons, folder: Path, chosen: list[tuple], skipped: list[dict], parallel: int) -> None:
+def _download(
+    commons: Commons, folder: Path, chosen: list[Choice], skipped: list[dict[str, str]], parallel: int
+) -> None:
     """Fetches what is not there yet, removes what is not chosen any more, and writes both lists in any case."""
     places = {folder / class_name / file.stem(commons.width): (class_name, file) for class_name, file in chosen}
     for path in folder.glob("*/*"):

@@ -12,8 +12,9 @@ import os
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -41,6 +42,15 @@ class FacadeOptions:
     size: int = 96  # pixels
 
 
+class Drawing(NamedTuple):
+    """One file to paint."""
+
+    name: str  # split/label/file
+    style: str  # that is drawn; the label may be another one
+    number: int  # of the drawing, the same for a copy
+    fault: str | None = None  # unreadable or near_duplicate
+
+
 def paint_facades(folder: str | Path, clusters: list[list[str]], seed: int, **options: Any) -> Path:
     """Paints the class folders `folder`/<split>/<style>/*.jpg with their metadata.jsonl and truth.json, unless done.
 
@@ -62,16 +72,14 @@ def paint_facades(folder: str | Path, clusters: list[list[str]], seed: int, **op
         return folder
     if folder.exists() and not truth_file.is_file():
         raise ValueError(f"'{folder}' was not painted here and would be overwritten; choose another --run")
-    jobs, truth = _plan(clusters, chosen, np.random.default_rng(seed))
+    drawings, truth = _plan(clusters, chosen, np.random.default_rng(seed))
     with replaced_folder(folder) as unfinished, ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
-        for parent in {Path(job[0]).parent for job in jobs}:
-            (unfinished / parent).mkdir(parents=True)
-        tasks = ((str(unfinished / name), style, [seed, no], fault, chosen.size) for name, style, no, fault in jobs)
-        for _ in tqdm(
-            pool.map(_paint_file, tasks, chunksize=16), total=len(jobs), desc="painting façades", unit="img"
-        ):
+        for parent in {(unfinished / drawing.name).parent for drawing in drawings}:
+            parent.mkdir(parents=True)
+        painted = pool.map(partial(_paint_file, unfinished, seed, chosen.size), drawings, chunksize=16)
+        for _ in tqdm(painted, total=len(drawings), desc="painting façades", unit="img"):
             pass
-        lines = (json.dumps({"file_name": name, "attribution": ATTRIBUTION}) for name, *_ in jobs)
+        lines = (json.dumps({"file_name": drawing.name, "attribution": ATTRIBUTION}) for drawing in drawings)
         (unfinished / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         write_json(unfinished / "truth.json", {"order": order, **truth})
     return folder
@@ -121,61 +129,60 @@ def _score(planted: set[str], named: set[str]) -> dict[str, int]:
     return {"planted": len(planted), "found": len(planted & named), "falsely": len(named - planted)}
 
 
-def _plan(clusters: list[list[str]], options: FacadeOptions, rng: np.random.Generator) -> tuple[list[tuple], dict]:
-    """Every file to paint as (name, style, number of the drawing, fault), and the truth about the faults."""
+def _plan(
+    clusters: list[list[str]], options: FacadeOptions, rng: np.random.Generator
+) -> tuple[list[Drawing], dict[str, Any]]:
+    """Every file to paint, and the truth about the faults."""
     styles = [style for cluster in clusters for style in cluster]
-    jobs: list[tuple[str, str, int, str]] = []
+    held_out: list[Drawing] = []
     for split in ("validation", "calibration", "test"):
         for style in styles:
             for index in range(getattr(options, split)):
-                jobs.append((f"{split}/{style}/{index:04d}.jpg", style, len(jobs), "none"))
-    held_out = list(jobs)
+                held_out.append(Drawing(f"{split}/{style}/{index:04d}.jpg", style, len(held_out)))
 
     sizes = np.geomspace(options.smallest_class, options.largest_class, len(styles)).round().astype(int)
-    pool = []
-    for style, size in zip(styles, rng.permutation(sizes), strict=True):
-        pool += [(style, len(held_out) + len(pool) + index) for index in range(size)]
+    pool = [style for style, size in zip(styles, rng.permutation(sizes), strict=True) for _ in range(size)]
     fate = rng.permutation(len(pool))
     wrong = set(fate[: round(options.wrong_labels * len(pool))].tolist())
     broken = set(fate[len(fate) - round(options.unreadable * len(pool)) :].tolist())
-    truth: dict = {"wrong_labels": {}, "near_duplicates": {}, "unreadable": []}
-    for index, (style, number) in enumerate(pool):
-        label = style
+    truth: dict[str, Any] = {"wrong_labels": {}, "near_duplicates": {}, "unreadable": []}
+    train = []
+    for index, style in enumerate(pool):
+        number, label = len(held_out) + index, style
         if index in wrong:
             near = [other for cluster in clusters if style in cluster for other in cluster if other != style]
             far = [other for other in styles if other != style and other not in near]
             label = str(rng.choice(near if near and rng.random() < 2 / 3 else far))
-        name = f"train/{label}/{number:05d}.jpg"
+        drawing = Drawing(f"train/{label}/{number:05d}.jpg", style, number, "unreadable" if index in broken else None)
         if index in wrong:
-            truth["wrong_labels"][name] = style
+            truth["wrong_labels"][drawing.name] = style
         if index in broken:
-            truth["unreadable"].append(name)
-        jobs.append((name, style, number, "unreadable" if index in broken else "none"))
+            truth["unreadable"].append(drawing.name)
+        train.append(drawing)
 
-    readable = [job for job in jobs[len(held_out) :] if job[3] == "none"]
-    duplicates = round(options.near_duplicates * len(pool))
-    for copy in range(duplicates):
+    readable = [drawing for drawing in train if drawing.fault is None]
+    for copy in range(round(options.near_duplicates * len(pool))):
         originals = held_out if copy % 4 == 0 else readable
         original = originals[rng.integers(len(originals))]
-        label = original[0].split("/")[1]
+        label = original.name.split("/")[1]
         name = f"train/{label}/copy{copy:04d}.jpg"
-        truth["near_duplicates"][name] = original[0]
-        if original[0] in truth["wrong_labels"]:
-            truth["wrong_labels"][name] = original[1]
-        jobs.append((name, original[1], original[2], "near_duplicate"))
-    return jobs, truth
+        truth["near_duplicates"][name] = original.name
+        if original.name in truth["wrong_labels"]:
+            truth["wrong_labels"][name] = original.style
+        train.append(original._replace(name=name, fault="near_duplicate"))
+    return held_out + train, truth
 
 
-def _paint_file(task: tuple[str, str, list[int], str, int]) -> None:
-    path, style, seed, fault, size = task
-    image = draw(style, np.random.default_rng(seed), size)
-    rng = np.random.default_rng([*seed, 1])
-    if fault == "near_duplicate":
+def _paint_file(folder: Path, seed: int, size: int, drawing: Drawing) -> None:
+    image = draw(drawing.style, np.random.default_rng([seed, drawing.number]), size)
+    rng = np.random.default_rng([seed, drawing.number, 1])
+    copied = drawing.fault == "near_duplicate"
+    if copied:
         left, top, right, bottom = rng.integers(1, max(2, size // 24), size=4)
         image = image.crop((left, top, size - right, size - bottom)).resize((size, size), Image.Resampling.BICUBIC)
     encoded = io.BytesIO()
-    image.save(encoded, "JPEG", quality=int(rng.integers(60, 75)) if fault == "near_duplicate" else 92)
+    image.save(encoded, "JPEG", quality=int(rng.integers(60, 75)) if copied else 92)
     content = encoded.getvalue()
-    if fault == "unreadable":
+    if drawing.fault == "unreadable":
         content = content[: int(len(content) * rng.uniform(0, 0.6))]
-    Path(path).write_bytes(content)
+    (folder / drawing.name).write_bytes(content)
