@@ -15,6 +15,7 @@ import numpy as np
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 from scipy.special import softmax
+from transformers import CLIPModel, CLIPProcessor
 
 from data_prep import findings
 from data_prep.divide import Catalogue, Division, divide
@@ -77,16 +78,7 @@ def prepare(
         text_embeds = encode_texts(model, processor, domain.canonical_prompts)
         zero_shot = softmax(zero_shot_logits(model, image_embeds, text_embeds), axis=1)  # (N, C)
         pictures = rows.select_columns("image").cast_column("image", datasets.Image())
-        fingerprints = Fingerprints.make(
-            rows["phash"][:],
-            rows["mirrored_phash"][:],
-            image_embeds,
-            picture=lambda index: pictures[index]["image"],
-            encode=lambda copies: encode_images(
-                model, processor, copies, len(copies), dtype=fast_dtype(model.device), progress=False
-            ),
-        )
-
+        fingerprints = _fingerprints(model, processor, rows, pictures, image_embeds)
         catalogue = Catalogue.of(rows, domain)
         decisions = {key: line.decision for key, line in decided.items()}
         division = divide(catalogue, fingerprints, domain, decisions, seed)
@@ -171,6 +163,23 @@ def _verify(listed: datasets.Dataset, domain: Domain, cache: Path) -> tuple[data
     readable = rows.select([index for index, error in enumerate(errors) if error is None])
     check_classes(set(readable["class_name"]), domain.class_names, f"the {len(readable)} readable images")
     return readable, unreadable
+
+
+def _fingerprints(
+    model: CLIPModel,
+    processor: CLIPProcessor,
+    rows: datasets.Dataset,
+    pictures: datasets.Dataset,
+    image_embeds: np.ndarray,
+) -> Fingerprints:
+    dtype = fast_dtype(model.device)
+    return Fingerprints.make(
+        rows["phash"][:],
+        rows["mirrored_phash"][:],
+        image_embeds,
+        picture=lambda index: pictures[index]["image"],
+        encode=lambda copies: encode_images(model, processor, copies, len(copies), dtype=dtype, progress=False),
+    )
 
 
 def _judge_train(

@@ -53,37 +53,36 @@ def read_table(
         FileNotFoundError: if there is no such dataset, or a class has no image.
     """
     chosen = read_options(TableOptions, options, "a dataset")
-    parts, rest, unlabelled = [], [], []
-    for name, table in _load(location, chosen).items():
+    tables = _load(location, chosen)
+    labels = {name: _labels(table, chosen, location) for name, table in tables.items()}
+    found = sorted({label for own in labels.values() for label in own if label is not None})
+    canonical = check_classes(found, class_names, f"'{location}'")
+    parts, unlabelled = [], []
+    for name, table in tables.items():
         split = chosen.splits.get(name, ALIASES.get(name, name if name in SPLITS else None))
         if split not in (*SPLITS, None):
             raise ValueError(f"source.options.splits: '{split}' is no split; expected {', '.join(SPLITS)} or null")
-        labels = _labels(table, chosen, location)
-        labelled = [index for index, label in enumerate(labels) if label is not None]
+        classes = {index: canonical[label] for index, label in enumerate(labels[name]) if label is not None}
+        labelled = list(classes)
         credits = table[chosen.attribution_column][:] if chosen.attribution_column else [None] * len(table)
         images = table.select_columns([chosen.image_column]).rename_columns({chosen.image_column: "image"})
         images = images.cast_column("image", datasets.Image(decode=False)).select(labelled)
         columns = {
             "source_id": [f"{name}/{index:07d}" for index in labelled],
             "version": _versions(table, images, labelled),
-            "class_name": [labels[index] for index in labelled],
+            "class_name": list(classes.values()),
             "split": [split] * len(labelled),
             "attribution": [credits[index] for index in labelled],
         }
         strings = datasets.Features({column: SOURCE_FEATURES[column] for column in columns})
-        rest.append(datasets.Dataset.from_dict(columns, features=strings))
-        parts.append(images)
+        texts = datasets.Dataset.from_dict(columns, features=strings)
+        parts.append(datasets.concatenate_datasets([images, texts], axis=1))
         unlabelled += [
             {"source_id": f"{name}/{index:07d}", "reason": "no label"}
-            for index, label in enumerate(labels)
-            if label is None
+            for index in range(len(table))
+            if index not in classes
         ]
-    columns = datasets.concatenate_datasets(rest)
-    canonical = check_classes(sorted(set(columns["class_name"])), class_names, f"'{location}'")
-    named = columns.to_dict() | {"class_name": [canonical[name] for name in columns["class_name"]]}
-    columns = datasets.Dataset.from_dict(named, features=columns.features)
-    rows = datasets.concatenate_datasets([datasets.concatenate_datasets(parts), columns], axis=1)
-    return rows.select_columns(list(SOURCE_FEATURES)), unlabelled
+    return datasets.concatenate_datasets(parts), unlabelled
 
 
 def _versions(table: datasets.Dataset, images: datasets.Dataset, indices: list[int]) -> list[str]:
