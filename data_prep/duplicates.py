@@ -20,6 +20,8 @@ REMOTE = 40  # up to here they are if it finds them as alike as most copies
 MIRROR_PENALTY = 8  # bits; things that are symmetric, such as façades, resemble each other's mirror images
 MISSED = 0.01  # chance that the search misses a pair at POSSIBLE; nearer pairs are far safer
 BUCKET = 64  # neighbours that are looked at within one bucket of the search
+COPIES = 256  # made of so many pictures, to learn how alike copies are
+CELLS = 1 << 22  # pairs that are compared at a time
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,8 @@ class Fingerprints:
         image_embeds: np.ndarray,
         picture: Callable[[int], Image.Image],
         encode: Callable[[list[Image.Image]], np.ndarray],
-        samples: int = 256,
     ) -> Fingerprints:
-        """Learns `cosines` from copies that it makes of `samples` of the pictures, cropped and recompressed.
+        """Learns `cosines` from copies that it makes of `COPIES` of the pictures, cropped and recompressed.
 
         How far a crop moves an embedding, and how far apart pictures of one niche lie, depends on the base model. They
         are what 99.9 % of different pictures stay below, what 90 % of the copies reach, and what half of them do.
@@ -55,9 +56,9 @@ class Fingerprints:
         mean = image_embeds.mean(axis=0)
         centred = _unit(image_embeds - mean)
         hashes = np.stack([_from_hex(phashes), _from_hex(mirrored_phashes)])
-        chosen = np.unique(np.linspace(0, len(centred) - 1, samples).round().astype(int))
+        chosen = np.unique(np.linspace(0, len(centred) - 1, COPIES).round().astype(int))
         copies = _unit(encode([_copy(picture(int(index))) for index in chosen]) - mean)
-        cosine = copies @ centred[chosen].T  # (samples, samples)
+        cosine = copies @ centred[chosen].T  # (COPIES, COPIES) at most
         own = hashes[0, chosen]
         different = cosine[np.bitwise_count(own[:, None] ^ own).sum(axis=2) > REMOTE]
         unlike = np.quantile(different, 0.999) if different.size else -1.0
@@ -134,11 +135,11 @@ def connected_groups(pairs: np.ndarray, count: int) -> np.ndarray:
     return connected_components(graph, directed=False)[1]
 
 
-def _blocks(parts: np.ndarray, cells: int = 1 << 22) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _blocks(parts: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """All pairs of pictures in different parts as blocks: some of one part, all of the later parts."""
     for part in np.unique(parts)[:-1]:
         own, later = np.flatnonzero(parts == part), np.flatnonzero(parts > part)
-        size = max(1, cells // len(later))
+        size = max(1, CELLS // len(later))
         for start in range(0, len(own), size):
             yield own[start : start + size], later
 

@@ -16,6 +16,9 @@ from data_prep.review import Suspicion
 from nicheclip.data import SPLITS
 from nicheclip.domain import Domain
 
+LEAST_LIKELY = 24  # images, and
+MOST_ALIKE = 12  # pairs, for a person to look at
+
 
 def counts(
     splits: dict[str, datasets.Dataset], quarantined: list[dict[str, str]], dropped: int, read: int
@@ -123,12 +126,12 @@ def _judged(
 
 
 def least_likely_kept(
-    domain: Domain, catalogue: Catalogue, train: np.ndarray, verdict: Verdict, dropped: set[str], count: int = 24
+    domain: Domain, catalogue: Catalogue, train: np.ndarray, verdict: Verdict, dropped: set[str]
 ) -> list[dict[str, Any]]:
-    """The `count` train images with the lowest scores among those that are kept."""
+    """The train images with the lowest scores among those that are kept."""
     order = np.argsort(verdict.scores, kind="stable")
     kept = [position for position in order if catalogue.source_ids[train[position]] not in dropped]
-    return [_judged(domain, catalogue, train, verdict, position) for position in kept[:count]]
+    return [_judged(domain, catalogue, train, verdict, position) for position in kept[:LEAST_LIKELY]]
 
 
 def near_duplicates(splits: dict[str, datasets.Dataset], class_names: list[str]) -> list[list[dict[str, str]]]:
@@ -140,12 +143,10 @@ def near_duplicates(splits: dict[str, datasets.Dataset], class_names: list[str])
     return sorted((group for group in members.values() if len(group) > 1), key=len, reverse=True)
 
 
-def alike_across_splits(
-    catalogue: Catalogue, division: Division, fingerprints: Fingerprints, count: int = 12
-) -> list[dict[str, Any]]:
+def alike_across_splits(catalogue: Catalogue, division: Division, fingerprints: Fingerprints) -> list[dict[str, Any]]:
     """The pairs of pictures in different splits that the base model finds most alike."""
     used = np.flatnonzero(division.parts != "")
-    pairs = fingerprints.take(used).most_alike_across(division.parts[used], count)
+    pairs = fingerprints.take(used).most_alike_across(division.parts[used], MOST_ALIKE)
     return [
         {
             "source_ids": [catalogue.source_ids[used[index]] for index in pair],

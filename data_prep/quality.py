@@ -19,6 +19,11 @@ REGULARIZATIONS = (1.0, 3.0, 10.0, 30.0)  # sklearn's C, the inverse strength; t
 DEFAULT_THRESHOLDS = {"linear_probe": 0.2, "zero_shot": 0.05, "none": 0.0}
 
 
+def threshold_of(how: QualityFilter) -> float:
+    """The score below which an image is suspect."""
+    return DEFAULT_THRESHOLDS[how.mode] if how.threshold is None else how.threshold
+
+
 def out_of_fold_probabilities(
     image_embeds: np.ndarray, labels: np.ndarray, groups: np.ndarray, classes: int, seed: int = 0
 ) -> np.ndarray:
@@ -109,7 +114,7 @@ def judge(
         mean = np.bincount(labels, scores, len(sizes)) / np.maximum(sizes, 1)
         # A class without any probability can't be judged: all of it is as good as its mean.
         scores = np.divide(scores, mean[labels], out=np.ones_like(scores), where=mean[labels] > 0)
-    threshold = DEFAULT_THRESHOLDS[how.mode] if how.threshold is None else how.threshold
+    threshold = threshold_of(how)
     suspect = np.zeros(len(labels), dtype=bool)
     counts = []
     for label in range(probabilities.shape[1]):

@@ -14,8 +14,8 @@ from typing import Any
 
 from PIL import Image
 
-from data_prep.quality import DEFAULT_THRESHOLDS
-from nicheclip.domain import Domain
+from data_prep.quality import threshold_of
+from nicheclip.domain import Domain, QualityFilter
 from nicheclip.pages import Thumbnails, environment
 from nicheclip.results import detectable_difference
 
@@ -48,7 +48,6 @@ def write_report(path: Path, report: dict[str, Any], domain: Domain, picture: Ca
         picture: gives the stored image of a source_id; raises KeyError for an image that can't be read.
     """
     thumbnails = Thumbnails(picture)
-    threshold = report["filter"]["threshold"]
     page = ENVIRONMENT.get_template("report.html.jinja").render(
         report=report,
         domain=domain,
@@ -56,7 +55,7 @@ def write_report(path: Path, report: dict[str, Any], domain: Domain, picture: Ca
         funnel=_funnel(report["counts"]),
         kinds=_quarantine(report["quarantined"]),
         confusions=_confusions(report["suspects"]),
-        threshold=DEFAULT_THRESHOLDS[report["filter"]["mode"]] if threshold is None else threshold,
+        threshold=threshold_of(QualityFilter(**report["filter"])),
         detectable_difference=detectable_difference,
         small_exam=SMALL_EXAM,
         shown=SHOWN,

@@ -17,9 +17,6 @@ VERIFY_VERSION = 3  # to be raised when the same file would be stored or hashed 
 JPEG_QUALITY = 95
 HASH_SIDE = 12  # coefficients a side: 64 bits did not tell cropped copies from other drawings of one style, 144 did
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "MPO", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")  # no EPS
-BROKEN = "unreadable"  # the reasons of quarantine, each followed by the particulars
-TINY = "too small"
-BLANK = "blank"
 
 VERIFIED_FEATURES = datasets.Features(
     {
@@ -49,16 +46,16 @@ def verify_image(source: dict[str, Any] | None, stored_short_side: int, smallest
     Returns:
         image (encoded bytes for `datasets.Image`), sha256 of the file, phash and mirrored_phash (144-bit perceptual
         hashes of the picture and of its mirror image, as hex), mended (what had to be done to read it, or None) and
-        error: None, or why the file can't be used.
+        error: None, or why the file can't be used: "unreadable", "too small" or "blank", a colon, and the particulars.
     """
     if source is None:
-        return _quarantined(f"{BROKEN}: the row has no image")
+        return _quarantined("unreadable: the row has no image")
     try:
-        file = io.BytesIO(source["bytes"]) if source["bytes"] is not None else open(source["path"], "rb")  # noqa: SIM115
+        file = io.BytesIO(source["bytes"]) if source["bytes"] is not None else open(source["path"], "rb")
         with file, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as large is an error
             if not file.read(1):
-                return _quarantined(f"{BROKEN}: empty file")
+                return _quarantined("unreadable: empty file")
             file.seek(0)
             with Image.open(file, formats=readable_formats()) as opened:
                 image, mended, as_is = _read(opened, stored_short_side, smallest_side)
@@ -67,11 +64,11 @@ def verify_image(source: dict[str, Any] | None, stored_short_side: int, smallest
             file.seek(0)
             content = file.read() if as_is else None
     except UnidentifiedImageError:
-        return _quarantined(f"{BROKEN}: not an image")
+        return _quarantined("unreadable: not an image")
     except _UnusableError as error:
         return _quarantined(str(error))
     except Exception as error:  # decoders raise nearly anything for a broken file; the reason is kept
-        return _quarantined(f"{BROKEN}: {(str(error) or type(error).__name__).splitlines()[0]}")
+        return _quarantined(f"unreadable: {(str(error) or type(error).__name__).splitlines()[0]}")
     side = 4 * HASH_SIDE  # to which imagehash shrinks
     small = image.convert("L").resize((side, side), Image.Resampling.LANCZOS)
     return {
@@ -105,7 +102,7 @@ def _read(opened: Image.Image, stored_short_side: int, smallest_side: int) -> tu
     width, height = opened.size
     short_side = min(opened.size)
     if short_side < smallest_side:
-        raise _UnusableError(f"{TINY}: {width} x {height} px, expected at least {smallest_side} on the short side")
+        raise _UnusableError(f"too small: {width} x {height} px, expected at least {smallest_side} on the short side")
     if getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO":  # of an MPO the others are previews
         mended.append("first frame of an animation")
     as_is = opened.format == "JPEG" and opened.mode == "RGB" and short_side <= stored_short_side
@@ -115,7 +112,7 @@ def _read(opened: Image.Image, stored_short_side: int, smallest_side: int) -> tu
         image = _eight_bits(image)
         mended.append("16 bits to 8")
     elif image.mode == "F":
-        raise _UnusableError(f"{BROKEN}: floating-point pixels, whose range is not known")
+        raise _UnusableError("unreadable: floating-point pixels, whose range is not known")
     image.load()
     if image.getexif().get(0x0112, 1) != 1:
         image = ImageOps.exif_transpose(image)
@@ -134,14 +131,14 @@ def _read(opened: Image.Image, stored_short_side: int, smallest_side: int) -> tu
         scale = stored_short_side / min(image.size)
         image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
     if image.getcolors(maxcolors=1):
-        raise _UnusableError(f"{BLANK}: every pixel has the same colour")
+        raise _UnusableError("blank: every pixel has the same colour")
     return image, mended, as_is
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 0xFFFF:
-        raise _UnusableError(f"{BROKEN}: 32-bit pixels, whose range is not known")
+        raise _UnusableError("unreadable: 32-bit pixels, whose range is not known")
     return Image.fromarray((values >> 8).astype(np.uint8))
 
 

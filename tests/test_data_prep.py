@@ -64,7 +64,7 @@ def test_every_image_read_is_accounted_for(prepared, report):
 
 def test_planted_faults_are_found(report, truth):
     unreadable = {entry["source_id"] for entry in report["quarantined"] if entry["reason"].startswith("unreadable")}
-    assert truth["unreadable"] and unreadable == set(truth["unreadable"])  # noqa: PT018
+    assert truth["unreadable"] and unreadable == set(truth["unreadable"])
     assert report["planted_faults"]["leaks"]["planted"] > 0
     assert report["planted_faults"]["leaks"]["found"] == report["planted_faults"]["leaks"]["planted"]
 

@@ -34,7 +34,7 @@ CUES: dict[str, dict[str, float]] = {
               "bay": 0.3},
     "queen anne": {"timber": 0.08, "gable timber": 0.25, "chimneys": 0.5, "turret": 0.8, "porch": 0.7, "shingles": 0.7,
                    "bay": 0.4, "lattice": 0.1},
-    "dutch gable": {"stepped": 0.5, "curved": 0.9, "chimneys": 0.3, "shutters": 0.5, "hoist": 0.5, 
+    "dutch gable": {"stepped": 0.5, "curved": 0.9, "chimneys": 0.3, "shutters": 0.5, "hoist": 0.5,
                     "string courses": 0.5, "lattice": 0.3, "turret": 0.04},
     # modern: one tall block
     "international style": {"ribbons": 0.8, "stilts": 0.5, "blank wall": 0.45, "penthouse": 0.5, "setbacks": 0.06},
