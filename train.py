@@ -111,7 +111,7 @@ def fine_tune(domain: Domain, run: Path, args: StagedTrainingArguments, resume: 
 def locate(target: Path) -> tuple[Domain, Path]:
     """The domain and its run directory, from either of them."""
     domain = Domain.load(target)
-    is_run = target.is_dir() and (target / "data" / "dataset_dict.json").is_file()
+    is_run = any((target / name).exists() for name in ("data/dataset_dict.json", "checkpoints", "training.json"))
     return domain, target if is_run else Path("runs") / domain.name
 
 

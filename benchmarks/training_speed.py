@@ -179,7 +179,7 @@ def ours(setting: Setting) -> Iterator[Side]:
     for stage in domain.stages:
         trainer._enter(stage, before, None)
         before += stage.epochs
-        yield _of_trainer(trainer, before * trainer._steps_per_epoch)
+        yield _of_trainer(trainer, before * trainer.steps_per_epoch)
 
 
 def _of_trainer(trainer: transformers.Trainer, max_steps: int) -> Side:

@@ -165,9 +165,9 @@ def test_what_all_stages_leave_frozen_is_encoded_once(domain, visits, tmp_path):
     alone = encode_views(tower, visits, 2, [pooled(tower)], tmp_path / "alone", "float32")
     assert {path.name for path in (tmp_path / "both").iterdir()} == {"after-block-2", "pooled"}
     places = [(row, view) for view in range(2) for row in range(len(visits.rows))]
-    np.testing.assert_allclose([both[p] for p in places], [alone[p] for p in places], atol=2e-5)
-    assert both[0, 0].shape == (model.config.vision_config.hidden_size,)
-    assert not np.allclose(both[0, 0], both[0, 1]), "each view is another one"
+    np.testing.assert_allclose([both(*p) for p in places], [alone(*p) for p in places], atol=2e-5)
+    assert both(0, 0).shape == (model.config.vision_config.hidden_size,)
+    assert not np.allclose(both(0, 0), both(0, 1)), "each view is another one"
 
 
 def test_visits_take_the_views_in_turn(domain, visits):
@@ -237,7 +237,7 @@ def test_an_interrupted_encoding_goes_on(domain, visits, tmp_path, monkeypatch):
     resumed = encode_views(tower, stopped, 1, [2], tmp_path / "cut")
     assert stopped.drawn == len(visits.rows) - 32, "two shards were whole"
     for row in range(len(visits.rows)):
-        np.testing.assert_array_equal(resumed[row, 0], whole[row, 0])
+        np.testing.assert_array_equal(resumed(row, 0), whole(row, 0))
 
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_written(domain, visits, tmp_path, monkeypatch):

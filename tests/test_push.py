@@ -30,12 +30,13 @@ REPO_ID = "you/model"
 
 
 def client(
-    hub: HubServer, home: Path, *arguments: object, xet: bool, folder: Path = ROOT
+    hub: HubServer, home: Path, *arguments: object, xet: bool, folder: Path = ROOT, path: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Runs Python with a client of huggingface_hub that starts with nothing but the server's address and a token."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
     environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": WRITER, "NO_PROXY": "127.0.0.1"}
     environment |= {} if xet else {"HF_HUB_DISABLE_XET": "1"}
+    environment |= {"PYTHONPATH": str(path)} if path else {}
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
