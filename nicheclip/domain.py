@@ -51,6 +51,7 @@ class _Section(BaseModel):
 
 
 class _Origin(_Section):
+    kind: str
     path: str | None = None  # of the folders, or the id or path of the dataset
     options: dict[str, Any] = {}  # passed on to the source, see `data_prep.sources`
 
