@@ -25,7 +25,7 @@ from nicheclip.answers import Answers, DomainClassifier, Outputs, fit, fit_and_r
 from nicheclip.calibration import Objective
 from nicheclip.classifier import SHAPE_FILE
 from nicheclip.data import load_prepared, quiet_datasets
-from nicheclip.domain import Domain
+from nicheclip.domain import Domain, GatedMetric
 from nicheclip.launch import keep_freed_memory
 from nicheclip.probe import fit_probe
 from nicheclip.results import METRIC_TITLES, Measure, Verdict, format_table, judge_gate, replaced_folder, write_json
@@ -78,7 +78,7 @@ def calibrate(run: Path, objective: Objective = "nll") -> None:
         statistics_of(probe, labels, groups, domain),
     )
     measures["ece_of_perfect"] = perfect_ece(tuned)
-    gates: dict[str, Verdict] = {
+    gates: dict[GatedMetric, Verdict] = {
         name: judge_gate(name, measures[name], target) for name, target in domain.gates.items()
     }
     scorecard = {
@@ -154,9 +154,9 @@ def save_predictions(
     (run / "predictions.parquet.tmp").rename(run / "predictions.parquet")
 
 
-def print_scorecard(measures: dict[str, Measure], gates: dict[str, Verdict]) -> None:
+def print_scorecard(measures: dict[str, Measure], gates: dict[GatedMetric, Verdict]) -> None:
     """All measures, those with a gate first."""
-    names = [*gates, *(name for name in METRIC_TITLES if name in measures and name not in gates)]
+    names: list = [*gates, *(name for name in METRIC_TITLES if name in measures and name not in gates)]
     rows = []
     for name in names:
         result, gate = measures[name], gates.get(name)

@@ -119,6 +119,7 @@ def _rate(rate: float) -> str:
 
 
 def main() -> None:
+    """The command line."""
     parser = options(__doc__)
     parser.add_argument("--docs", type=Path, default=DOCS, help="where ablations.md and images/ lie")
     args = parser.parse_args()
@@ -147,6 +148,7 @@ def main() -> None:
 
 
 def run(name: str, variant: Variant, domain: Domain, images: str | None, seed: int, out: Path) -> dict[str, Any]:
+    """The result of one variant with one seed."""
     data_run = prepared(domain, images, seed, out, variant.data)
     if name == WISE_FT:
         return wise_ft(data_run, seed, out)

@@ -42,6 +42,7 @@ TITLES = {
 
 
 def main() -> None:
+    """The command line."""
     parser = options(__doc__)
     parser.add_argument("--full-epochs", type=int, help="of all weights at once; default: as many as ours has")
     args = parser.parse_args()
@@ -69,10 +70,12 @@ def files(recipes: Any) -> list[str]:
 
 
 def full(rate: float) -> str:
+    """The name of training all weights at once at a rate."""
     return f"full_{rate:g}"
 
 
 def run(name: str, domain: Domain, images: str | None, seed: int, out: Path, full_epochs: int) -> dict[str, Any]:
+    """The result of one recipe with one seed."""
     data_run = prepared(domain, images, seed, out)
     if name.startswith("zero_shot"):
         return zero_shot(data_run, name == "zero_shot_ensemble", seed, out)

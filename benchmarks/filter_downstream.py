@@ -21,6 +21,7 @@ MODES = ("none", "zero_shot", "linear_probe")
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[501, 502, 503])
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/filter_downstream"))

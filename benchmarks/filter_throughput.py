@@ -37,6 +37,7 @@ PROMPTS = [f"a photo of {name}" for name in Domain.load("domains/architecture").
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=512, help="for data_prep; the loops take a sixteenth of them")
     parser.add_argument("--rounds", type=int, default=5)

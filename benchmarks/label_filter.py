@@ -15,6 +15,7 @@ from nicheclip.results import format_table
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[301, 302, 303])
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/label_filter"))

@@ -24,6 +24,7 @@ WARM_UP = 5
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.onnx_latency", description=__doc__.split("\n", 1)[1])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=60)

@@ -49,6 +49,7 @@ VERSION = 1  # of what result.json holds; another one is made anew
 
 
 def options(description: str | None) -> argparse.ArgumentParser:
+    """What baselines and ablations are both asked."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

@@ -23,6 +23,7 @@ from nicheclip.results import format_table
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, nargs="+", default=[5000, 10000, 20000])
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/scale"))

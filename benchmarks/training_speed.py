@@ -86,6 +86,8 @@ class Side:
 
 @dataclass
 class Setting:
+    """What all sides share."""
+
     domain: Domain
     rows: datasets.Dataset
     model: CLIPModel
@@ -94,6 +96,7 @@ class Setting:
     args: argparse.Namespace
 
     def visits(self, seed: int) -> TrainingVisits:
+        """The visits of our side."""
         return TrainingVisits(self.rows, self.domain.prompt_bank[1], self.domain.augmentation, self.processor, seed)
 
 
@@ -115,6 +118,7 @@ class Samples(torch.utils.data.Dataset):
         return self.processor.image_processor(view, return_tensors="pt")["pixel_values"][0], self.rng.choice(prompts)
 
     def collate(self, samples: list[tuple[torch.Tensor, str]]) -> dict[str, torch.Tensor]:
+        """A batch of them."""
         pixels, prompts = zip(*samples, strict=True)
         tokens = self.processor.tokenizer(list(prompts), padding="max_length", max_length=77, return_tensors="pt")
         return {**tokens, "pixel_values": torch.stack(pixels)}
@@ -146,7 +150,7 @@ def article(setting: Setting) -> Iterator[Side]:
 
 
 def naive(setting: Setting) -> Iterator[Side]:
-    """transformers' own Trainer on the article's batches: CLIPModel's own loss, our precision, nothing kept."""
+    """The Trainer of transformers on the article's batches: CLIPModel's own loss, our precision, nothing kept."""
     model, samples = deepcopy(setting.model), Samples(setting)
     args = transformers.TrainingArguments(
         str(setting.folder / "naive"),
@@ -210,6 +214,7 @@ SIDES = {"article": article, "ours": ours, "naive": naive}
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="vit-b-32")
     parser.add_argument("--batch-size", type=int, default=16, help="ours; the article's is 16")
@@ -243,6 +248,7 @@ class Worker:
         theirs.close()
 
     def __call__(self, question: str, *arguments: Any) -> Any:
+        """What the process answers."""
         self._pipe.send((question, *arguments))
         return self._pipe.recv()
 

@@ -22,6 +22,7 @@ RIGHT, WRONG, UNSURE = "#0072B2", "#D55E00", "#777777"
 
 
 def main(run: Path) -> None:
+    """The command line."""
     domain, test = Domain.load(run), load_prepared(run)["test"]
     predictions = Dataset.from_parquet(str(run / "predictions.parquet"))
     threshold = read_json(run / "calibration.json", "run calibrate.py first")["abstention"]["threshold"]

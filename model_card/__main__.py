@@ -21,6 +21,7 @@ from space.publish import write_space
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m model_card", description=__doc__.split("\n", 1)[1])
     parser.add_argument("run", type=Path, help="a run directory that calibrate.py has filled")
     parser.add_argument("--push-to-hub", metavar="REPO_ID", help="push to this repository, e.g. you/your-model")

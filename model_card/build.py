@@ -117,7 +117,7 @@ def make_card(
     )
     return ModelCard.from_template(
         card_data,
-        template_path=TEMPLATE,
+        template_path=str(TEMPLATE),
         title=title,
         domain=domain,
         repo_id=repo_id or f"YOU/{domain.name}",

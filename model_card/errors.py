@@ -55,6 +55,7 @@ class Reading:
 
     @property
     def wrong(self) -> bool:
+        """Whether the prediction is not the label."""
         return self.label != self.predicted
 
 

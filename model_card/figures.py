@@ -14,7 +14,7 @@ from scipy.stats import binomtest
 from sklearn.manifold import TSNE
 
 from nicheclip.answers import Outputs
-from nicheclip.domain import Domain
+from nicheclip.domain import Domain, GatedMetric
 from nicheclip.metrics import N_BINS, class_scores, correct, reliability
 from nicheclip.results import METRIC_TITLES, Measure, Verdict
 
@@ -33,7 +33,7 @@ CLUSTER_COLOURS = [
     "#8C6D46",
 ]
 MARKERS = ["o", "^", "s", "D", "v", "P"]
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -54,7 +54,7 @@ def draw_figures(
     tuned: Outputs,
     base: Outputs,
     measures: dict[str, Measure],
-    gates: dict[str, Verdict],
+    gates: dict[GatedMetric, Verdict],
 ) -> None:
     """Writes scorecard, confusion, classes, reliability and outside into `folder`, as PNG and SVG.
 
@@ -78,7 +78,7 @@ def _figure(width: float, height: float, columns: int = 1, **options: Any) -> tu
     return figure, figure.subplots(1, columns, **options)
 
 
-def _scorecard(domain: Domain, measures: dict[str, Measure], gates: dict[str, Verdict]) -> Figure:
+def _scorecard(domain: Domain, measures: dict[str, Measure], gates: dict[GatedMetric, Verdict]) -> Figure:
     figure, axes = _figure(8, 0.62 * len(gates) + 1.2)
     names = list(gates)[::-1]
     labelled = max(names, key=lambda name: measures[name].probe is not None)  # in the legend, once
@@ -101,8 +101,9 @@ def _scorecard(domain: Domain, measures: dict[str, Measure], gates: dict[str, Ve
                 capsize=3,
                 label=label if name == labelled else None,
             )
-        label = "gate" if height == 0 else None
-        axes.plot([domain.gates[name]] * 2, [height - 0.38, height + 0.38], color=GATE, linewidth=2, label=label)
+        target = domain.gates[name]
+        named = None if height else "gate"
+        axes.plot([target] * 2, [height - 0.38, height + 0.38], color=GATE, linewidth=2, label=named)
         axes.text(
             1.02,
             height,
@@ -172,7 +173,8 @@ def _map(axes: Axes, domain: Domain, labels: np.ndarray, tuned: Outputs) -> None
         for position, name in enumerate(members):
             own = labels == domain.class_names.index(name)
             axes.scatter(
-                *places[own].T,
+                places[own, 0],
+                places[own, 1],
                 s=14,
                 alpha=0.75,
                 linewidths=0,

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import CLIPModel
 
 from nicheclip.classifier import ONNX_FILES, NicheClassifier, VisualTower
 from nicheclip.data import load_prepared
@@ -39,15 +40,15 @@ def add_onnx(run: Path, folder: Path) -> dict[str, Any]:
         ImportError: if onnx, onnxruntime or onnxscript is not installed.
         ValueError: if FP32 does not agree with torch.
     """
-    torch_classifier = NicheClassifier.from_pretrained(folder)
     fp32, int8 = (folder / name for name in ONNX_FILES.values())
     fp32.parent.mkdir()
-    export_tower(torch_classifier.tower, fp32)
+    export_tower(VisualTower(CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()), fp32)
     quantize(fp32, int8)
 
     rows = load_prepared(run)["calibration"]
     rows = rows.select(np.unique(np.linspace(0, len(rows) - 1, MAX_IMAGES).astype(int)))
-    labels, report = np.array(rows["label"]), {"split": "calibration", "n": len(rows)}
+    labels = np.array(rows["label"])
+    report: dict[str, Any] = {"split": "calibration", "n": len(rows)}
     embeds = {}
     for name, backend in (("torch", "torch"), ("fp32", "onnx"), ("int8", "onnx-int8")):
         classifier = NicheClassifier.from_pretrained(folder, backend=backend)

@@ -60,10 +60,12 @@ class Prediction:
 
     @property
     def best(self) -> str:
+        """The most probable class, sure or not."""
         return next(iter(self.probabilities))
 
     @property
     def confidence(self) -> float:
+        """The probability of the best class."""
         return self.probabilities[self.best]
 
     @property
@@ -87,6 +89,7 @@ class VisualTower(torch.nn.Module):
         self.visual_projection = model.visual_projection
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S, S) -> (B, D)."""
         image_embeds = self.visual_projection(self.vision_model(pixel_values=pixel_values).pooler_output)
         return torch.nn.functional.normalize(image_embeds, dim=-1)
 
@@ -99,7 +102,8 @@ class TextTower:
         self.tokenizer = tokenizer
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
-        length = self.model.config.text_config.max_position_embeddings
+        """M texts -> (M, D)."""
+        length = self.model.text_model.config.max_position_embeddings
         tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt")
         return torch.nn.functional.normalize(self.model.get_text_features(**tokens).pooler_output, dim=-1)
 
@@ -127,6 +131,7 @@ class OnnxTower:
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S, S) -> (B, D)."""
         return torch.from_numpy(self.session.run(None, {"pixel_values": pixel_values.numpy()})[0])
 
 
@@ -190,6 +195,7 @@ class NicheClassifier:
             )
         settings = _read_settings(folder / SETTINGS_FILE)
         embeds, text_tower = load_file(folder / PROTOTYPES_FILE), None
+        tower: VisualTower | OnnxTower
         if backend == "torch":
             model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
             tower, logit_scale = VisualTower(model), model.logit_scale.exp().item()
@@ -312,6 +318,7 @@ def _read_settings(path: Path) -> dict:
 
 
 def _open(image: Photo) -> Image.Image:
+    opened: Image.Image
     expected = "a path, a PIL image, the bytes of a file, or a uint8 array (H, W, 3) or (H, W)"
     try:
         match image:

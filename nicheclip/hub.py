@@ -24,7 +24,7 @@ def save_published_model(run: Path, folder: Path, domain: Domain, calibration: d
     """
     model, processor = load_clip(run / "model")
     with torch.no_grad():
-        model.logit_scale -= math.log(calibration["temperature"])
+        model.logit_scale.sub_(math.log(calibration["temperature"]))
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     prompts, prompt_classes = domain.prompt_bank
@@ -88,14 +88,14 @@ def push(
     api, pushed = HfApi(), read_json(record, "") if record.is_file() else {}
     try:
         try:
-            space = {"space_sdk": "gradio"} if repo_type == "space" else {}
-            repo_id = api.create_repo(repo_id, private=private, repo_type=repo_type, **space).repo_id
+            sdk = "gradio" if repo_type == "space" else None
+            repo_id = api.create_repo(repo_id, private=private, repo_type=repo_type, space_sdk=sdk).repo_id
         except HfHubHTTPError as error:
             if error.response.status_code != 409:
                 raise
             repo_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
         head = api.repo_info(repo_id, repo_type=repo_type)
-        there = {file.rfilename for file in head.siblings} - KEPT
+        there = {file.rfilename for file in head.siblings or ()} - KEPT  # type: ignore[union-attr]  # it is no kernel
         if private and not head.private:
             raise ValueError(
                 f"'{repo_id}' is a public repository; say --public to publish there, or make it private first"
@@ -111,11 +111,11 @@ def push(
         files = files_of(folder)
         # Not upload_folder: where Xet is installed it repeats and splits commits that fail, so half a model can be
         # public.
-        operations = [CommitOperationAdd(file, path) for file, path in files.items()]
-        operations += [CommitOperationDelete(file) for file in sorted(there - files.keys())]
+        added = [CommitOperationAdd(file, path) for file, path in files.items()]
+        removed = [CommitOperationDelete(file) for file in sorted(there - files.keys())]
         commit = api.create_commit(
             repo_id,
-            operations,
+            [*added, *removed],
             repo_type=repo_type,
             commit_message=f"NicheCLIP {repo_type}",
             parent_commit=head.sha,
@@ -123,7 +123,7 @@ def push(
     except HFValidationError as error:
         raise ValueError(f"'{repo_id}' is no name of a repository: {error}") from error
     except (HTTPError, RuntimeError) as error:  # the client raises RuntimeError for a file that it could not upload
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
         remedy = REMEDIES.get(status, "try again; a push is one commit, so nothing is half-published")
         raise OSError(f"the Hub did not take '{repo_id}': {error}; {remedy}") from error
     write_json(record, pushed | {name: commit.oid})

@@ -25,7 +25,7 @@ from nicheclip.results import read_json, write_json
 RESULTS = ("training.json", "trained_on.json", "calibration.json", "scorecard.json")  # they speak of one model
 TRAINED_ON = "trained_on.json"
 BEGUN = "begun.json"  # beside the checkpoints: the data and the settings that they depend on
-LOCK = ".lock"
+LOCK, HOLDER = ".lock", ".holder"  # filelock may empty the file that it locks, so who holds it stands in another
 LOCK_SECONDS = 2  # the workers of a command that was killed hold its lock until they notice
 PACKAGES = ("accelerate", "datasets", "numpy", "pillow", "torch", "transformers")
 
@@ -47,12 +47,12 @@ def alone(run: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=LOCK_SECONDS)
     except Timeout:
-        holder = (run / LOCK).read_text(encoding="utf-8") or "another command"
+        holder = (run / HOLDER).read_text(encoding="utf-8")
         raise BlockingIOError(
             f"{holder} is at work on '{run}'; wait for it or end it, or choose another run directory"
         ) from None
     try:
-        (run / LOCK).write_text(f"process {os.getpid()} ({_command()})", encoding="utf-8")
+        (run / HOLDER).write_text(f"process {os.getpid()} ({_command()})", encoding="utf-8")
         yield
     finally:
         lock.release()

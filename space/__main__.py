@@ -14,6 +14,7 @@ from space.app import LAUNCH, build_app
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m space", description=__doc__.split("\n", 1)[1])
     parser.add_argument(
         "source", metavar="RUN_OR_REPO_ID", help="a run directory, a published folder or a Hub repo id"

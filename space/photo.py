@@ -11,8 +11,9 @@ UNREADABLE = "**This file can't be read as a picture.** Try another one: a JPEG,
 
 
 def photo_input(label: str, height: int) -> gr.Image:
-    """Give it to an event with `preprocess=False` and `open_photo`: Gradio would decode the file itself, with an error
-    message of its own, and re-encode it.
+    """An input for photos; its events take `preprocess=False` and `open_photo`.
+
+    Gradio would decode the file itself, with an error message of its own, and re-encode it.
     """
     return gr.Image(
         label=label, sources=["upload", "webcam", "clipboard"], height=height, buttons=[], alt_text="Your photo"

@@ -54,7 +54,7 @@ def scorecard_tab(folder: Path) -> None:
 
 def _figure(path: Path) -> None:
     alt_text = FIGURES.get(path.stem, path.stem)
-    gr.Image(path, show_label=False, alt_text=alt_text, interactive=False, buttons=["fullscreen"])
+    gr.Image(str(path), show_label=False, alt_text=alt_text, interactive=False, buttons=["fullscreen"])
 
 
 def score_table(measures: dict[str, Measure], gates: dict[str, dict[str, str]]) -> str:
@@ -82,4 +82,5 @@ def score_table(measures: dict[str, Measure], gates: dict[str, dict[str, str]]) 
 
 
 def percent(share: float, digits: int = 0) -> str:
+    """As a person writes it: 78 %."""
     return f"{100 * share:.{digits}f}{NBSP}%"

@@ -112,4 +112,4 @@ def test_two_processes_see_each_batch_once_and_learn_as_one(prepared, tmp_path):
     assert max((states[0][name] - states[1][name]).abs().max().item() for name in states[0]) < 1e-3
     files = [{path.name for path in run.iterdir()} for run in (alone, together)]
     written = {"domain.yaml", "cache", "checkpoints", "model", "training.json", "trained_on.json"}
-    assert files[0] == files[1] == {"data", ".lock", *written}
+    assert files[0] == files[1] == {"data", ".lock", ".holder", *written}

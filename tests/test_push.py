@@ -85,7 +85,7 @@ def linked(run: Path, tmp_path: Path) -> Path:
     own_run = tmp_path / "run"
     own_run.mkdir()
     for entry in run.iterdir():
-        if entry.name not in ("hub", ".lock"):
+        if entry.name not in ("hub", ".lock", ".holder"):
             (own_run / entry.name).symlink_to(entry)
     return own_run
 
