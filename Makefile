@@ -6,13 +6,14 @@ export OMP_WAIT_POLICY ?= passive
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow lint install clean
+.PHONY: demo test test-slow test-lowest lint install clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       prepare, train, calibrate and build the model of the embedded example"
 	@echo "make test       the fast tests"
 	@echo "make test-slow  the slow tests"
+	@echo "make test-lowest  tests with the lowest versions that pyproject.toml allows"
 	@echo "make lint       ruff and mypy, as CI runs them"
 	@echo "make clean      remove runs/ (not .venv)"
 
@@ -35,7 +36,18 @@ test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4
 
 test-slow: .venv/installed
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --numprocesses 2
+
+# Where the project meets other libraries; in a virtual environment of its own.
+test-lowest: .venv-lowest/installed
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 \
+		$(addprefix tests/test_,$(addsuffix .py,data_prep sources training resume published push space browser onnx))
+
+.venv-lowest/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-lowest
+	$(PYTHON) tests/lowest_versions.py > .venv-lowest/constraints.txt
+	.venv-lowest/bin/pip install --quiet --disable-pip-version-check --constraint .venv-lowest/constraints.txt --editable '.[test]'
+	@touch $@
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -47,7 +47,8 @@ def alone(run: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=LOCK_SECONDS)
     except Timeout:
-        holder = (run / HOLDER).read_text(encoding="utf-8")
+        named = run / HOLDER
+        holder = named.read_text(encoding="utf-8") if named.is_file() else "another command"
         raise BlockingIOError(
             f"{holder} is at work on '{run}'; wait for it or end it, or choose another run directory"
         ) from None

@@ -25,7 +25,7 @@ from nicheclip import NicheClassifier
 from nicheclip.data import load_prepared
 from nicheclip.domain import Domain, DomainError, QualityFilter
 from nicheclip.results import read_json
-from nicheclip.run import LOCK, alone
+from nicheclip.run import HOLDER, LOCK, alone
 from tests.conftest import ROOT
 from tests.test_data_prep import photo_folders
 from tests.test_resume import command, contents
@@ -73,9 +73,9 @@ def test_a_second_command_is_told_who_is_at_work_and_a_dead_one_is_not_in_the_wa
     assert contents(copy) == before
     holder.kill()
     holder.wait()
-    assert str(holder.pid) in (copy / LOCK).read_text(), "it is left behind"
+    assert str(holder.pid) in (copy / HOLDER).read_text(), "it is left behind"
     with alone(copy):
-        assert str(os.getpid()) in (copy / LOCK).read_text()
+        assert str(os.getpid()) in (copy / HOLDER).read_text()
 
 
 def test_where_nothing_may_be_written_the_folder_is_named(prepared, tmp_path):
