@@ -19,20 +19,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.recipes import (
-    OURS,
-    footnote,
-    markdown_table,
-    options,
-    prepared,
-    run_jobs,
-    run_recipe,
-    stored,
-    summary,
-    training_of,
-    wise_ft,
-    with_overrides,
-)
+from benchmarks.comparison import OURS, footnote, markdown_table, summary
+from benchmarks.recipes import options, prepared, run_jobs, run_recipe, stored, training_of, wise_ft, with_overrides
 from model_card.figures import BASE, INK, STYLE, TUNED
 from nicheclip.domain import Domain
 from nicheclip.results import write_json

@@ -13,19 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.recipes import (
-    OURS,
-    footnote,
-    markdown_table,
-    options,
-    prepared,
-    probe,
-    run_jobs,
-    run_recipe,
-    stored,
-    summary,
-    zero_shot,
-)
+from benchmarks.comparison import OURS, footnote, markdown_table, summary
+from benchmarks.recipes import options, prepared, probe, run_jobs, run_recipe, stored, zero_shot
 from nicheclip.domain import Domain
 from nicheclip.results import write_json
 

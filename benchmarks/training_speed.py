@@ -24,11 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import matplotlib
 import numpy as np
 import torch
 import transformers
-from matplotlib.figure import Figure
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
@@ -36,21 +34,20 @@ from torch.utils.data import DataLoader, RandomSampler
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
+from benchmarks.training_speed_report import BUILDING, IMAGES, PARTS, VISITS, draw_hours, hours_by_part, report
 from data_prep.sources.painter import STYLES, draw
 from data_prep.verify import JPEG_QUALITY
-from model_card.figures import CLUSTER_COLOURS, STYLE
 from nicheclip.data import TrainingVisits, Views, augment, features, quiet_datasets
 from nicheclip.domain import Domain
 from nicheclip.feature_cache import encode_views
 from nicheclip.launch import keep_freed_memory
-from nicheclip.results import format_table, write_json
+from nicheclip.results import write_json
 from nicheclip.stages import set_trainable, trainable_names
 from nicheclip.towers import PIXELS, cut_before
 from nicheclip.trainer import StagedTrainer
 from nicheclip.training_args import StagedTrainingArguments
 
 ARTICLE = "domains/architecture/article.yaml"
-VISITS, IMAGES = 7018, 4060  # the article's: an epoch's samples, and the images that they are drawn from (4,545 - 485)
 ARTICLE_BATCH = 16
 WARM_UP = 6  # steps: until no new memory is asked for
 DRAWN = 64  # images here; two views of each fill a shard of the feature cache
@@ -59,8 +56,6 @@ SIZES = {  # of the model, and the side of its images
     "vit-b-32": (CLIPConfig(), 224),
     "small": (CLIPConfig(text_config=TINY, vision_config=TINY | {"image_size": 64}), 64),
 }
-PARTS = ("data", "text tower", "visual tower", "loss and backward", "optimiser")
-BUILDING = "building the features"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -235,8 +230,8 @@ def main() -> None:
     found["settings"] = {name: str(value) for name, value in vars(args).items()}
     found["settings"] |= {"threads": torch.get_num_threads(), "device": DEVICE.type, "torch": torch.__version__}
     write_json(args.out, found)
-    _report(found, names)
-    _draw(found, args.chart or args.out.with_suffix(".png"))
+    report(found, names)
+    draw_hours(found, args.chart or args.out.with_suffix(".png"))
 
 
 class Worker:
@@ -325,7 +320,7 @@ def _measure(sides: dict[str, Worker], args: argparse.Namespace) -> dict[str, An
             encoding = [sides["ours"]("encoding", seed) for seed in range(args.rounds if args.views else 0)] or [0.0]
         for side in sides.values():
             side("next stage")  # after the last they end
-    hours = {name: _hours(stages, name) for name in sides}
+    hours = {name: hours_by_part(stages, name) for name in sides}
     hours["ours"][BUILDING] = IMAGES * args.views * float(np.median(encoding)) / 3600
     rates = {precision: _matmul_rate(DTYPES[precision]) for precision in {"fp32", args.precision}}
     return {
@@ -393,16 +388,6 @@ def _encoding(setting: Setting, model: CLIPModel, seed: int) -> float:
     return (_now() - started) / (2 * len(setting.rows))
 
 
-def _hours(stages: list[dict[str, Any]], name: str) -> dict[str, float]:
-    """Of the whole schedule, by parts."""
-    hours = dict.fromkeys(PARTS, 0.0)
-    for stage in stages:
-        total = stage["samples"] * float(np.median(stage["seconds_per_sample"][name])) / 3600
-        for part in PARTS:
-            hours[part] += total * stage["parts"][name][part]
-    return hours
-
-
 def _matmul_rate(dtype: torch.dtype, side: int = 2048) -> float:
     """GFLOP a second of a large matrix multiplication, the best of six."""
     left, right = torch.randn(2, side, side, device=DEVICE).to(dtype)
@@ -419,59 +404,6 @@ def _peak_memory() -> float:
     if DEVICE.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def _report(found: dict[str, Any], names: list[str]) -> None:
-    settings, speeds, bounds = found["settings"], [], []
-    for stage in found["stages"]:
-        for name in names:
-            seconds = np.array(stage["seconds_per_sample"][name])
-            ratios = np.array(stage["seconds_per_sample"]["article"]) / seconds
-            shares = [f"{stage['parts'][name][part]:.0%}" for part in PARTS]
-            row = f"{stage['stage']}: {name}"
-            faster = f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
-            speeds.append([row, f"{1000 * np.median(seconds):.2f}", faster, *shares])
-            best = found["matmul_gflop_per_second"]["fp32" if name == "article" else settings["precision"]]
-            gflop = stage["gflop_per_sample"][name]
-            rate, least = gflop / np.median(seconds), gflop / best * stage["samples"] / 3600
-            bounds.append([row, f"{gflop:.2f}", f"{rate:.0f}", f"{rate / best:.0%}", f"{least:.3f}"])
-    print(format_table(["stage: side", "ms/sample", "faster by", *PARTS], speeds))
-    print(
-        f"\nmedians of {settings['rounds']} rounds of {settings['steps']} steps in turn, the factor the rounds' own\n"
-    )
-    print(format_table(["stage: side", "GFLOP/sample", "GFLOP/s", "of a matmul's", "hours at a matmul's"], bounds))
-    rates = ", ".join(f"{rate:.0f} in {name}" for name, rate in found["matmul_gflop_per_second"].items())
-    print(f"\na 2048 x 2048 matmul's GFLOP/s: {rates}; {settings['threads']} threads, {settings['device']}\n")
-    hours = {name: sum(parts.values()) for name, parts in found["hours"].items()}
-    print(
-        f"features: {1000 * np.median(found['seconds_per_view']):.1f} ms a view, "
-        f"{found['hours']['ours'][BUILDING]:.3f} h for {settings['views']} views of {IMAGES} images\n"
-        "whole schedule, the features included: "
-        + ", ".join(f"{name} {taken:.2f} h" for name, taken in hours.items())
-        + f"; ours is faster than the article's by {hours['article'] / hours['ours']:.2f}\n"
-        "peak memory: " + ", ".join(f"{name} {peak:.0f} MB" for name, peak in found["peak_mb"].items())
-    )
-
-
-def _draw(found: dict[str, Any], path: Path) -> None:
-    settings, titles = found["settings"], {"ours": "StagedTrainer", "article": "the article's loop"}
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8, 2.6), layout="constrained")
-        axes, lefts = figure.subplots(), np.zeros(2)
-        for part, colour in zip((*PARTS, BUILDING), CLUSTER_COLOURS, strict=False):
-            widths = np.array([found["hours"][name].get(part, 0.0) for name in titles])
-            axes.barh(list(titles.values()), widths, left=lefts, color=colour, label=part, height=0.6)
-            lefts = lefts + widths
-        for height, hours in enumerate(lefts):
-            axes.annotate(f"{hours:.2f} h", (hours, height), (4, 0), textcoords="offset points", va="center")
-        epochs = sum(stage["samples"] for stage in found["stages"]) // VISITS
-        what = f"{settings['size']}, {settings['device']}, ours in {settings['precision']}"
-        axes.set(xlim=(0, 1.12 * lefts.max()), xlabel="hours, projected")
-        axes.set_title(f"Hours for {epochs} epochs of {VISITS:,} samples ({what})")
-        figure.legend(loc="outside lower center", ncols=3)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for suffix in (".png", ".svg"):
-            figure.savefig(path.with_suffix(suffix))
 
 
 if __name__ == "__main__":

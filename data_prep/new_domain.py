@@ -1,4 +1,4 @@
-"""python -m data_prep.new_domain FOLDER --name birds [--base MODEL] [--out domains/birds/domain.yaml] [--force]
+"""python -m data_prep.new_domain FOLDER --name birds [--noun bird] [--base MODEL] [--out domains/birds/domain.yaml] [--force]
 
 Writes a domain file from class folders: FOLDER/<class>/<image>, or FOLDER/<split>/<class>/<image>. Classes are the
 folders' names, prompts are templates, clusters and the length of the stages are proposals: it trains as it is, and its
@@ -58,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m data_prep.new_domain", description=__doc__.split("\n", 1)[1])
     parser.add_argument("folder", type=Path, help="one folder a class inside, its name that of the class")
     parser.add_argument("--name", required=True, help="of the domain, in lower case, e.g. birds")
+    parser.add_argument(
+        "--noun", default="", help="what each class is, where its name alone is an adjective: a Gothic *building*"
+    )
     parser.add_argument("--base", default=BASE, help=f"a Hub id or a folder (default: {BASE})")
     parser.add_argument("--out", type=Path, help="the file to write (default: domains/NAME/domain.yaml)")
     parser.add_argument("--force", action="store_true", help="overwrite the file if there is one")
@@ -66,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         survey = look_into(args.folder)
-        domain = write_domain(survey, args.name, args.base, out, args.force)
+        domain = write_domain(survey, args.name, args.base, out, args.force, args.noun)
     except (ValueError, OSError) as error:
         sys.exit(f"data_prep.new_domain: {error}")
     print(summary(survey, domain))
@@ -170,8 +173,11 @@ def _few(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def write_domain(survey: Survey, name: str, base: str, out: Path, force: bool) -> Domain:
+def write_domain(survey: Survey, name: str, base: str, out: Path, force: bool, noun: str = "") -> Domain:
     """Writes the domain file in one piece, once it has been loaded and found to be right.
+
+    Args:
+        noun: put after each class in its prompts, where classes are adjectives: "Gothic" -> "a Gothic building".
 
     Raises:
         FileExistsError: if there is one already, unless `force`.
@@ -179,7 +185,7 @@ def write_domain(survey: Survey, name: str, base: str, out: Path, force: bool) -
     """
     if out.exists() and not force:
         raise FileExistsError(f"'{out}' exists; give --force to overwrite it, or another --out")
-    text = _domain_file(survey, name, base)
+    text = _domain_file(survey, name, base, noun)
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(f"{out.name}.tmp")
     unfinished.write_text(text, encoding="utf-8")
@@ -192,10 +198,10 @@ def write_domain(survey: Survey, name: str, base: str, out: Path, force: bool) -
     return domain
 
 
-def _domain_file(survey: Survey, name: str, base: str) -> str:
+def _domain_file(survey: Survey, name: str, base: str, noun: str) -> str:
     """The YAML, from the template; how long the stages are and how fast depends on the images and on the base."""
     names = [re.sub(r"[\s_]+|(?<=\w)-+(?=\w)", " ", folder).strip() for folder in sorted(survey.images)]
-    prompts = _prompts(names, _kind(name))
+    prompts = _prompts(names, noun, noun or _kind(name))
     local = _local_base(base)
     text = CLIPTextConfig.from_pretrained(local) if local else CLIPTextConfig()
     vision = CLIPVisionConfig.from_pretrained(local) if local else CLIPVisionConfig()
@@ -226,16 +232,15 @@ def _domain_file(survey: Survey, name: str, base: str) -> str:
     )
 
 
-def _prompts(names: list[str], kind: str) -> dict[str, list[str]]:
+def _prompts(names: list[str], noun: str, kind: str) -> dict[str, list[str]]:
     """The templates filled in for each class; numbers before a name, as in "001.Wren", are left out."""
-    nouns = [re.sub(r"^\d+[ .]+(?=\D)", "", name).strip() for name in names]
-    if len(set(nouns)) < len(nouns):
-        nouns = names
+    plain = [re.sub(r"^\d+[ .]+(?=\D)", "", name).strip() for name in names]
+    if len(set(plain)) < len(plain):
+        plain = names
+    called = [f"{name} {noun}".strip() for name in plain]
     return {
-        name: [
-            template.format(a="an" if noun[0] in "aeiouAEIOU" else "a", noun=noun, kind=kind) for template in TEMPLATES
-        ]
-        for name, noun in zip(names, nouns, strict=True)
+        name: [template.format(a="an" if of[0] in "aeiouAEIOU" else "a", noun=of, kind=kind) for template in TEMPLATES]
+        for name, of in zip(names, called, strict=True)
     }
 
 

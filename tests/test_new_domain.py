@@ -54,6 +54,12 @@ def test_classes_prompts_and_source_come_from_the_folders(tmp_path):
     assert domain.base == BASE
 
 
+def test_adjectives_get_their_noun(tmp_path):
+    folder = photos(tmp_path / "photos", {"Gothic": 24, "Art_Deco": 24})
+    prompts = write(folder, "--base", BASE, "--noun", "building", name="styles").classes
+    assert [own[0] for own in prompts.values()] == ["a photo of an Art Deco building", "a photo of a Gothic building"]
+
+
 @pytest.mark.parametrize(("middle", "samples"), [(5, 24), (60, 60), (900, 280)])
 def test_visits_and_epochs_fit_the_size_of_the_data(tmp_path, middle, samples):
     domain = write(photos(tmp_path / "photos", {"a": 4, "b": middle, "c": middle + 1}), "--base", BASE)
