@@ -1,4 +1,4 @@
-"""python -m data_prep.new_domain FOLDER --name birds [--noun bird] [--base MODEL] [--out domains/birds/domain.yaml] [--force]
+"""python -m data_prep.new_domain FOLDER --name birds [--noun bird] [--base MODEL] [--out FILE] [--force]
 
 Writes a domain file from class folders: FOLDER/<class>/<image>, or FOLDER/<split>/<class>/<image>. Classes are the
 folders' names, prompts are templates, clusters and the length of the stages are proposals: it trains as it is, and its
