@@ -47,7 +47,7 @@ from nicheclip.towers import PIXELS, cut_before
 from nicheclip.trainer import StagedTrainer
 from nicheclip.training_args import StagedTrainingArguments
 
-ARTICLE = "domains/architecture/article.yaml"
+ARTICLE = Path(__file__).parents[1] / "domains" / "architecture" / "article.yaml"
 ARTICLE_BATCH = 16
 WARM_UP = 6  # steps: until no new memory is asked for
 DRAWN = 64  # images here; two views of each fill a shard of the feature cache

@@ -20,7 +20,7 @@ import calibrate
 import train
 from data_prep import clusters, new_domain
 from nicheclip.domain import Domain
-from tests.conftest import ROOT
+from tests.conftest import ROOT, tiny_facades
 from tests.hub_server import HubServer
 from tests.test_push import client, linked
 
@@ -122,3 +122,25 @@ def test_training_is_launched_as_the_documents_say(prepared, tmp_path):
             assert process.returncode == 0, f"{command}\n{said[-3000:]}"
         processes = 2 if len(ranks) == 2 or "2" in arguments else 1
         assert f'"processes": {processes}' in (tmp_path / "runs" / "birds" / "training.json").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        "training_speed --size small --rounds 1 --steps 1 --out speed/found.json",
+        "onnx_latency --rounds 2",
+        "baselines tiny.yaml --seeds 1 --only zero_shot linear_probe ours --out recipes",
+        "ablations tiny.yaml --seeds 1 --only ours no_filter --out recipes --docs docs",
+    ],
+)
+def test_the_benchmarks_of_the_documents_run(command, tmp_path):
+    tiny_facades(tmp_path)
+    (tmp_path / "docs" / "images").mkdir(parents=True)
+    name, *options = command.split()
+    ran = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", *options],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.stdout.strip()

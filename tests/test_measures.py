@@ -96,8 +96,23 @@ def test_image_retrieval_agrees_with_scikit_learn_and_passes_over_near_duplicate
         cosine, found = (embeds @ embeds[query])[others], labels[others] == labels[query]
         assert precision[query] == pytest.approx(average_precision_score(found, cosine))
         assert rank[query] == 1 + np.flatnonzero(found[np.argsort(-cosine)])[0]
+    found = metrics.ImageRetrieval().compute(predictions=embeds, references=labels, groups=groups)
+    assert found["map"] == pytest.approx(precision.mean(), rel=1e-4)
+    assert (found["recall_at_1"], found["recall_at_5"]) == ((rank == 1).mean(), (rank <= 5).mean())
     alone, _ = metrics.image_retrieval(embeds[:2], np.array([0, 1]), np.arange(2))
     assert np.isnan(alone).all()
+
+
+def test_prompts_of_other_classes_by_hand():
+    # Classes 0 and 1 are one cluster, class 2 is another; two prompts of class 0, one of the others.
+    similarity = [[0.1, 0.4, 0.3, 0.9], [0.6, 0.2, 0.5, 0.1], [0.1, 0.2, 0.3, 0.4]]
+    of_prompts = {"predictions": similarity, "references": [0, 1, 2], "prompt_classes": np.array([0, 0, 1, 2])}
+    hard = metrics.HardNegatives().compute(**of_prompts, class_clusters=np.array([0, 0, 1]))
+    assert hard["hard_negative_pass_rate"] == 0.5  # the third image's class is alone in its cluster
+    assert hard["hard_negative_margin"] == pytest.approx((0.1 - 0.1) / 2, abs=1e-6)
+    found = metrics.SemanticRetrieval().compute(**of_prompts)  # ranks 2, 2, 1
+    assert (found["recall_at_1"], found["recall_at_3"]) == (pytest.approx(1 / 3), 1)
+    assert found["mrr"] == pytest.approx((1 / 2 + 1 / 2 + 1) / 3)
 
 
 def test_risk_and_coverage_by_hand():
