@@ -47,7 +47,8 @@ from nicheclip.towers import PIXELS, cut_before
 from nicheclip.trainer import StagedTrainer
 from nicheclip.training_args import StagedTrainingArguments
 
-ARTICLE = Path(__file__).parents[1] / "domains" / "architecture" / "article.yaml"
+DOMAINS = Path(__file__).parents[1] / "domains"
+ARTICLE = DOMAINS / "architecture" / "article.yaml"
 ARTICLE_BATCH = 16
 WARM_UP = 6  # steps: until no new memory is asked for
 DRAWN = 64  # images here; two views of each fill a shard of the feature cache
@@ -274,7 +275,7 @@ def _setting(args: argparse.Namespace, folder: Path) -> Setting:
     domain = Domain.load(ARTICLE)
     config, side = SIZES[args.size]
     # Of so many words it needs as many tokens for the domain's prompts as CLIP's own does: 13.3 a prompt, 26 at most.
-    tokenizer = CLIPTokenizer.from_pretrained("domains/facades/base").train_new_from_iterator(
+    tokenizer = CLIPTokenizer.from_pretrained(DOMAINS / "facades" / "base").train_new_from_iterator(
         domain.prompt_bank[0], 1550, show_progress=False
     )
     config.text_config.eos_token_id = tokenizer.eos_token_id
