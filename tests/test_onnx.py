@@ -22,7 +22,9 @@ from nicheclip.data import load_prepared
 def published(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("onnx") / "hub"
     shutil.copytree(run / "hub", folder)
-    add_onnx(run, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("model_card.onnx_export.MAX_ECE_GROWTH", 0.1)  # of 120 images the ECE moves by 0.02 by chance
+        add_onnx(run, folder)
     return folder
 
 
