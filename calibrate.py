@@ -1,9 +1,9 @@
 """python calibrate.py RUN [--objective nll|ece]
 
-Fits temperature, abstention threshold, prediction sets and the border of the domain on the calibration split, then
-reads the test split once. Writes RUN/scorecard.json, RUN/calibration.json, RUN/predictions.parquet, RUN/figures and
-RUN/errors.html. Base zero-shot and a linear probe on the base are measured on the same images, each with a temperature
-of its own.
+Fits temperature, abstention threshold, prediction sets and the border of the domain on the
+calibration split, then reads the test split once. Writes RUN/scorecard.json, RUN/calibration.json,
+RUN/predictions.parquet, RUN/figures and RUN/errors.html. Base zero-shot and a linear probe on the
+base are measured on the same images, each with a temperature of its own.
 """
 
 from __future__ import annotations
@@ -28,9 +28,24 @@ from nicheclip.data import load_prepared, quiet_datasets
 from nicheclip.domain import Domain, GatedMetric
 from nicheclip.launch import keep_freed_memory
 from nicheclip.probe import fit_probe
-from nicheclip.results import METRIC_TITLES, Measure, Verdict, format_table, judge_gate, replaced_folder, write_json
+from nicheclip.results import (
+    METRIC_TITLES,
+    Measure,
+    Verdict,
+    format_table,
+    judge_gate,
+    replaced_folder,
+    write_json,
+)
 from nicheclip.run import alone, check_not_trained_on, check_trained_on, made_with
-from nicheclip.scorecard import class_table, clip_statistics, compare, outside_table, perfect_ece, stability_table
+from nicheclip.scorecard import (
+    class_table,
+    clip_statistics,
+    compare,
+    outside_table,
+    perfect_ece,
+    stability_table,
+)
 from nicheclip.scorecard import statistics as statistics_of
 from nicheclip.zero_shot import load_clip
 
@@ -40,7 +55,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="calibrate.py", description=__doc__.split("\n", 1)[1])
     parser.add_argument("run", type=Path, help="a run directory that train.py has filled")
     parser.add_argument(
-        "--objective", choices=get_args(Objective), default="nll", help="what the temperature minimises (default: nll)"
+        "--objective",
+        choices=get_args(Objective),
+        default="nll",
+        help="what the temperature minimises (default: nll)",
     )
     args = parser.parse_args()
     keep_freed_memory()
@@ -68,7 +86,9 @@ def calibrate(run: Path, objective: Objective = "nll") -> None:
         classifier = DomainClassifier(*load_clip(folder), domain, title)
         train_embeds.append(classifier.embed_rows(training_set, "train split"))
         is_base = folder == domain.base
-        outputs.append(fit_and_run(classifier, splits, train_embeds[-1], domain, objective, reference=is_base))
+        outputs.append(
+            fit_and_run(classifier, splits, train_embeds[-1], domain, objective, reference=is_base)
+        )
     tuned, base = outputs
     probe = run_probe(classifier, splits, train_embeds[1], base, domain, objective)
 
@@ -129,7 +149,11 @@ def run_probe(
     """A linear probe on the base's image_embeds, calibrated as the others are."""
     labels = {name: np.array(rows["label"]) for name, rows in splits.items()}
     validation_embeds = classifier.embed_rows(splits["validation"], "validation split")
-    probe = fit_probe((train_embeds, labels["train"]), (validation_embeds, labels["validation"]), len(domain.classes))
+    probe = fit_probe(
+        (train_embeds, labels["train"]),
+        (validation_embeds, labels["validation"]),
+        len(domain.classes),
+    )
     calibration = splits["calibration"]
     logits, groups = probe.logits(base.calibration_embeds), np.array(calibration["group_id"])
     fitted = fit(logits, labels["calibration"], groups, domain, objective, reference=True)
@@ -146,7 +170,9 @@ def save_predictions(
         "label": [domain.class_names[label] for label in labels],
         "probabilities": tuned.calibrated.tolist(),
         "base_probabilities": base.calibrated.tolist(),
-        "prediction_set": [[domain.class_names[c] for c in np.flatnonzero(row)] for row in tuned.sets],
+        "prediction_set": [
+            [domain.class_names[c] for c in np.flatnonzero(row)] for row in tuned.sets
+        ],
         "domain_score": tuned.own_scores[tuned.border.score].tolist(),
     }
     with quiet_datasets():
@@ -156,17 +182,31 @@ def save_predictions(
 
 def print_scorecard(measures: dict[str, Measure], gates: dict[GatedMetric, Verdict]) -> None:
     """All measures, those with a gate first."""
-    names: list = [*gates, *(name for name in METRIC_TITLES if name in measures and name not in gates)]
+    names: list = [
+        *gates,
+        *(name for name in METRIC_TITLES if name in measures and name not in gates),
+    ]
     rows = []
     for name in names:
         result, gate = measures[name], gates.get(name)
         others = [f"{each.value:.3f}" if each else "" for each in (result.base, result.probe)]
         gain = result.difference
         gained = f"{gain.value:+.3f}{' ?' if gain.low <= 0 <= gain.high else ''}" if gain else ""
-        rows.append([METRIC_TITLES[name], *others, str(result), gained, str(gate or ""), f"{result.n} {result.split}"])
+        rows.append(
+            [
+                METRIC_TITLES[name],
+                *others,
+                str(result),
+                gained,
+                str(gate or ""),
+                f"{result.n} {result.split}",
+            ]
+        )
     header = ["metric", "base", "probe", "fine-tuned [95 % interval]", "gained", "gate", "n"]
     print(format_table(header, rows))
-    print("probe: logistic regression on the base's image_embeds; ?: the interval of the gain holds 0")
+    print(
+        "probe: logistic regression on the base's image_embeds; ?: the interval of the gain holds 0"
+    )
 
 
 def print_calibration(tuned: Outputs) -> None:
@@ -174,15 +214,16 @@ def print_calibration(tuned: Outputs) -> None:
     temperature, abstention = tuned.fitted.temperature, tuned.fitted.abstention
     aim = "reached" if abstention.target_reached else "not reached, so the best at half coverage"
     print(
-        f"\ntemperature {temperature.value:.3f} [{temperature.low:.3f}, {temperature.high:.3f}]; below a confidence "
-        f"of {abstention.threshold:.2f} the answer is 'not sure' (aim: {abstention.aim.replace('_', ' ')} of "
-        f"{abstention.target:.0%}, {aim} on calibration)"
+        f"\ntemperature {temperature.value:.3f} [{temperature.low:.3f}, {temperature.high:.3f}]; "
+        f"below a confidence of {abstention.threshold:.2f} the answer is 'not sure' (aim: "
+        f"{abstention.aim.replace('_', ' ')} of {abstention.target:.0%}, {aim} on calibration)"
     )
     if temperature.warning:
         print(f"warning: {temperature.warning}")
     border = tuned.border
     print(
-        f"outside of the domain: {border.score.replace('_', ' ')} below {border.threshold:.3f} (AUROC on calibration: "
+        f"outside of the domain: {border.score.replace('_', ' ')} below {border.threshold:.3f} "
+        "(AUROC on calibration: "
         + ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in border.auroc.items())
         + ")"
     )

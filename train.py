@@ -1,9 +1,10 @@
 """accelerate launch train.py [DOMAIN_OR_RUN] [--any_training_argument VALUE]
 
-Fine-tunes the domain's base model stage by stage and keeps the epoch that is best on validation in RUN/model.
-DOMAIN_OR_RUN is a domain file (the run is runs/<domain name>), or a run directory that data_prep made. Without it, the
-embedded façades are trained. Ctrl-C and SIGTERM write a checkpoint first; `--resume_from_checkpoint True` goes on from
-the last one, however the run ended. `--wise_ft auto` mixes the result with the base as validation likes it best.
+Fine-tunes the domain's base model stage by stage and keeps the epoch that is best on validation in
+RUN/model. DOMAIN_OR_RUN is a domain file (the run is runs/<domain name>), or a run directory that
+data_prep made. Without it, the embedded façades are trained. Ctrl-C and SIGTERM write a checkpoint
+first; `--resume_from_checkpoint True` goes on from the last one, however the run ended. `--wise_ft
+auto` mixes the result with the base as validation likes it best.
 """
 
 from __future__ import annotations
@@ -51,14 +52,21 @@ def main() -> None:
     except TrainingInterrupted as interrupted:
         print(f"train.py: {interrupted}", file=sys.stderr)
         sys.exit(128 + interrupted.signal)
-    except (ValueError, OSError, FloatingPointError, SafetensorError) as error:  # the last: no room for the weights
+    # the last: no room for the weights
+    except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
         sys.exit(f"train.py: {error}")
 
 
 def train(argv: list[str]) -> StagedTrainer:
-    """Prepares the data where there is none, and fine-tunes; what `main` does, but for the errors."""
-    target, options = (argv[0], argv[1:]) if argv and not argv[0].startswith("--") else (DEFAULT_DOMAIN, argv)
-    state = processes()  # before the arguments make a process group that waits for half an hour only
+    """Prepares the data where there is none, and fine-tunes.
+
+    What `main` does, but for the errors.
+    """
+    target, options = (
+        (argv[0], argv[1:]) if argv and not argv[0].startswith("--") else (DEFAULT_DOMAIN, argv)
+    )
+    # before the arguments make a process group that waits for half an hour only
+    state = processes()
     domain, run = locate(Path(target))
     args = parse_arguments(domain, run, options)
     check_stages(domain.base, domain.stages)
@@ -71,8 +79,13 @@ def train(argv: list[str]) -> StagedTrainer:
         return fine_tune(domain, run, args, resume)
 
 
-def fine_tune(domain: Domain, run: Path, args: StagedTrainingArguments, resume: str | bool | None) -> StagedTrainer:
-    """Trains on RUN/data, all stages; writes RUN/model, RUN/training.json and RUN/trained_on.json."""
+def fine_tune(
+    domain: Domain, run: Path, args: StagedTrainingArguments, resume: str | bool | None
+) -> StagedTrainer:
+    """Trains on RUN/data, all stages.
+
+    Writes RUN/model, RUN/training.json and RUN/trained_on.json.
+    """
     with args.main_process_first(desc="preparing data"):
         splits = load_prepared(run)
         report = read_report(run)
@@ -82,8 +95,12 @@ def fine_tune(domain: Domain, run: Path, args: StagedTrainingArguments, resume: 
     outside = (outside_rows(domain), domain.outside.canonical_prompts) if domain.outside else None
     set_seed(args.seed)
     model, processor = load_clip(domain.base)
-    visits = TrainingVisits(splits["train"], domain.prompt_bank[1], domain.augmentation, processor, args.seed)
-    trainer = StagedTrainer(model, args, domain, processor, visits, Views(splits["validation"], processor))
+    visits = TrainingVisits(
+        splits["train"], domain.prompt_bank[1], domain.augmentation, processor, args.seed
+    )
+    trainer = StagedTrainer(
+        model, args, domain, processor, visits, Views(splits["validation"], processor)
+    )
     of_domain = domain.model_dump(mode="json", include={"classes", "clusters", "augmentation"})
     settings = {"data_fingerprint": report["fingerprint"], **trainer.settings(), **of_domain}
     if resume is not None:
@@ -94,24 +111,40 @@ def fine_tune(domain: Domain, run: Path, args: StagedTrainingArguments, resume: 
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
-        facts = {"data_fingerprint": report["fingerprint"], "seconds": round(time.perf_counter() - started, 1)}
+        facts = {
+            "data_fingerprint": report["fingerprint"],
+            "seconds": round(time.perf_counter() - started, 1),
+        }
         mixed = mix_with_base(
-            domain.base, trainer.model, args.wise_ft, splits["validation"], domain.canonical_prompts, outside
+            domain.base,
+            trainer.model,
+            args.wise_ft,
+            splits["validation"],
+            domain.canonical_prompts,
+            outside,
         )
         save_model(trainer, run)
         write_trained_on(run, splits)
-        training = facts | {"resumed": resume is not None, "wise_ft": mixed} | training_record(trainer)
+        training = (
+            facts | {"resumed": resume is not None, "wise_ft": mixed} | training_record(trainer)
+        )
         write_json(run / "training.json", training | {"made_with": made_with()})
         print_training(training)
         since = " since it was resumed" if training["resumed"] else ""
-        print(f"in {run / 'model'} ({training['seconds']:.0f} s{since}); next: python calibrate.py {run}")
+        print(
+            f"in {run / 'model'} ({training['seconds']:.0f} s{since}); next: python calibrate.py "
+            f"{run}"
+        )
     return trainer
 
 
 def locate(target: Path) -> tuple[Domain, Path]:
     """The domain and its run directory, from either of them."""
     domain = Domain.load(target)
-    is_run = any((target / name).exists() for name in ("data/dataset_dict.json", "checkpoints", "training.json"))
+    is_run = any(
+        (target / name).exists()
+        for name in ("data/dataset_dict.json", "checkpoints", "training.json")
+    )
     return domain, target if is_run else Path("runs") / domain.name
 
 
@@ -122,8 +155,14 @@ def parse_arguments(domain: Domain, run: Path, options: list[str]) -> StagedTrai
     known = StagedTrainingArguments.__dataclass_fields__
     unknown = sorted(set(domain.training) - set(known))
     if unknown:
-        raise DomainError(f"training: unknown key '{unknown[0]}'; expected a field of transformers' TrainingArguments")
-    of_run = {"output_dir": str(run / "checkpoints"), "feature_cache": str(run / "cache" / "features")}
+        raise DomainError(
+            f"training: unknown key '{unknown[0]}'; expected a field of transformers' "
+            "TrainingArguments"
+        )
+    of_run = {
+        "output_dir": str(run / "checkpoints"),
+        "feature_cache": str(run / "cache" / "features"),
+    }
     parser.set_defaults(**of_run | domain.training)
     return parser.parse_args_into_dataclasses(options)[0]
 

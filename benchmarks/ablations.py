@@ -1,8 +1,8 @@
 """python -m benchmarks.ablations [DOMAIN] [--images FOLDER] [--base MODEL] [--seeds 701 702 703] [--table-only]
 
-What each choice in our recipe is worth: variants with one change each, on the same data and the same test images.
-Writes the domain's table into docs/ablations.md and docs/images/ablations_DOMAIN.png and .svg. Started twice, the two
-processes share the work.
+What each choice in our recipe is worth: variants with one change each, on the same data and the
+same test images. Writes the domain's table into docs/ablations.md and
+docs/images/ablations_DOMAIN.png and .svg. Started twice, the two processes share the work.
 """
 
 from __future__ import annotations
@@ -20,7 +20,16 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.comparison import OURS, footnote, markdown_table, summary
-from benchmarks.recipes import options, prepared, run_jobs, run_recipe, stored, training_of, wise_ft, with_overrides
+from benchmarks.recipes import (
+    options,
+    prepared,
+    run_jobs,
+    run_recipe,
+    stored,
+    training_of,
+    wise_ft,
+    with_overrides,
+)
 from model_card.figures import BASE, INK, STYLE, TUNED
 from nicheclip.domain import Domain
 from nicheclip.results import write_json
@@ -53,7 +62,8 @@ def variants(domain: Domain) -> dict[str, Variant]:
     def rates(rate: Callable[[int, float], float]) -> dict[str, Any]:
         return {
             "stages": [
-                stage | {"learning_rate": rate(index, stage["learning_rate"])} for index, stage in enumerate(stages)
+                stage | {"learning_rate": rate(index, stage["learning_rate"])}
+                for index, stage in enumerate(stages)
             ]
         }
 
@@ -62,7 +72,11 @@ def variants(domain: Domain) -> dict[str, Variant]:
 
     def setting(name: str, value: Any) -> dict[str, Any]:
         fallback = StagedTrainingArguments.__dataclass_fields__[name].default
-        return {} if domain.training.get(name, fallback) == value else training_of(domain, **{name: value})
+        return (
+            {}
+            if domain.training.get(name, fallback) == value
+            else training_of(domain, **{name: value})
+        )
 
     first_rate = stages[0]["learning_rate"]
     no_filter = domain.quality_filter.model_dump(mode="json") | {"mode": "none", "threshold": None}
@@ -84,10 +98,15 @@ def variants(domain: Domain) -> dict[str, Variant]:
         "smoothing_0": Variant("label smoothing 0", setting("label_smoothing_factor", 0.0)),
         "rates_third": Variant("learning rates × 1/3", rates(lambda _, rate: rate / 3)),
         "rates_triple": Variant("learning rates × 3", rates(lambda _, rate: rate * 3)),
-        "rates_article": Variant("learning rates 5e-6 and 5e-7", rates(lambda index, _: ARTICLE_RATES[min(index, 1)])),
+        "rates_article": Variant(
+            "learning rates 5e-6 and 5e-7", rates(lambda index, _: ARTICLE_RATES[min(index, 1)])
+        ),
         "rates_1e-5": Variant("learning rate 1e-5 in all stages", rates(lambda *_: 1e-5)),
         "views_0": Variant("a new view at each visit", setting("cached_views", 0)),
-        **{f"views_{count}": Variant(f"{count} views", setting("cached_views", count)) for count in (2, 4, 8, 16)},
+        **{
+            f"views_{count}": Variant(f"{count} views", setting("cached_views", count))
+            for count in (2, 4, 8, 16)
+        },
         "batch_16": Variant("batch 16", setting("per_device_train_batch_size", 16)),
     }
     different = {
@@ -109,7 +128,9 @@ def _rate(rate: float) -> str:
 def main() -> None:
     """The command line."""
     parser = options(__doc__)
-    parser.add_argument("--docs", type=Path, default=DOCS, help="where ablations.md and images/ lie")
+    parser.add_argument(
+        "--docs", type=Path, default=DOCS, help="where ablations.md and images/ lie"
+    )
     args = parser.parse_args()
     domain = Domain.load(args.domain, base=args.base)
     out = args.out or Path("runs/benchmarks") / f"ablations-{domain.name}"
@@ -120,7 +141,10 @@ def main() -> None:
     if not args.table_only:
         failures = run_jobs(
             [
-                (f"{name}, seed {seed}", partial(run, name, listed[name], domain, args.images, seed, out))
+                (
+                    f"{name}, seed {seed}",
+                    partial(run, name, listed[name], domain, args.images, seed, out),
+                )
                 for seed in args.seeds
                 for name in args.only or listed
             ]
@@ -135,7 +159,9 @@ def main() -> None:
     sys.exit(bool(failures))
 
 
-def run(name: str, variant: Variant, domain: Domain, images: str | None, seed: int, out: Path) -> dict[str, Any]:
+def run(
+    name: str, variant: Variant, domain: Domain, images: str | None, seed: int, out: Path
+) -> dict[str, Any]:
     """The result of one variant with one seed."""
     data_run = prepared(domain, images, seed, out, variant.data)
     if name == WISE_FT:
@@ -161,12 +187,14 @@ def table(
     epochs = sum(stage.epochs for stage in domain.stages)
     notes = [
         footnote(rows, domain),
-        f"One stage: what the last stage trains, from the beginning; it and “{domain.stages[0].name}” only have "
-        f"{epochs} epochs, as ours has in all.",
+        "One stage: what the last stage trains, from the beginning; it and "
+        f"“{domain.stages[0].name}” only have {epochs} epochs, as ours has in all.",
     ]
     if found.get(WISE_FT):
         alphas = ", ".join(f"{result['alpha']:g}" for result in found[WISE_FT])
-        notes.append(f"WiSE-FT: validation chose {alphas} parts fine-tuned; nothing was trained again.")
+        notes.append(
+            f"WiSE-FT: validation chose {alphas} parts fine-tuned; nothing was trained again."
+        )
     if missing:
         notes.append(f"Missing: {', '.join(missing)}.")
     return rows, notes
@@ -179,7 +207,8 @@ def draw(domain: Domain, rows: dict[str, dict[str, Any]], folder: Path) -> None:
         return
     ours = next(row for row in rows.values() if row["difference"] is None)
     values, lows, highs = (
-        100 * np.array([difference[key] for difference in compared.values()]) for key in ("value", "low", "high")
+        100 * np.array([difference[key] for difference in compared.values()])
+        for key in ("value", "low", "high")
     )
     heights = np.arange(len(compared))[::-1]
     with matplotlib.rc_context(STYLE | {"svg.fonttype": "none", "svg.hashsalt": "ablations"}):
@@ -188,13 +217,17 @@ def draw(domain: Domain, rows: dict[str, dict[str, Any]], folder: Path) -> None:
         axes.axvline(0, color=BASE, linewidth=1.5, zorder=0)
         axes.hlines(heights, lows, highs, color=TUNED, linewidth=1.6)
         clear = (lows > 0) | (highs < 0)
-        axes.scatter(values, heights, s=42, color=np.where(clear, TUNED, "white"), edgecolor=TUNED, zorder=3)
+        axes.scatter(
+            values, heights, s=42, color=np.where(clear, TUNED, "white"), edgecolor=TUNED, zorder=3
+        )
         axes.set_yticks(heights, list(compared))
         axes.set_ylim(-0.6, len(compared) - 0.4)
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.grid(axis="x", alpha=0.3)
-        axes.set(xlabel="points of test accuracy, 95 % interval paired by image; filled: leaves out 0")
+        axes.set(
+            xlabel="points of test accuracy, 95 % interval paired by image; filled: leaves out 0"
+        )
         axes.xaxis.label.set_color(INK)
         title = f"{domain.title}\none change each against ours ({ours['accuracy']['value']:.1%}, the grey line)"
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")

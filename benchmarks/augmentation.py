@@ -1,8 +1,8 @@
 """pip install kornia && python -m benchmarks.augmentation
 
-Training views a second, from a stored JPEG of 288 pixels to a normalised batch at 224: `nicheclip.data.augment`, one
-image at a time in Pillow, against the same operations batched in kornia. The sides take turns, on one thread each,
-as a worker of a data loader runs.
+Training views a second, from a stored JPEG of 288 pixels to a normalised batch at 224:
+`nicheclip.data.augment`, one image at a time in Pillow, against the same operations batched in
+kornia. The sides take turns, on one thread each, as a worker of a data loader runs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def main() -> None:
     files = []
     for index in range(64):
         encoded = io.BytesIO()
-        picture = draw(STYLES[index % len(STYLES)], np.random.default_rng(index), 288).resize((384, 288))
+        picture = draw(STYLES[index % len(STYLES)], np.random.default_rng(index), 288).resize(
+            (384, 288)
+        )
         picture.save(encoded, "JPEG", quality=95)
         files.append(encoded.getvalue())
     batched = torch.nn.Sequential(
@@ -51,8 +53,14 @@ def main() -> None:
         return [Image.open(io.BytesIO(file)).convert("RGB") for file in files]
 
     def pillow() -> torch.Tensor:
-        views = [augment(image, SIDE, how, np.random.default_rng(seed)) for seed, image in enumerate(decode())]
-        return torch.from_numpy(np.stack([np.asarray(view) for view in views])).permute(0, 3, 1, 2) / 255
+        views = [
+            augment(image, SIDE, how, np.random.default_rng(seed))
+            for seed, image in enumerate(decode())
+        ]
+        return (
+            torch.from_numpy(np.stack([np.asarray(view) for view in views])).permute(0, 3, 1, 2)
+            / 255
+        )
 
     def kornia() -> torch.Tensor:
         pixels = np.stack([np.asarray(image) for image in decode()])
@@ -67,7 +75,10 @@ def main() -> None:
     ratio = np.array(seconds["kornia"][1:]) / np.array(seconds["pillow"][1:])
     for name, values in seconds.items():
         print(f"{name}: {len(files) / np.median(values[1:]):.0f} views a second")
-    print(f"Pillow is faster by {np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f}), {args.rounds} rounds")
+    print(
+        f"Pillow is faster by {np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f}), "
+        f"{args.rounds} rounds"
+    )
 
 
 if __name__ == "__main__":

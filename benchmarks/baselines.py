@@ -1,7 +1,8 @@
 """python -m benchmarks.baselines [DOMAIN] [--images FOLDER] [--base MODEL] [--seeds 701 702 703]
 
-What our recipe is worth beside the simpler ones: the base as it is, a linear probe, fine-tuning all weights at once,
-and the article's recipe, all on the same data. Started twice, the two processes share the work.
+What our recipe is worth beside the simpler ones: the base as it is, a linear probe, fine-tuning all
+weights at once, and the article's recipe, all on the same data. Started twice, the two processes
+share the work.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ TITLES = {
 def main() -> None:
     """The command line."""
     parser = options(__doc__)
-    parser.add_argument("--full-epochs", type=int, help="of all weights at once; default: as many as ours has")
+    parser.add_argument(
+        "--full-epochs", type=int, help="of all weights at once; default: as many as ours has"
+    )
     args = parser.parse_args()
     domain = Domain.load(args.domain, base=args.base)
     out = args.out or Path("runs/benchmarks") / f"baselines-{domain.name}"
@@ -55,7 +58,11 @@ def main() -> None:
 
 def files(recipes: Any) -> list[str]:
     """The names of the results that the rows of the table need."""
-    return [name for recipe in recipes for name in ([full(r) for r in FULL_RATES] if recipe == "full" else [recipe])]
+    return [
+        name
+        for recipe in recipes
+        for name in ([full(r) for r in FULL_RATES] if recipe == "full" else [recipe])
+    ]
 
 
 def full(rate: float) -> str:
@@ -63,14 +70,18 @@ def full(rate: float) -> str:
     return f"full_{rate:g}"
 
 
-def run(name: str, domain: Domain, images: str | None, seed: int, out: Path, full_epochs: int) -> dict[str, Any]:
+def run(
+    name: str, domain: Domain, images: str | None, seed: int, out: Path, full_epochs: int
+) -> dict[str, Any]:
     """The result of one recipe with one seed."""
     data_run = prepared(domain, images, seed, out)
     if name.startswith("zero_shot"):
         return zero_shot(data_run, name == "zero_shot_ensemble", seed, out)
     if name == "linear_probe":
         return probe(data_run, seed, out)
-    return run_recipe(data_run, name, overrides(name, domain, full_epochs), seed, out, keep_model=name == OURS)
+    return run_recipe(
+        data_run, name, overrides(name, domain, full_epochs), seed, out, keep_model=name == OURS
+    )
 
 
 def overrides(name: str, domain: Domain, full_epochs: int) -> dict[str, Any]:
@@ -81,7 +92,9 @@ def overrides(name: str, domain: Domain, full_epochs: int) -> dict[str, Any]:
         article = Domain.load(ARTICLE).model_dump(mode="json")
         return {"stages": article["stages"], "training": article["training"]}
     rate = next(rate for rate in FULL_RATES if full(rate) == name)
-    batch = {key: value for key, value in domain.training.items() if key == "per_device_train_batch_size"}
+    batch = {
+        key: value for key, value in domain.training.items() if key == "per_device_train_batch_size"
+    }
     return {
         "stages": [{"name": "all", "epochs": full_epochs, "learning_rate": rate, "train": ["*"]}],
         "training": batch | {"loss": "multi_positive", "cluster_share": 0.0},
@@ -91,7 +104,12 @@ def overrides(name: str, domain: Domain, full_epochs: int) -> dict[str, Any]:
 def table(domain: Domain, seeds: list[int], out: Path, full_epochs: int) -> None:
     """Prints what is there, and writes it as OUT/baselines.json."""
     found = {name: stored(out, name, seeds, domain) for name in files(TITLES)}
-    missing = [f"{name}-{seed}" for name in found for seed in seeds if seed not in {r["seed"] for r in found[name]}]
+    missing = [
+        f"{name}-{seed}"
+        for name in found
+        for seed in seeds
+        if seed not in {r["seed"] for r in found[name]}
+    ]
     tried = {
         rate: float(np.mean([result["validation_accuracy"] for result in found[full(rate)]]))
         for rate in FULL_RATES
@@ -108,13 +126,16 @@ def table(domain: Domain, seeds: list[int], out: Path, full_epochs: int) -> None
         grid = ", ".join(f"{rate:g}: {accuracy:.1%}" for rate, accuracy in tried.items())
         epochs = sum(stage.epochs for stage in domain.stages)
         notes.append(
-            f"All weights at once: {full_epochs} epochs, ours {epochs}; learning rate {chosen:g}, the best on "
-            f"validation ({grid}); the seconds are of that one."
+            f"All weights at once: {full_epochs} epochs, ours {epochs}; learning rate {chosen:g}, "
+            f"the best on validation ({grid}); the seconds are of that one."
         )
     if missing:
         notes.append(f"Missing: {', '.join(missing)}.")
     print("\n\n".join(["", markdown_table("recipe", rows), *notes]))
-    write_json(out / "baselines.json", {"domain": domain.name, "rows": rows, "notes": notes, "missing": missing})
+    write_json(
+        out / "baselines.json",
+        {"domain": domain.name, "rows": rows, "notes": notes, "missing": missing},
+    )
 
 
 if __name__ == "__main__":

@@ -14,14 +14,19 @@ OURS = "ours"
 
 
 def pooled(results: Sequence[dict[str, Any]]) -> Measure:
-    """The accuracy over all seeds. An image that several seeds have in test counts once, with its mean over them."""
+    """The accuracy over all seeds.
+
+    An image that several seeds have in test counts once, with its mean over them.
+    """
     images, right, groups = _by_image(results)
     if len(images) == sum(len(result["test"]["image"]) for result in results):
         return proportion(right.astype(bool), groups, "test")
     return bootstrap(lambda chosen: right[chosen].mean(), groups, "test")
 
 
-def paired(results: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]]) -> Measure | None:
+def paired(
+    results: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]]
+) -> Measure | None:
     """The difference in accuracy, image by image, over the seeds that both have; None if there is none.
 
     Raises:
@@ -31,9 +36,13 @@ def paired(results: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]
     if not seeds:
         return None
     images, right, groups = _by_image([result for result in results if result["seed"] in seeds])
-    images_too, right_too, _ = _by_image([result for result in reference if result["seed"] in seeds])
+    images_too, right_too, _ = _by_image(
+        [result for result in reference if result["seed"] in seeds]
+    )
     if images != images_too:
-        raise ValueError(f"'{results[0]['name']}' and '{reference[0]['name']}' have different test images")
+        raise ValueError(
+            f"'{results[0]['name']}' and '{reference[0]['name']}' have different test images"
+        )
     difference = right - right_too
     return bootstrap(lambda chosen: difference[chosen].mean(), groups, "test")
 
@@ -48,7 +57,11 @@ def _by_image(results: Iterable[dict[str, Any]]) -> tuple[list[str], np.ndarray,
             hits.setdefault(image, []).append(right)
             group_of[image] = group
     images = sorted(hits)
-    return images, np.array([np.mean(hits[i]) for i in images]), np.array([group_of[i] for i in images])
+    return (
+        images,
+        np.array([np.mean(hits[i]) for i in images]),
+        np.array([group_of[i] for i in images]),
+    )
 
 
 def summary(results: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -78,7 +91,9 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "to ours, points [95 %]": lambda row: _points(row["difference"]),
     "macro F1": lambda row: _number(row["macro_f1"], 3),
     "pass rate": lambda row: _number(row["hard_negative_pass_rate"], 3),
-    "ECE before → after": lambda row: f"{_number(row['ece_before_calibration'], 3)} → {_number(row['ece'], 3)}",
+    "ECE before → after": lambda row: (
+        f"{_number(row['ece_before_calibration'], 3)} → {_number(row['ece'], 3)}"
+    ),
     "noise p95": lambda row: _number(row["noise_confidence_p95"], 2),
     "outside": lambda row: "–" if row["outside"] is None else f"{100 * row['outside']:.1f}",
     "seconds": lambda row: _number(row["seconds"], 0),
@@ -92,7 +107,9 @@ def _percent(measure: dict[str, Any]) -> str:
 def _points(measure: dict[str, Any] | None) -> str:
     if measure is None:
         return "–"
-    return f"{100 * measure['value']:+.1f} [{100 * measure['low']:+.1f}, {100 * measure['high']:+.1f}]"
+    return (
+        f"{100 * measure['value']:+.1f} [{100 * measure['low']:+.1f}, {100 * measure['high']:+.1f}]"
+    )
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -110,10 +127,13 @@ def footnote(rows: dict[str, dict[str, Any]], domain: Domain) -> str:
     """What the columns of the table mean."""
     images = max(row["accuracy"]["n"] for row in rows.values())
     seeds = sorted({seed for row in rows.values() for seed in row["seeds"]})
-    outside = f"; outside: accuracy in per cent on “{domain.outside.title}”" if domain.outside else ""
+    outside = (
+        f"; outside: accuracy in per cent on “{domain.outside.title}”" if domain.outside else ""
+    )
     return (
-        f"Accuracy in per cent on {images} test images over the seeds {', '.join(map(str, seeds))}, 95 % intervals by "
-        "images, not by seeds; differences in points, paired by image. ECE with a temperature of its own, fitted on "
-        f"the calibration split; macro F1 and what follows it are means over the seeds{outside}; seconds: of training "
-        "on a machine that may have had other work to do."
+        f"Accuracy in per cent on {images} test images over the seeds "
+        f"{', '.join(map(str, seeds))}, 95 % intervals by images, not by seeds; differences in "
+        "points, paired by image. ECE with a temperature of its own, fitted on the calibration "
+        f"split; macro F1 and what follows it are means over the seeds{outside}; seconds: of "
+        "training on a machine that may have had other work to do."
     )

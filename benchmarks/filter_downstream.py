@@ -1,7 +1,7 @@
 """python -m benchmarks.filter_downstream --seeds 501 502 503
 
-What the quality filter is worth: accuracy on clean test façades after training on what each filter leaves, the same
-drawings and seeds for all.
+What the quality filter is worth: accuracy on clean test façades after training on what each filter
+leaves, the same drawings and seeds for all.
 """
 
 from __future__ import annotations

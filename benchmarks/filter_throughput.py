@@ -1,8 +1,8 @@
 """python -m benchmarks.filter_throughput
 
-Images a second from 1.5-megapixel JPEG to zero-shot score: the article's loop (one image at a time in float32) as it
-is printed and with its prompts encoded once, against data_prep (verify, shrink, hash, store, encode in batches). The
-sides take turns, on a random CLIP of ViT-B/32 size.
+Images a second from 1.5-megapixel JPEG to zero-shot score: the article's loop (one image at a time
+in float32) as it is printed and with its prompts encoded once, against data_prep (verify, shrink,
+hash, store, encode in batches). The sides take turns, on a random CLIP of ViT-B/32 size.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ PROMPTS = [f"a photo of {name}" for name in Domain.load("domains/architecture").
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=512, help="for data_prep; the loops take a sixteenth of them")
+    parser.add_argument(
+        "--images", type=int, default=512, help="for data_prep; the loops take a sixteenth of them"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -55,7 +57,10 @@ def main() -> None:
                 len(few) // 4,
                 partial(_loop, model, processor, few[: len(few) // 4], True),
             ),
-            "article's loop, prompts encoded once": (len(few), partial(_loop, model, processor, few, False)),
+            "article's loop, prompts encoded once": (
+                len(few),
+                partial(_loop, model, processor, few, False),
+            ),
             "data_prep": (len(photos), partial(_data_prep, model, processor, folder)),
         }
         rates: dict[str, list[float]] = {side: [] for side in sides}
@@ -77,7 +82,8 @@ def main() -> None:
     ]
     print(format_table(["side", "images/s, median", "range", "data_prep is faster by"], rows))
     print(
-        f"{args.rounds} rounds in turn, {torch.get_num_threads()} threads; the factor is the median of the rounds' own"
+        f"{args.rounds} rounds in turn, {torch.get_num_threads()} threads; the factor is the "
+        "median of the rounds' own"
     )
 
 
@@ -86,7 +92,9 @@ def _photos(folder: Path, count: int) -> list[Path]:
     rng = np.random.default_rng(0)
     for index in range(count):
         picture = draw(STYLES[index % 2], np.random.default_rng(index), 250).resize((1500, 1000))
-        pixels = np.asarray(picture, dtype=np.int16) + rng.normal(0, 6, (1000, 1500, 3)).astype(np.int16)
+        pixels = np.asarray(picture, dtype=np.int16) + rng.normal(0, 6, (1000, 1500, 3)).astype(
+            np.int16
+        )
         path = folder / STYLES[index % 2] / f"{index:04d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         encoded = io.BytesIO()
@@ -96,11 +104,15 @@ def _photos(folder: Path, count: int) -> list[Path]:
 
 
 @torch.no_grad()
-def _loop(model: CLIPModel, processor: CLIPProcessor, photos: list[Path], encode_prompts: bool) -> list[float]:
+def _loop(
+    model: CLIPModel, processor: CLIPProcessor, photos: list[Path], encode_prompts: bool
+) -> list[float]:
     text_embeds = encode_texts(model, processor, PROMPTS)
     scores = []
     for path in photos:
-        pixels = processor.image_processor(Image.open(path).convert("RGB"), return_tensors="pt")["pixel_values"]
+        pixels = processor.image_processor(Image.open(path).convert("RGB"), return_tensors="pt")[
+            "pixel_values"
+        ]
         image_embeds = model.get_image_features(pixels).pooler_output
         if encode_prompts:
             text_embeds = encode_texts(model, processor, PROMPTS)
@@ -114,10 +126,18 @@ def _data_prep(model: CLIPModel, processor: CLIPProcessor, folder: Path) -> np.n
     listed, _ = read_folders(folder / "images", list(STYLES[:2]))
     verify = partial(verify_rows, stored_short_side=288, smallest_side=32)
     rows: datasets.Dataset = map_shards(
-        listed, verify, listed["source_id"][:], "", folder / "cache" / "verified", "verifying", parallel=True
+        listed,
+        verify,
+        listed["source_id"][:],
+        "",
+        folder / "cache" / "verified",
+        "verifying",
+        parallel=True,
     )
     image_embeds = encode_rows(model, processor, rows, folder / "cache" / "encoded", "encoding")
-    return softmax(zero_shot_logits(model, image_embeds, encode_texts(model, processor, PROMPTS)), axis=1)
+    return softmax(
+        zero_shot_logits(model, image_embeds, encode_texts(model, processor, PROMPTS)), axis=1
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """python -m benchmarks.label_filter --seeds 301 302 303
 
-How well data_prep finds the faults that the façade painter plants: wrong labels by each filter, near-duplicates,
-unreadable files.
+How well data_prep finds the faults that the façade painter plants: wrong labels by each filter,
+near-duplicates, unreadable files.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ def main() -> None:
             wrong = faults["wrong_labels"]
             precision = wrong["found"] / max(1, wrong["found"] + wrong["falsely"])
             recall = wrong["found"] / wrong["planted"]
-            worst = max(entry["filter"]["dropped"] / entry["filter"]["images"] for entry in report["classes"])
+            worst = max(
+                entry["filter"]["dropped"] / entry["filter"]["images"]
+                for entry in report["classes"]
+            )
             rows.append(
                 [
                     f"{seed} {mode}",
@@ -55,7 +58,10 @@ def main() -> None:
         "broken",
     ]
     print(format_table(header, rows))
-    print("\n'a + b of c': a found and b falsely, of c planted; worst class: the largest share that one class loses")
+    print(
+        "\n'a + b of c': a found and b falsely, of c planted; worst class: the largest share that "
+        "one class loses"
+    )
 
 
 if __name__ == "__main__":

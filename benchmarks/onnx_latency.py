@@ -1,7 +1,7 @@
 """python -m benchmarks.onnx_latency [--threads 2] [--rounds 60]
 
-How long one image takes in the visual tower: torch, ONNX in 32 bits, ONNX in 8 bits, in turn in one process, with
-random weights of ViT-B/32 size. The article's gate is 200 ms.
+How long one image takes in the visual tower: torch, ONNX in 32 bits, ONNX in 8 bits, in turn in one
+process, with random weights of ViT-B/32 size. The article's gate is 200 ms.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ WARM_UP = 5
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.onnx_latency", description=__doc__.split("\n", 1)[1])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.onnx_latency", description=__doc__.split("\n", 1)[1]
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=60)
     args = parser.parse_args()
@@ -41,7 +43,11 @@ def main() -> None:
             "ONNX float32": OnnxTower(fp32, args.threads),
             "ONNX INT8": OnnxTower(int8, args.threads),
         }
-        sizes = [sum(p.numel() * 4 for p in tower.parameters()), fp32.stat().st_size, int8.stat().st_size]
+        sizes = [
+            sum(p.numel() * 4 for p in tower.parameters()),
+            fp32.stat().st_size,
+            int8.stat().st_size,
+        ]
         pixels = torch.randn(1, 3, 224, 224)
         cosine = (sides["ONNX INT8"](pixels) * tower(pixels)).sum().item()
         times: dict[str, list[float]] = {name: [] for name in sides}
@@ -63,8 +69,15 @@ def main() -> None:
         ]
         for (name, each), size in zip(times.items(), sizes, strict=True)
     ]
-    print(format_table(["visual tower", "p50 ms", "p95 ms", "faster by", "MB", f"p95 < {GATE:.0f} ms"], rows))
-    print(f"{args.rounds} images one by one, {args.threads} threads; cosine of INT8 to torch {cosine:.4f}")
+    print(
+        format_table(
+            ["visual tower", "p50 ms", "p95 ms", "faster by", "MB", f"p95 < {GATE:.0f} ms"], rows
+        )
+    )
+    print(
+        f"{args.rounds} images one by one, {args.threads} threads; cosine of INT8 to torch "
+        f"{cosine:.4f}"
+    )
 
 
 if __name__ == "__main__":

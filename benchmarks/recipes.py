@@ -1,8 +1,9 @@
 """What `benchmarks.baselines` and `benchmarks.ablations` share: recipes trained and read on test.
 
-Each recipe and seed has a folder of its own under OUT with a result.json, so that an interrupted benchmark goes on
-where it was, and the same command started twice shares the work: a process passes over what another is at.
-These benchmarks read the test split, which is theirs to name: nothing is chosen by it.
+Each recipe and seed has a folder of its own under OUT with a result.json, so that an interrupted
+benchmark goes on where it was, and the same command started twice shares the work: a process passes
+over what another is at. These benchmarks read the test split, which is theirs to name: nothing is
+chosen by it.
 """
 
 from __future__ import annotations
@@ -51,32 +52,55 @@ VERSION = 1  # of what result.json holds; another one is made anew
 def options(description: str | None) -> argparse.ArgumentParser:
     """What baselines and ablations are both asked."""
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("domain", nargs="?", default="domains/facades", help="a domain file or its folder")
-    parser.add_argument("--images", help="class folders or a dataset to read instead of the domain's own source")
-    parser.add_argument("--base", help="a Hub id or a folder, instead of the domain's own base model")
+    parser.add_argument(
+        "domain", nargs="?", default="domains/facades", help="a domain file or its folder"
+    )
+    parser.add_argument(
+        "--images", help="class folders or a dataset to read instead of the domain's own source"
+    )
+    parser.add_argument(
+        "--base", help="a Hub id or a folder, instead of the domain's own base model"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[701, 702, 703])
-    parser.add_argument("--out", type=Path, help="where the runs lie; both benchmarks can share one folder")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="run these only; the table shows all that is there")
+    parser.add_argument(
+        "--out", type=Path, help="where the runs lie; both benchmarks can share one folder"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        help="run these only; the table shows all that is there",
+    )
     parser.add_argument("--table-only", action="store_true", help="run nothing")
     return parser
 
 
 def prepared(
-    domain: Domain, images: str | Path | None, seed: int, out: Path, overrides: dict[str, Any] | None = None
+    domain: Domain,
+    images: str | Path | None,
+    seed: int,
+    out: Path,
+    overrides: dict[str, Any] | None = None,
 ) -> Path:
     """OUT/data-SEED, a run directory that holds the prepared data and the domain as it is now.
 
-    Prepared anew only if what the data depends on has changed. Photos are verified and encoded once for all seeds.
+    Prepared anew only if what the data depends on has changed. Photos are verified and encoded once
+    for all seeds.
 
     Args:
-        overrides: top-level keys of the domain that make other data; it then lies in a folder named after them.
+        overrides: top-level keys of the domain that make other data; it then lies in a folder named
+            after them.
     """
     ours, domain = identity(domain), with_overrides(domain, overrides or {})
     name = "-".join(["data", str(seed), *(overrides or {})])
     run = out / name
-    made_of = domain.model_dump(mode="json", include={"base", "source", "classes", "clusters", *DATA_SETTINGS})
+    made_of = domain.model_dump(
+        mode="json", include={"base", "source", "classes", "clusters", *DATA_SETTINGS}
+    )
     made_of |= {"images": images and str(images), "seed": seed}
     out.mkdir(parents=True, exist_ok=True)
     with FileLock(out / ".prepare.lock"):
@@ -115,19 +139,28 @@ def training_of(domain: Domain, **changes: Any) -> dict[str, Any]:
 
 
 def run_recipe(
-    data_run: Path, name: str, overrides: dict[str, Any], seed: int, out: Path, keep_model: bool = False
+    data_run: Path,
+    name: str,
+    overrides: dict[str, Any],
+    seed: int,
+    out: Path,
+    keep_model: bool = False,
 ) -> dict[str, Any]:
     """Trains OUT/NAME-SEED on the data of `data_run`, with `overrides` of the domain, and reads it on test.
 
     Args:
-        overrides: top-level keys of the domain, replaced as they stand; none that data_prep depends on.
+        overrides: top-level keys of the domain, replaced as they stand; none that data_prep depends
+            on.
         keep_model: else it is deleted after it was read, as checkpoints always are.
 
     Raises:
         ValueError: if the overrides would need other data.
     """
     if wrong := sorted(DATA_SETTINGS & set(overrides)):
-        raise ValueError(f"recipe '{name}' overrides {wrong[0]}, which needs data of its own: give it to `prepared`")
+        raise ValueError(
+            f"recipe '{name}' overrides {wrong[0]}, which needs data of its own: give it to "
+            "`prepared`"
+        )
     domain = with_overrides(Domain.load(data_run), overrides)
 
     def work(run: Path) -> dict[str, Any]:
@@ -137,7 +170,8 @@ def run_recipe(
         trained = read_json(run / "training.json", "")
         result = evaluate_model(*load_clip(run / "model"), domain, data_run)
         shutil.rmtree(run / "checkpoints")
-        shutil.rmtree(run / "cache", ignore_errors=True)  # not there if no stage leaves the first blocks frozen
+        # not there if no stage leaves the first blocks frozen
+        shutil.rmtree(run / "cache", ignore_errors=True)
         if not keep_model:
             shutil.rmtree(run / "model")
         return result | {
@@ -151,7 +185,10 @@ def run_recipe(
 
 
 def wise_ft(data_run: Path, seed: int, out: Path) -> dict[str, Any]:
-    """The trained model of "ours" mixed with the base as validation likes it best; nothing is trained."""
+    """The trained model of "ours" mixed with the base as validation likes it best.
+
+    Nothing is trained.
+    """
     domain = Domain.load(data_run)
     ours = run_recipe(data_run, OURS, {}, seed, out, keep_model=True)
 
@@ -160,10 +197,15 @@ def wise_ft(data_run: Path, seed: int, out: Path) -> dict[str, Any]:
         base, processor = load_clip(domain.base)
         tuned, _ = load_clip(out / f"{OURS}-{seed}" / "model")
         validation = load_prepared(data_run)["validation"]
-        alpha, _ = choose_alpha(base, tuned, processor, validation, domain.canonical_prompts, progress=False)
+        alpha, _ = choose_alpha(
+            base, tuned, processor, validation, domain.canonical_prompts, progress=False
+        )
         base.load_state_dict(interpolate(base.state_dict(), tuned.state_dict(), alpha))
         seconds = ours["seconds"] + time.perf_counter() - started
-        return evaluate_model(base, processor, domain, data_run) | {"seconds": round(seconds, 1), "alpha": alpha}
+        return evaluate_model(base, processor, domain, data_run) | {
+            "seconds": round(seconds, 1),
+            "alpha": alpha,
+        }
 
     return _once(data_run, "wise_ft", {"of": ours["recipe"]}, seed, out, work)
 
@@ -200,7 +242,9 @@ def probe(data_run: Path, seed: int, out: Path) -> dict[str, Any]:
 
         def embed(name: str) -> np.ndarray:
             rows = splits[name]
-            return encode_images(model, processor, (row["image"] for row in rows), len(rows), progress=False)
+            return encode_images(
+                model, processor, (row["image"] for row in rows), len(rows), progress=False
+            )
 
         validation_embeds = embed("validation")
         validation = validation_embeds, labels["validation"]
@@ -215,7 +259,9 @@ def probe(data_run: Path, seed: int, out: Path) -> dict[str, Any]:
             "chosen": {"C": fitted.fitted.C, "class_weight": fitted.fitted.class_weight},
         }
 
-    return _once(data_run, "linear_probe", {"base": domain.base, "strengths": STRENGTHS}, seed, out, work)
+    return _once(
+        data_run, "linear_probe", {"base": domain.base, "strengths": STRENGTHS}, seed, out, work
+    )
 
 
 def evaluate_model(
@@ -234,7 +280,10 @@ def evaluate_model(
     classifier = DomainClassifier(model, processor, domain, "evaluated")
     if prototypes is not None:
         classifier.prototypes = prototypes
-    embeds = {name: classifier.embed_rows(splits[name], name) for name in ("validation", "calibration", "test")}
+    embeds = {
+        name: classifier.embed_rows(splits[name], name)
+        for name in ("validation", "calibration", "test")
+    }
     logits = {name: classifier.logits(of_split) for name, of_split in embeds.items()}
     labels = {name: np.array(splits[name]["label"]) for name in embeds}
     temperature = _temperature(logits["calibration"], labels["calibration"])
@@ -245,10 +294,14 @@ def evaluate_model(
         np.array(domain.class_clusters),
     )
     judged = margin[np.isfinite(margin)]
-    noise = classifier.embed(strange_pictures("noise", image_side(processor), seed=0), PER_KIND, "noise")
+    noise = classifier.embed(
+        strange_pictures("noise", image_side(processor), seed=0), PER_KIND, "noise"
+    )
     on_noise = softmax(classifier.logits(noise) / temperature, axis=1).max(axis=1)
     result = _read(logits["test"], temperature, splits["test"]) | {
-        "validation_accuracy": float(metrics.correct(logits["validation"], labels["validation"]).mean()),
+        "validation_accuracy": float(
+            metrics.correct(logits["validation"], labels["validation"]).mean()
+        ),
         "hard_negative_pass_rate": float((judged > 0).mean()) if len(judged) else None,
         "noise_confidence_p95": float(np.percentile(on_noise, 95)),
         "outside": None,
@@ -256,7 +309,9 @@ def evaluate_model(
     if domain.outside is not None:
         rows, prompts = outside_rows(domain), domain.outside.canonical_prompts
         images, outside_labels = (row["image"] for row in rows), np.array(rows["label"])
-        result["outside"] = outside_accuracy(model, processor, images, outside_labels, prompts, progress=False).value
+        result["outside"] = outside_accuracy(
+            model, processor, images, outside_labels, prompts, progress=False
+        ).value
     return result
 
 
@@ -288,7 +343,12 @@ def _temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _once(
-    data_run: Path, name: str, recipe: Any, seed: int, out: Path, work: Callable[[Path], dict[str, Any]]
+    data_run: Path,
+    name: str,
+    recipe: Any,
+    seed: int,
+    out: Path,
+    work: Callable[[Path], dict[str, Any]],
 ) -> dict[str, Any]:
     """The result of OUT/NAME-SEED, worked out if it is not there or was made of another recipe or other data.
 
@@ -296,12 +356,21 @@ def _once(
         Timeout: if another process is at it.
     """
     run = out / f"{name}-{seed}"
-    made_of = {"recipe": recipe, "data": read_json(data_run / "data" / "report.json", "")["fingerprint"]}
-    made_for = {"name": name, "seed": seed, "recipe": _digest(made_of), "ours": read_json(data_run / "ours.json", "")}
+    made_of = {
+        "recipe": recipe,
+        "data": read_json(data_run / "data" / "report.json", "")["fingerprint"],
+    }
+    made_for = {
+        "name": name,
+        "seed": seed,
+        "recipe": _digest(made_of),
+        "ours": read_json(data_run / "ours.json", ""),
+    }
     with FileLock(out / f".{name}-{seed}.lock", timeout=0):
         path = run / "result.json"
         found = read_json(path, "") if path.is_file() else {"recipe": None}
-        if found["recipe"] == made_for["recipe"]:  # the domain may have changed where this recipe does not look
+        # the domain may have changed where this recipe does not look
+        if found["recipe"] == made_for["recipe"]:
             if found["ours"] != made_for["ours"]:
                 write_json(path, found | made_for)
             return found | made_for
@@ -310,7 +379,10 @@ def _once(
         with _logged(run / "log.txt"):
             result = made_for | work(run)
         write_json(path, result)
-    print(f"{name}, seed {seed}: accuracy {result['accuracy']:.1%}, {result['seconds']:.0f} s", flush=True)
+    print(
+        f"{name}, seed {seed}: accuracy {result['accuracy']:.1%}, {result['seconds']:.0f} s",
+        flush=True,
+    )
     return result
 
 
@@ -336,29 +408,41 @@ def run_jobs(jobs: Sequence[tuple[str, Callable[[], Any]]]) -> int:
                 job()
             except Timeout:
                 busy.append((title, job))
-            except TrainingInterrupted as interrupted:  # Ctrl-C ends the benchmark; that run begins afresh
+            # Ctrl-C ends the benchmark; that run begins afresh
+            except TrainingInterrupted as interrupted:
                 sys.exit(128 + interrupted.signal)
             except Exception as error:  # hours of other runs should not be lost with it
                 failures += 1
                 print(f"{title}: failed: {type(error).__name__}: {error}", flush=True)
                 traceback.print_exc()
         if len(busy) == len(waiting):  # all that is left, others are at
-            print(f"waiting for another process: {', '.join(title for title, _ in busy)}", flush=True)
+            print(
+                f"waiting for another process: {', '.join(title for title, _ in busy)}", flush=True
+            )
             time.sleep(20)
         waiting = busy
     if failures:
-        print(f"{failures} runs failed; the same command tries them again", file=sys.stderr, flush=True)
+        print(
+            f"{failures} runs failed; the same command tries them again",
+            file=sys.stderr,
+            flush=True,
+        )
     return failures
 
 
 def _link(link: Path, target: Path) -> None:
-    """A relative symbolic link to a folder, whatever link was there before; a folder of its own stays."""
+    """A relative symbolic link to a folder, whatever link was there before.
+
+    A folder of its own stays.
+    """
     target.mkdir(parents=True, exist_ok=True)
     link.parent.mkdir(parents=True, exist_ok=True)
     if link.is_dir() and not link.is_symlink():
         return
     link.unlink(missing_ok=True)
-    link.symlink_to(os.path.relpath(target.resolve(), link.parent.resolve()), target_is_directory=True)
+    link.symlink_to(
+        os.path.relpath(target.resolve(), link.parent.resolve()), target_is_directory=True
+    )
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """python -m benchmarks.scale --images 5000 10000 20000
 
-How time and memory of data_prep grow with the number of images: drawn façades with near-duplicates, wrong labels and
-broken files, each size in a process of its own.
+How time and memory of data_prep grow with the number of images: drawn façades with near-duplicates,
+wrong labels and broken files, each size in a process of its own.
 """
 
 from __future__ import annotations
@@ -34,8 +34,18 @@ def main() -> None:
         return
     rows = []
     for images in args.images:
-        command = [sys.executable, "-m", "benchmarks.scale", "--one", str(images), "--out", str(args.out)]
-        found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.scale",
+            "--one",
+            str(images),
+            "--out",
+            str(args.out),
+        ]
+        found = json.loads(
+            subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1]
+        )
         rows.append(
             [
                 f"{found['images']}",
@@ -55,7 +65,9 @@ def _measure(images: int, out: Path) -> dict[str, float]:
     options = {name: round(size * scale) for name, size in {
         "smallest_class": 20, "largest_class": 120, "validation": 30, "calibration": 40, "test": 60,
     }.items()}  # fmt: skip
-    domain = domain.model_copy(update={"source": domain.source.model_copy(update={"options": options})})
+    domain = domain.model_copy(
+        update={"source": domain.source.model_copy(update={"options": options})}
+    )
     paint_facades(run / "images", list(domain.clusters.values()), 0, **options)
     idle = psutil.Process().memory_info().rss / 2**20
     started = time.perf_counter()

@@ -1,10 +1,10 @@
 """python -m benchmarks.training_speed --rounds 5 --steps 8
 
-How long training takes: the published article's loop, written plainly, against StagedTrainer. The sides take turns
-stage by stage, each in a process of its own, on a random CLIP of ViT-B/32 size and drawn images; the article's whole
-schedule is projected.
-Alike for both: images are decoded from what data_prep stores (the article's own, of a megapixel and more, would take
-longer), augmented by `nicheclip.data.augment`, in the main process; evaluation and checkpoints are left out.
+How long training takes: the published article's loop, written plainly, against StagedTrainer. The
+sides take turns stage by stage, each in a process of its own, on a random CLIP of ViT-B/32 size and
+drawn images; the article's whole schedule is projected. Alike for both: images are decoded from
+what data_prep stores (the article's own, of a megapixel and more, would take longer), augmented by
+`nicheclip.data.augment`, in the main process; evaluation and checkpoints are left out.
 """
 
 from __future__ import annotations
@@ -34,7 +34,15 @@ from torch.utils.data import DataLoader, RandomSampler
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from benchmarks.training_speed_report import BUILDING, IMAGES, PARTS, VISITS, draw_hours, hours_by_part, report
+from benchmarks.training_speed_report import (
+    BUILDING,
+    IMAGES,
+    PARTS,
+    VISITS,
+    draw_hours,
+    hours_by_part,
+    report,
+)
 from data_prep.sources.painter import STYLES, draw
 from data_prep.verify import JPEG_QUALITY
 from nicheclip.data import TrainingVisits, Views, augment, features, quiet_datasets
@@ -52,7 +60,12 @@ ARTICLE = DOMAINS / "architecture" / "article.yaml"
 ARTICLE_BATCH = 16
 WARM_UP = 6  # steps: until no new memory is asked for
 DRAWN = 64  # images here; two views of each fill a shard of the feature cache
-TINY = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 2, "num_hidden_layers": 3}
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 3,
+}
 SIZES = {  # of the model, and the side of its images
     "vit-b-32": (CLIPConfig(), 224),
     "small": (CLIPConfig(text_config=TINY, vision_config=TINY | {"image_size": 64}), 64),
@@ -93,11 +106,16 @@ class Setting:
 
     def visits(self, seed: int) -> TrainingVisits:
         """The visits of our side."""
-        return TrainingVisits(self.rows, self.domain.prompt_bank[1], self.domain.augmentation, self.processor, seed)
+        return TrainingVisits(
+            self.rows, self.domain.prompt_bank[1], self.domain.augmentation, self.processor, seed
+        )
 
 
 class Samples(torch.utils.data.Dataset):
-    """Pixels and prompt of a sample, as a plain loop makes them; the prompts padded to 77 tokens."""
+    """Pixels and prompt of a sample, as a plain loop makes them.
+
+    The prompts padded to 77 tokens.
+    """
 
     def __init__(self, setting: Setting):
         self.rows, self.domain, self.processor = setting.rows, setting.domain, setting.processor
@@ -111,12 +129,16 @@ class Samples(torch.utils.data.Dataset):
         row = self.rows[index]
         view = augment(row["image"].convert("RGB"), self.side, self.domain.augmentation, self.rng)
         prompts = self.domain.classes[self.domain.class_names[row["label"]]]
-        return self.processor.image_processor(view, return_tensors="pt")["pixel_values"][0], self.rng.choice(prompts)
+        return self.processor.image_processor(view, return_tensors="pt")["pixel_values"][
+            0
+        ], self.rng.choice(prompts)
 
     def collate(self, samples: list[tuple[torch.Tensor, str]]) -> dict[str, torch.Tensor]:
         """A batch of them."""
         pixels, prompts = zip(*samples, strict=True)
-        tokens = self.processor.tokenizer(list(prompts), padding="max_length", max_length=77, return_tensors="pt")
+        tokens = self.processor.tokenizer(
+            list(prompts), padding="max_length", max_length=77, return_tensors="pt"
+        )
         return {**tokens, "pixel_values": torch.stack(pixels)}
 
 
@@ -124,14 +146,21 @@ def article(setting: Setting) -> Iterator[Side]:
     """The article's loop: float32, all 77 places of every prompt, every image from its pixels at every visit."""
     model, samples = deepcopy(setting.model).train(), Samples(setting)
     sampler = RandomSampler(samples, replacement=True, num_samples=VISITS)
-    loader = DataLoader(samples, ARTICLE_BATCH, sampler=sampler, drop_last=True, collate_fn=samples.collate)
+    loader = DataLoader(
+        samples, ARTICLE_BATCH, sampler=sampler, drop_last=True, collate_fn=samples.collate
+    )
     for stage in setting.domain.stages:
         set_trainable(model, stage)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, stage.learning_rate, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
+        optimizer = torch.optim.AdamW(
+            trained, stage.learning_rate, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1
+        )
 
         def train(batch: dict[str, torch.Tensor]) -> None:
-            logits = model(**{name: tensor.to(DEVICE) for name, tensor in batch.items()}).logits_per_image  # (B, B)
+            # (B, B)
+            logits = model(
+                **{name: tensor.to(DEVICE) for name, tensor in batch.items()}
+            ).logits_per_image
             own = torch.arange(len(logits), device=DEVICE)
             of_images = cross_entropy(logits, own, label_smoothing=0.1)
             of_texts = cross_entropy(logits.T, own, label_smoothing=0.1)
@@ -170,7 +199,10 @@ def naive(setting: Setting) -> Iterator[Side]:
 def ours(setting: Setting) -> Iterator[Side]:
     """StagedTrainer, by its own methods: it enters a stage, makes the optimiser, loads, steps."""
     domain, processor, args = setting.domain, setting.processor, setting.args
-    options = domain.training | {"output_dir": str(setting.folder / "ours"), "cached_views": args.views}
+    options = domain.training | {
+        "output_dir": str(setting.folder / "ours"),
+        "cached_views": args.views,
+    }
     options |= {"per_device_train_batch_size": args.batch_size, "bf16": args.precision == "bf16"}
     validation = Views(setting.rows.select(range(8)), processor)
     training_args, model = StagedTrainingArguments(**options), deepcopy(setting.model)
@@ -211,17 +243,27 @@ SIDES = {"article": article, "ours": ours, "naive": naive}
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=SIZES, default="vit-b-32")
     parser.add_argument("--batch-size", type=int, default=16, help="ours; the article's is 16")
-    parser.add_argument("--precision", choices=DTYPES, default="fp32", help="ours; the article's is fp32")
-    parser.add_argument("--views", type=int, default=4, help="kept of each image; 0: nothing is kept")
+    parser.add_argument(
+        "--precision", choices=DTYPES, default="fp32", help="ours; the article's is fp32"
+    )
+    parser.add_argument(
+        "--views", type=int, default=4, help="kept of each image; 0: nothing is kept"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8, help="of each side in a round")
     parser.add_argument("--threads", type=int, help="default: torch's")
-    parser.add_argument("--naive", action="store_true", help="a third side: transformers' Trainer as it comes")
+    parser.add_argument(
+        "--naive", action="store_true", help="a third side: transformers' Trainer as it comes"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/training_speed.json"))
-    parser.add_argument("--chart", type=Path, help="its PNG, with an SVG beside it; default: beside --out")
+    parser.add_argument(
+        "--chart", type=Path, help="its PNG, with an SVG beside it; default: beside --out"
+    )
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -229,7 +271,11 @@ def main() -> None:
     sides = {name: Worker(name, args) for name in names}
     found = _measure(sides, args)
     found["settings"] = {name: str(value) for name, value in vars(args).items()}
-    found["settings"] |= {"threads": torch.get_num_threads(), "device": DEVICE.type, "torch": torch.__version__}
+    found["settings"] |= {
+        "threads": torch.get_num_threads(),
+        "device": DEVICE.type,
+        "torch": torch.__version__,
+    }
     write_json(args.out, found)
     report(found, names)
     draw_hours(found, args.chart or args.out.with_suffix(".png"))
@@ -240,7 +286,9 @@ class Worker:
 
     def __init__(self, name: str, args: argparse.Namespace):
         self._pipe, theirs = multiprocessing.Pipe()
-        multiprocessing.get_context("spawn").Process(target=_work, args=(name, args, theirs), daemon=True).start()
+        multiprocessing.get_context("spawn").Process(
+            target=_work, args=(name, args, theirs), daemon=True
+        ).start()
         theirs.close()
 
     def __call__(self, question: str, *arguments: Any) -> Any:
@@ -274,12 +322,15 @@ def _setting(args: argparse.Namespace, folder: Path) -> Setting:
     torch.manual_seed(0)
     domain = Domain.load(ARTICLE)
     config, side = SIZES[args.size]
-    # Of so many words it needs as many tokens for the domain's prompts as CLIP's own does: 13.3 a prompt, 26 at most.
+    # Of so many words it needs as many tokens for the domain's prompts as CLIP's own does: 13.3 a
+    # prompt, 26 at most.
     tokenizer = CLIPTokenizer.from_pretrained(DOMAINS / "facades" / "base").train_new_from_iterator(
         domain.prompt_bank[0], 1550, show_progress=False
     )
     config.text_config.eos_token_id = tokenizer.eos_token_id
-    images = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+    )
     processor = CLIPProcessor(image_processor=images, tokenizer=tokenizer)
     return Setting(domain, _rows(domain), CLIPModel(config).to(DEVICE), processor, folder, args)
 
@@ -290,12 +341,22 @@ def _rows(domain: Domain) -> datasets.Dataset:
     height, width = domain.stored_short_side, domain.stored_short_side * 3 // 2
     unused = dict.fromkeys(("source_id", "group_id", "zero_shot_score", "attribution"))
     for index in range(DRAWN):
-        picture = draw(STYLES[index % len(STYLES)], np.random.default_rng(index), height).resize((width, height))
+        picture = draw(STYLES[index % len(STYLES)], np.random.default_rng(index), height).resize(
+            (width, height)
+        )
         pixels = np.asarray(picture) + rng.normal(0, 6, (height, width, 3))
         encoded = io.BytesIO()
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(encoded, "JPEG", quality=JPEG_QUALITY)
-        row = {"image": {"bytes": encoded.getvalue(), "path": None}, "label": index % len(domain.classes)}
-        row |= {"sha256": hashlib.sha256(encoded.getvalue()).hexdigest(), "repeats": round(VISITS / DRAWN)}
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(
+            encoded, "JPEG", quality=JPEG_QUALITY
+        )
+        row = {
+            "image": {"bytes": encoded.getvalue(), "path": None},
+            "label": index % len(domain.classes),
+        }
+        row |= {
+            "sha256": hashlib.sha256(encoded.getvalue()).hexdigest(),
+            "repeats": round(VISITS / DRAWN),
+        }
         rows.append(row | unused)
     return datasets.Dataset.from_list(rows, features=features(domain.class_names))
 
@@ -306,8 +367,12 @@ def _measure(sides: dict[str, Worker], args: argparse.Namespace) -> dict[str, An
     for stage in schedule:
         for name, side in sides.items():
             side("steps", WARM_UP)
-            peaks[name] = side("peak")  # before the measurements below, which need memory of their own
-        rounds = [{name: side("steps", args.steps) for name, side in sides.items()} for _ in range(args.rounds)]
+            # before the measurements below, which need memory of their own
+            peaks[name] = side("peak")
+        rounds = [
+            {name: side("steps", args.steps) for name, side in sides.items()}
+            for _ in range(args.rounds)
+        ]
         stages.append(
             {
                 "stage": stage.name,
@@ -318,7 +383,9 @@ def _measure(sides: dict[str, Worker], args: argparse.Namespace) -> dict[str, An
             }
         )
         if stage is schedule[-1]:
-            encoding = [sides["ours"]("encoding", seed) for seed in range(args.rounds if args.views else 0)] or [0.0]
+            encoding = [
+                sides["ours"]("encoding", seed) for seed in range(args.rounds if args.views else 0)
+            ] or [0.0]
         for side in sides.values():
             side("next stage")  # after the last they end
     hours = {name: hours_by_part(stages, name) for name in sides}
@@ -354,7 +421,10 @@ def _parts(side: Side, steps: int) -> dict[str, float]:
         return end
 
     hooks = []
-    for part, tower in (("text tower", side.model.text_model), ("visual tower", side.model.vision_model)):
+    for part, tower in (
+        ("text tower", side.model.text_model),
+        ("visual tower", side.model.vision_model),
+    ):
         hooks += [tower.register_forward_pre_hook(begin), tower.register_forward_hook(ended(part))]
     for _ in range(steps):
         times = [_now()]
@@ -364,7 +434,9 @@ def _parts(side: Side, steps: int) -> dict[str, float]:
         times.append(_now())
         side.update()
         times.append(_now())
-        for part, taken in zip(("data", "loss and backward", "optimiser"), np.diff(times), strict=True):
+        for part, taken in zip(
+            ("data", "loss and backward", "optimiser"), np.diff(times), strict=True
+        ):
             seconds[part] += float(taken)
     for hook in hooks:
         hook.remove()
@@ -373,7 +445,10 @@ def _parts(side: Side, steps: int) -> dict[str, float]:
 
 
 def _gflop(side: Side) -> float:
-    """A sample, of matrix multiplications; attention is split into them, as the counter knows no CPU kernel of it."""
+    """A sample, of matrix multiplications.
+
+    Attention is split into them, as the counter knows no CPU kernel of it.
+    """
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         side.steps(1)
     return counter.get_total_flops() / 1e9 / side.batch_size
@@ -382,8 +457,15 @@ def _gflop(side: Side) -> float:
 def _encoding(setting: Setting, model: CLIPModel, seed: int) -> float:
     """Seconds a view to build the features of all stages: a shard, at the cuts that StagedTrainer keeps."""
     names = [name for name, _ in model.named_parameters()]
-    cuts = {cut_before(model.vision_model, trainable_names(names, stage)) for stage in setting.domain.stages}
-    visits, cache, dtype = setting.visits(seed), setting.folder / f"round-{seed}", DTYPES[setting.args.precision]
+    cuts = {
+        cut_before(model.vision_model, trainable_names(names, stage))
+        for stage in setting.domain.stages
+    }
+    visits, cache, dtype = (
+        setting.visits(seed),
+        setting.folder / f"round-{seed}",
+        DTYPES[setting.args.precision],
+    )
     started = _now()
     encode_views(model.vision_model, visits, 2, sorted(cuts - {PIXELS}), cache, autocast=dtype)
     return (_now() - started) / (2 * len(setting.rows))

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from model_card.figures import CLUSTER_COLOURS, STYLE
 from nicheclip.results import format_table
 
-VISITS, IMAGES = 7018, 4060  # the article's: an epoch's samples, and the images that they are drawn from (4,545 - 485)
+# the article's: an epoch's samples, and the images that they are drawn from (4,545 - 485)
+VISITS, IMAGES = 7018, 4060
 PARTS = ("data", "text tower", "visual tower", "loss and backward", "optimiser")
 BUILDING = "building the features"
 
@@ -38,25 +39,41 @@ def report(found: dict[str, Any], names: list[str]) -> None:
             row = f"{stage['stage']}: {name}"
             faster = f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
             speeds.append([row, f"{1000 * np.median(seconds):.2f}", faster, *shares])
-            best = found["matmul_gflop_per_second"]["fp32" if name == "article" else settings["precision"]]
+            best = found["matmul_gflop_per_second"][
+                "fp32" if name == "article" else settings["precision"]
+            ]
             gflop = stage["gflop_per_sample"][name]
             rate, least = gflop / np.median(seconds), gflop / best * stage["samples"] / 3600
-            bounds.append([row, f"{gflop:.2f}", f"{rate:.0f}", f"{rate / best:.0%}", f"{least:.3f}"])
+            bounds.append(
+                [row, f"{gflop:.2f}", f"{rate:.0f}", f"{rate / best:.0%}", f"{least:.3f}"]
+            )
     print(format_table(["stage: side", "ms/sample", "faster by", *PARTS], speeds))
     print(
-        f"\nmedians of {settings['rounds']} rounds of {settings['steps']} steps in turn, the factor the rounds' own\n"
+        f"\nmedians of {settings['rounds']} rounds of {settings['steps']} steps in turn, the "
+        "factor the rounds' own\n"
     )
-    print(format_table(["stage: side", "GFLOP/sample", "GFLOP/s", "of a matmul's", "hours at a matmul's"], bounds))
-    rates = ", ".join(f"{rate:.0f} in {name}" for name, rate in found["matmul_gflop_per_second"].items())
-    print(f"\na 2048 x 2048 matmul's GFLOP/s: {rates}; {settings['threads']} threads, {settings['device']}\n")
+    print(
+        format_table(
+            ["stage: side", "GFLOP/sample", "GFLOP/s", "of a matmul's", "hours at a matmul's"],
+            bounds,
+        )
+    )
+    rates = ", ".join(
+        f"{rate:.0f} in {name}" for name, rate in found["matmul_gflop_per_second"].items()
+    )
+    print(
+        f"\na 2048 x 2048 matmul's GFLOP/s: {rates}; {settings['threads']} threads, "
+        f"{settings['device']}\n"
+    )
     hours = {name: sum(parts.values()) for name, parts in found["hours"].items()}
     print(
         f"features: {1000 * np.median(found['seconds_per_view']):.1f} ms a view, "
-        f"{found['hours']['ours'][BUILDING]:.3f} h for {settings['views']} views of {IMAGES} images\n"
-        "whole schedule, the features included: "
+        f"{found['hours']['ours'][BUILDING]:.3f} h for {settings['views']} views of {IMAGES} "
+        "images\nwhole schedule, the features included: "
         + ", ".join(f"{name} {taken:.2f} h" for name, taken in hours.items())
         + f"; ours is faster than the article's by {hours['article'] / hours['ours']:.2f}\n"
-        "peak memory: " + ", ".join(f"{name} {peak:.0f} MB" for name, peak in found["peak_mb"].items())
+        "peak memory: "
+        + ", ".join(f"{name} {peak:.0f} MB" for name, peak in found["peak_mb"].items())
     )
 
 
@@ -68,10 +85,14 @@ def draw_hours(found: dict[str, Any], path: Path) -> None:
         axes, lefts = figure.subplots(), np.zeros(2)
         for part, colour in zip((*PARTS, BUILDING), CLUSTER_COLOURS, strict=False):
             widths = np.array([found["hours"][name].get(part, 0.0) for name in titles])
-            axes.barh(list(titles.values()), widths, left=lefts, color=colour, label=part, height=0.6)
+            axes.barh(
+                list(titles.values()), widths, left=lefts, color=colour, label=part, height=0.6
+            )
             lefts = lefts + widths
         for height, hours in enumerate(lefts):
-            axes.annotate(f"{hours:.2f} h", (hours, height), (4, 0), textcoords="offset points", va="center")
+            axes.annotate(
+                f"{hours:.2f} h", (hours, height), (4, 0), textcoords="offset points", va="center"
+            )
         epochs = sum(stage["samples"] for stage in found["stages"]) // VISITS
         what = f"{settings['size']}, {settings['device']}, ours in {settings['precision']}"
         axes.set(xlim=(0, 1.12 * lefts.max()), xlabel="hours, projected")

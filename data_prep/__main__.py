@@ -1,9 +1,10 @@
 """python -m data_prep DOMAIN [--images FOLDER_OR_DATASET] [--base MODEL] [--run RUN]
 
-Reads class folders, a dataset or Wikimedia Commons (or paints the embedded façades), verifies each image, groups
-near-duplicates, makes the four splits, suspects wrong labels in train, and writes RUN/data with report.html, and
-RUN/review.csv for a person to decide on the suspects. A killed run goes on where it was. On several GPUs:
-accelerate launch -m data_prep DOMAIN; in two processes on a CPU: the same with --cpu --num_processes 2 after launch.
+Reads class folders, a dataset or Wikimedia Commons (or paints the embedded façades), verifies each
+image, groups near-duplicates, makes the four splits, suspects wrong labels in train, and writes
+RUN/data with report.html, and RUN/review.csv for a person to decide on the suspects. A killed run
+goes on where it was. On several GPUs: accelerate launch -m data_prep DOMAIN; in two processes on a
+CPU: the same with --cpu --num_processes 2 after launch.
 """
 
 from __future__ import annotations
@@ -21,13 +22,23 @@ from nicheclip.results import format_table
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep", description=__doc__.split("\n", 1)[1])
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep", description=__doc__.split("\n", 1)[1]
+    )
     parser.add_argument("domain", help="a domain file, or the folder that holds it as domain.yaml")
-    parser.add_argument("--images", help="class folders or a dataset to read instead of the domain's own source")
-    parser.add_argument("--base", help="a Hub id or a folder, instead of the domain's own base model")
-    parser.add_argument("--run", type=Path, help="where the run lives (default: runs/<domain name>)")
+    parser.add_argument(
+        "--images", help="class folders or a dataset to read instead of the domain's own source"
+    )
+    parser.add_argument(
+        "--base", help="a Hub id or a folder, instead of the domain's own base model"
+    )
+    parser.add_argument(
+        "--run", type=Path, help="where the run lives (default: runs/<domain name>)"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--contact", help="your e-mail or web address, which Wikimedia Commons asks for")
+    parser.add_argument(
+        "--contact", help="your e-mail or web address, which Wikimedia Commons asks for"
+    )
     args = parser.parse_args()
     keep_freed_memory()
     try:
@@ -45,18 +56,29 @@ def main() -> None:
 def summary(report: dict[str, Any]) -> str:
     """What was read, what became of it, and the classes, in plain text."""
     counts = report["counts"]
-    quarantined = ", ".join(f"{number} {reason}" for reason, number in counts["quarantined"].items()) or "none"
+    quarantined = (
+        ", ".join(f"{number} {reason}" for reason, number in counts["quarantined"].items())
+        or "none"
+    )
     kept = ", ".join(f"{number} {split}" for split, number in counts["kept"].items())
     dropped = counts["dropped_by_filter"]
     lines = [
-        f"{counts['read']} images read; quarantined: {quarantined}; dropped by the filter: {dropped}",
+        f"{counts['read']} images read; quarantined: {quarantined}; dropped by the filter: "
+        f"{dropped}",
         f"kept: {kept}; an epoch visits {counts['train_visits_per_epoch']} training views",
     ]
     for fault, found in report.get("planted_faults", {}).items():
-        lines.append(f"planted {fault.replace('_', ' ')}: " + ", ".join(f"{n} {what}" for what, n in found.items()))
+        lines.append(
+            f"planted {fault.replace('_', ' ')}: "
+            + ", ".join(f"{n} {what}" for what, n in found.items())
+        )
     lines += report["warnings"]
     rows = [
-        [entry["name"], *(str(entry[split]) for split in counts["kept"]), f"{entry['filter']['dropped']}"]
+        [
+            entry["name"],
+            *(str(entry[split]) for split in counts["kept"]),
+            f"{entry['filter']['dropped']}",
+        ]
         for entry in report["classes"]
     ]
     return "\n".join([*lines, "", format_table(["class", *counts["kept"], "dropped"], rows)])

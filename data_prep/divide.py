@@ -70,14 +70,20 @@ def divide(
     """Sets copies and contradictions aside, groups the near-duplicates, and deals the groups out to the splits.
 
     Args:
-        decisions: "keep" or "drop" by sha256 and class name, for images that a person has looked at.
+        decisions: "keep" or "drop" by sha256 and class name, for images that a person has looked
+            at.
 
     Raises:
         ValueError: if a split would have no image of a class.
-        RuntimeError: if the final audit, which compares all pairs of splits, finds a picture on both sides.
+        RuntimeError: if the final audit, which compares all pairs of splits, finds a picture on
+            both sides.
     """
-    decided = [decisions.get(key, "") for key in zip(catalogue.sha256, catalogue.class_names, strict=True)]
-    reasons = {index: "dropped by hand" for index, decision in enumerate(decided) if decision == "drop"}
+    decided = [
+        decisions.get(key, "") for key in zip(catalogue.sha256, catalogue.class_names, strict=True)
+    ]
+    reasons = {
+        index: "dropped by hand" for index, decision in enumerate(decided) if decision == "drop"
+    }
     _set_copies_aside(catalogue, decided, reasons)
     pairs = fingerprints.near_duplicates(seed)
     while True:  # what the search has missed and the audit finds is grouped in the next round
@@ -90,8 +96,9 @@ def divide(
     if len(missed):
         first, second = (catalogue.source_ids[index] for index in missed[0])
         raise RuntimeError(
-            f"{len(missed)} pictures lie on both sides of a split, the first is '{first}', a near-duplicate of "
-            f"'{second}'; drop one of each pair in review.csv, and please report this"
+            f"{len(missed)} pictures lie on both sides of a split, the first is '{first}', a "
+            f"near-duplicate of '{second}'; drop one of each pair in review.csv, and please "
+            "report this"
         )
     _check_every_class(catalogue, division.parts, domain.class_names)
     return division
@@ -104,7 +111,10 @@ def leaks(division: Division, fingerprints: Fingerprints) -> np.ndarray:
 
 
 def _set_copies_aside(catalogue: Catalogue, decided: list[str], reasons: dict[int, str]) -> None:
-    """The same file twice is used once; under two labels not at all, unless a person has kept one of them."""
+    """The same file twice is used once.
+
+    Under two labels not at all, unless a person has kept one of them.
+    """
     members = defaultdict(list)
     for index, sha256 in enumerate(catalogue.sha256):
         if index not in reasons:
@@ -113,7 +123,9 @@ def _set_copies_aside(catalogue: Catalogue, decided: list[str], reasons: dict[in
         labels = sorted({catalogue.class_names[index] for index in same})
         chosen = {catalogue.class_names[index] for index in same if decided[index] == "keep"}
         right = labels if len(labels) == 1 else sorted(chosen) if len(chosen) == 1 else []
-        usable = sorted((index for index in same if catalogue.class_names[index] in right), key=catalogue.rank)
+        usable = sorted(
+            (index for index in same if catalogue.class_names[index] in right), key=catalogue.rank
+        )
         for index in same:
             if index not in usable:
                 reasons[index] = f"conflict: the same file under {' and '.join(labels)}"
@@ -122,7 +134,11 @@ def _set_copies_aside(catalogue: Catalogue, decided: list[str], reasons: dict[in
 
 
 def _place(
-    catalogue: Catalogue, pairs: np.ndarray, domain: Domain, decided: list[str], reasons: dict[int, str]
+    catalogue: Catalogue,
+    pairs: np.ndarray,
+    domain: Domain,
+    decided: list[str],
+    reasons: dict[int, str],
 ) -> Division:
     groups = _group_names(catalogue.sha256, pairs)
     for first, second in pairs.tolist():
@@ -134,13 +150,18 @@ def _place(
     to_fill = tuple(name for name in HELD_OUT if name not in catalogue.given)
     pool = np.flatnonzero(parts == "train")
     if to_fill and len(pool):
-        parts[pool] = assign_splits(catalogue.labels[pool], groups[pool].tolist(), domain.splits, to_fill)
+        parts[pool] = assign_splits(
+            catalogue.labels[pool], groups[pool].tolist(), domain.splits, to_fill
+        )
     owners: dict[str, int] = {}  # the first image of each group, in the split that keeps it
     for name in PRECEDENCE:
         for index in np.flatnonzero(parts == name).tolist():
             owner = owners.setdefault(groups[index], index)
             if parts[owner] != name:
-                reasons[index] = f"leak: near-duplicate of {catalogue.source_ids[owner]}, which is in {parts[owner]}"
+                reasons[index] = (
+                    f"leak: near-duplicate of {catalogue.source_ids[owner]}, which is in "
+                    f"{parts[owner]}"
+                )
     parts[list(reasons)] = ""
     return Division(parts, groups, reasons)
 
@@ -157,12 +178,16 @@ def _group_names(sha256: list[str], pairs: np.ndarray) -> np.ndarray:
 def _set_contradiction_aside(
     catalogue: Catalogue, index: int, other: int, decided: list[str], reasons: dict[int, str]
 ) -> None:
-    """The same picture under two labels tells nothing; that of an exam is believed rather than that of train."""
+    """The same picture under two labels tells nothing.
+
+    That of an exam is believed rather than that of train.
+    """
     if decided[index] == "keep" or catalogue.rank(index) < catalogue.rank(other):
         return
     if index not in reasons and not reasons.get(other, "").startswith(("dropped by hand", "exact")):
         reasons[index] = (
-            f"conflict: near-duplicate of {catalogue.source_ids[other]}, which is under {catalogue.class_names[other]}"
+            f"conflict: near-duplicate of {catalogue.source_ids[other]}, which is under "
+            f"{catalogue.class_names[other]}"
         )
 
 
@@ -172,6 +197,6 @@ def _check_every_class(catalogue: Catalogue, parts: np.ndarray, class_names: lis
         empty = [name for name in class_names if name not in present]
         if empty:
             raise ValueError(
-                f"the {split} split has no image of: {', '.join(empty)}; add images, merge classes, or change "
-                "splits in the domain file"
+                f"the {split} split has no image of: {', '.join(empty)}; add images, merge "
+                "classes, or change splits in the domain file"
             )

@@ -12,12 +12,14 @@ from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-# Bits of 144 in which the perceptual hashes of two pictures differ. Measured on façades and photographs, see
-# docs/lab_notebook.md.
+# Bits of 144 in which the perceptual hashes of two pictures differ. Measured on façades and
+# photographs, see docs/lab_notebook.md.
 CERTAIN = 16  # up to here they are the same picture
-POSSIBLE = 32  # up to here they are if the base model finds them alike enough, the more alike the further apart
+# up to here they are if the base model finds them alike enough, the more alike the further apart
+POSSIBLE = 32
 REMOTE = 40  # up to here they are if it finds them as alike as most copies
-MIRROR_PENALTY = 8  # bits; things that are symmetric, such as façades, resemble each other's mirror images
+# bits; things that are symmetric, such as façades, resemble each other's mirror images
+MIRROR_PENALTY = 8
 MISSED = 0.01  # chance that the search misses a pair at POSSIBLE; nearer pairs are far safer
 BUCKET = 64  # neighbours that are looked at within one bucket of the search
 COPIES = 256  # made of so many pictures, to learn how alike copies are
@@ -29,10 +31,11 @@ class Fingerprints:
     """What tells whether two pictures are the same.
 
     Attributes:
-        hashes: (2, N, 18) uint8, the perceptual hashes of the pictures and of their mirror images: who trains with
-            flips trains on both.
+        hashes: (2, N, 18) uint8, the perceptual hashes of the pictures and of their mirror images:
+            who trains with flips trains on both.
         image_embeds: (N, D) float32, of unit length, centred before.
-        cosines: what two pictures must reach at the distances CERTAIN and POSSIBLE, linearly in between, and beyond.
+        cosines: what two pictures must reach at the distances CERTAIN and POSSIBLE, linearly in
+            between, and beyond.
     """
 
     hashes: np.ndarray
@@ -50,8 +53,9 @@ class Fingerprints:
     ) -> Fingerprints:
         """Learns `cosines` from copies that it makes of `COPIES` of the pictures, cropped and recompressed.
 
-        How far a crop moves an embedding, and how far apart pictures of one niche lie, depends on the base model. They
-        are what 99.9 % of different pictures stay below, what 90 % of the copies reach, and what half of them do.
+        How far a crop moves an embedding, and how far apart pictures of one niche lie, depends on
+        the base model. They are what 99.9 % of different pictures stay below, what 90 % of the
+        copies reach, and what half of them do.
         """
         mean = image_embeds.mean(axis=0)
         centred = _unit(image_embeds - mean)
@@ -67,7 +71,9 @@ class Fingerprints:
 
     def take(self, indices: np.ndarray) -> Fingerprints:
         """Those of some of the pictures; `indices` (M,) int."""
-        return replace(self, hashes=self.hashes[:, indices], image_embeds=self.image_embeds[indices])
+        return replace(
+            self, hashes=self.hashes[:, indices], image_embeds=self.image_embeds[indices]
+        )
 
     def same(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         """Whether the pictures `first` (P,) and `second` (P,) are the same, (P,) bool."""
@@ -76,7 +82,9 @@ class Fingerprints:
         distance = np.minimum(plain, mirrored + MIRROR_PENALTY)
         same = distance <= CERTAIN
         doubt = np.flatnonzero((distance <= REMOTE) & ~same)
-        cosine = np.einsum("pd,pd->p", self.image_embeds[first[doubt]], self.image_embeds[second[doubt]])
+        cosine = np.einsum(
+            "pd,pd->p", self.image_embeds[first[doubt]], self.image_embeds[second[doubt]]
+        )
         needed = np.interp(distance[doubt], (CERTAIN, POSSIBLE, POSSIBLE + 1), self.cosines)
         same[doubt] = cosine >= needed
         return same
@@ -84,8 +92,9 @@ class Fingerprints:
     def near_duplicates(self, seed: int = 0) -> np.ndarray:
         """Pairs of pictures that are the same, (P, 2) int, by locality-sensitive hashing on random bits of the hashes.
 
-        Pairs that agree in all bits of a random sample come into question; there are so many samples, of about log2(N)
-        bits, that hardly a pair is missed. Time grows a little faster than N, not with its square.
+        Pairs that agree in all bits of a random sample come into question; there are so many
+        samples, of about log2(N) bits, that hardly a pair is missed. Time grows a little faster
+        than N, not with its square.
         """
         count, width = self.hashes.shape[1], self.hashes.shape[2] * 8
         bits = np.unpackbits(np.concatenate(self.hashes), axis=1)  # (2N, width)
@@ -108,12 +117,18 @@ class Fingerprints:
         return np.unique(np.concatenate(found), axis=0)
 
     def across(self, parts: np.ndarray) -> np.ndarray:
-        """Pairs of the same picture in different `parts` (N,), (P, 2) int; compares every such pair of pictures."""
-        plain, mirrored = np.unpackbits(self.hashes, axis=2).astype(np.float32) * 2 - 1  # (N, bits) each
+        """Pairs of the same picture in different `parts` (N,), (P, 2) int.
+
+        Compares every such pair of pictures.
+        """
+        # (N, bits) each
+        plain, mirrored = np.unpackbits(self.hashes, axis=2).astype(np.float32) * 2 - 1
         least = plain.shape[1] - 2 * REMOTE  # the inner product of two hashes at that distance
         found = [np.empty((0, 2), dtype=np.int64)]
         for own, others in _blocks(parts):
-            near = np.maximum(plain[own] @ plain[others].T, plain[own] @ mirrored[others].T) >= least
+            near = (
+                np.maximum(plain[own] @ plain[others].T, plain[own] @ mirrored[others].T) >= least
+            )
             pairs = np.stack([own[near.nonzero()[0]], others[near.nonzero()[1]]], axis=1)
             found.append(pairs[self.same(*pairs.T)])
         return np.concatenate(found)
@@ -123,15 +138,24 @@ class Fingerprints:
         best: list[tuple[int, int, float]] = []
         for own, others in _blocks(parts):
             cosine = self.image_embeds[own] @ self.image_embeds[others].T
-            top = np.argpartition(cosine.ravel(), -min(count, cosine.size))[-min(count, cosine.size) :]
+            top = np.argpartition(cosine.ravel(), -min(count, cosine.size))[
+                -min(count, cosine.size) :
+            ]
             rows, columns = np.divmod(top, len(others))
-            best += zip(own[rows].tolist(), others[columns].tolist(), cosine[rows, columns].tolist(), strict=True)
+            best += zip(
+                own[rows].tolist(),
+                others[columns].tolist(),
+                cosine[rows, columns].tolist(),
+                strict=True,
+            )
         return sorted(best, key=lambda pair: -pair[2])[:count]
 
 
 def connected_groups(pairs: np.ndarray, count: int) -> np.ndarray:
     """The group of each of `count` pictures, (N,) int: those that pairs (P, 2) connect, directly or not."""
-    graph = coo_array((np.ones(len(pairs), dtype=bool), (pairs[:, 0], pairs[:, 1])), shape=(count, count))
+    graph = coo_array(
+        (np.ones(len(pairs), dtype=bool), (pairs[:, 0], pairs[:, 1])), shape=(count, count)
+    )
     return connected_components(graph, directed=False)[1]
 
 

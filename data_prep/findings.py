@@ -30,7 +30,9 @@ def counts(
     """
     kept = {name: len(rows) for name, rows in splits.items()}
     if read != sum(kept.values()) + len(quarantined) + dropped:
-        raise RuntimeError(f"{read} images read; {kept} kept, {len(quarantined)} quarantined, {dropped} dropped")
+        raise RuntimeError(
+            f"{read} images read; {kept} kept, {len(quarantined)} quarantined, {dropped} dropped"
+        )
     return {
         "read": read,
         "quarantined": dict(Counter(entry["reason"].split(":")[0] for entry in quarantined)),
@@ -52,7 +54,11 @@ def classes(
     aside = Counter(entry.get("label") for entry in quarantined)
     dropped = Counter(entry["label"] for entry in suspects if entry["outcome"] == "dropped")
     train = splits["train"]
-    visits = np.bincount(train["label"][:], train["repeats"][:], len(domain.classes)).astype(int).tolist()
+    visits = (
+        np.bincount(train["label"][:], train["repeats"][:], len(domain.classes))
+        .astype(int)
+        .tolist()
+    )
     return [
         {
             "name": name,
@@ -72,15 +78,17 @@ def class_warnings(classes: list[dict[str, Any]]) -> list[str]:
         wanted, images = entry["filter"]["wanted"], entry["filter"]["images"]
         if wanted > entry["filter"]["suspect"]:
             warnings.append(
-                f"{entry['name']}: the filter wanted {wanted} of {images} images ({wanted / images:.0%}); this is "
-                "rather a class that the base model does not know, not noise, and the cap held the filter to "
-                f"{entry['filter']['suspect']}"
+                f"{entry['name']}: the filter wanted {wanted} of {images} images "
+                f"({wanted / images:.0%}); this is rather a class that the base model does not "
+                f"know, not noise, and the cap held the filter to {entry['filter']['suspect']}"
             )
-    small = [f"{entry['name']} ({entry['test']})" for entry in classes if entry["test"] < SMALL_EXAM]
+    small = [
+        f"{entry['name']} ({entry['test']})" for entry in classes if entry["test"] < SMALL_EXAM
+    ]
     if small:
         warnings.append(
-            f"fewer than {SMALL_EXAM} test images, so that the class's own accuracy will say next to nothing: "
-            f"{', '.join(small)}; add images, or merge it with a class that it is like"
+            f"fewer than {SMALL_EXAM} test images, so that the class's own accuracy will say next "
+            f"to nothing: {', '.join(small)}; add images, or merge it with a class that it is like"
         )
     return warnings
 
@@ -89,7 +97,11 @@ def unused_decisions(catalogue: Catalogue, decided: dict[tuple[str, str], Suspic
     """Decisions whose picture is gone, or now lies under another label."""
     present = set(zip(catalogue.sha256, catalogue.class_names, strict=True))
     unused = [line.source_id for key, line in decided.items() if key not in present]
-    return [f"{len(unused)} decisions in review.csv match no image, the first is {unused[0]}"] if unused else []
+    return (
+        [f"{len(unused)} decisions in review.csv match no image, the first is {unused[0]}"]
+        if unused
+        else []
+    )
 
 
 def alike_warning(alike: list[dict[str, Any]], fingerprints: Fingerprints) -> list[str]:
@@ -99,12 +111,14 @@ def alike_warning(alike: list[dict[str, Any]], fingerprints: Fingerprints) -> li
         return []
     number = f"{striking}{' or more' if striking == len(alike) else ''}"
     return [
-        f"{number} pairs of pictures in different splits are as alike to the base model as a picture and its copy; "
-        "look at them under “most alike across splits”"
+        f"{number} pairs of pictures in different splits are as alike to the base model as a "
+        "picture and its copy; look at them under “most alike across splits”"
     ]
 
 
-def suspects(domain: Domain, catalogue: Catalogue, train: np.ndarray, verdict: Verdict) -> list[dict[str, Any]]:
+def suspects(
+    domain: Domain, catalogue: Catalogue, train: np.ndarray, verdict: Verdict
+) -> list[dict[str, Any]]:
     """The suspected training images, the most suspect first, and what becomes of them."""
     outcome = {"drop": "dropped", "flag": "flagged"}[domain.quality_filter.action]
     order = np.argsort(verdict.scores, kind="stable")
@@ -131,19 +145,29 @@ def least_likely_kept(
     """The train images with the lowest scores among those that are kept."""
     order = np.argsort(verdict.scores, kind="stable")
     kept = [position for position in order if catalogue.source_ids[train[position]] not in dropped]
-    return [_judged(domain, catalogue, train, verdict, position) for position in kept[:LEAST_LIKELY]]
+    return [
+        _judged(domain, catalogue, train, verdict, position) for position in kept[:LEAST_LIKELY]
+    ]
 
 
-def near_duplicates(splits: dict[str, datasets.Dataset], class_names: list[str]) -> list[list[dict[str, str]]]:
+def near_duplicates(
+    splits: dict[str, datasets.Dataset], class_names: list[str]
+) -> list[list[dict[str, str]]]:
     """The members of each group of near-duplicates that are kept, the largest group first."""
     members = defaultdict(list)
     for name, rows in splits.items():
-        for group, source_id, label in zip(rows["group_id"], rows["source_id"], rows["label"], strict=True):
-            members[group].append({"source_id": source_id, "label": class_names[label], "split": name})
+        for group, source_id, label in zip(
+            rows["group_id"], rows["source_id"], rows["label"], strict=True
+        ):
+            members[group].append(
+                {"source_id": source_id, "label": class_names[label], "split": name}
+            )
     return sorted((group for group in members.values() if len(group) > 1), key=len, reverse=True)
 
 
-def alike_across_splits(catalogue: Catalogue, division: Division, fingerprints: Fingerprints) -> list[dict[str, Any]]:
+def alike_across_splits(
+    catalogue: Catalogue, division: Division, fingerprints: Fingerprints
+) -> list[dict[str, Any]]:
     """The pairs of pictures in different splits that the base model finds most alike."""
     used = np.flatnonzero(division.parts != "")
     pairs = fingerprints.take(used).most_alike_across(division.parts[used], MOST_ALIKE)
@@ -160,7 +184,13 @@ def alike_across_splits(catalogue: Catalogue, division: Division, fingerprints: 
 def suspicions(report: dict[str, Any]) -> list[Suspicion]:
     """The lines of review.csv: conflicts, and suspects of the filter."""
     conflicts = [
-        Suspicion(entry["source_id"], entry["label"], entry["sha256"], entry["reason"], outcome="set aside")
+        Suspicion(
+            entry["source_id"],
+            entry["label"],
+            entry["sha256"],
+            entry["reason"],
+            outcome="set aside",
+        )
         for entry in report["quarantined"]
         if entry["reason"].startswith("conflict")
     ]

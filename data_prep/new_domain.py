@@ -1,8 +1,9 @@
 """python -m data_prep.new_domain FOLDER --name birds [--noun bird] [--base MODEL] [--out FILE] [--force]
 
-Writes a domain file from class folders: FOLDER/<class>/<image>, or FOLDER/<split>/<class>/<image>. Classes are the
-folders' names, prompts are templates, clusters and the length of the stages are proposals: it trains as it is, and its
-comments say what is worth a person's time. Tells what it found in the folder, and the next commands.
+Writes a domain file from class folders: FOLDER/<class>/<image>, or FOLDER/<split>/<class>/<image>.
+Classes are the folders' names, prompts are templates, clusters and the length of the stages are
+proposals: it trains as it is, and its comments say what is worth a person's time. Tells what it
+found in the folder, and the next commands.
 """
 
 from __future__ import annotations
@@ -48,21 +49,29 @@ FEW_CLASSES = 4  # which make one cluster
 STEPS = 300  # of the first stage, roughly
 BATCH = 48
 WIDE = 512  # of a text tower: OpenAI's and larger
-# Learning rates of the two stages: the article's for OpenAI's ViT-B/32, and for a narrow base between what validation
-# has chosen on façades (3e-4) and on photographs (1e-3), docs/ablations.md.
+# Learning rates of the two stages: the article's for OpenAI's ViT-B/32, and for a narrow base
+# between what validation has chosen on façades (3e-4) and on photographs (1e-3), docs/ablations.md.
 RATES = {"wide": ("5.0e-6", "5.0e-7"), "narrow": ("5.0e-4", "5.0e-5")}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.new_domain", description=__doc__.split("\n", 1)[1])
-    parser.add_argument("folder", type=Path, help="one folder a class inside, its name that of the class")
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.new_domain", description=__doc__.split("\n", 1)[1]
+    )
+    parser.add_argument(
+        "folder", type=Path, help="one folder a class inside, its name that of the class"
+    )
     parser.add_argument("--name", required=True, help="of the domain, in lower case, e.g. birds")
     parser.add_argument(
-        "--noun", default="", help="what each class is, where its name alone is an adjective: a Gothic *building*"
+        "--noun",
+        default="",
+        help="what each class is, where its name alone is an adjective: a Gothic *building*",
     )
     parser.add_argument("--base", default=BASE, help=f"a Hub id or a folder (default: {BASE})")
-    parser.add_argument("--out", type=Path, help="the file to write (default: domains/NAME/domain.yaml)")
+    parser.add_argument(
+        "--out", type=Path, help="the file to write (default: domains/NAME/domain.yaml)"
+    )
     parser.add_argument("--force", action="store_true", help="overwrite the file if there is one")
     args = parser.parse_args(arguments)
     out = args.out or Path("domains") / args.name / "domain.yaml"
@@ -76,7 +85,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"\nwritten to {out}: look at its prompts and clusters, or go on with it as it is")
     print(f"next: python -m data_prep {out}\nthen:")
     run = f"runs/{args.name}"
-    for command in ("accelerate launch train.py", "python calibrate.py", "python -m model_card", "python -m space"):
+    for command in (
+        "accelerate launch train.py",
+        "python calibrate.py",
+        "python -m model_card",
+        "python -m space",
+    ):
         print(f"  {command} {run}")
 
 
@@ -104,12 +118,18 @@ def look_into(folder: Path) -> Survey:
         ValueError: if it holds fewer than two classes, or two whose names differ too little.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder at '{folder}'; expected one that holds a folder of images a class")
+        raise FileNotFoundError(
+            f"no folder at '{folder}'; expected one that holds a folder of images a class"
+        )
     images: Counter[str] = Counter()
     nested: defaultdict[str, set[str]] = defaultdict(set)
     splits, others = set(), []
-    top = {path.relative_to(folder).parts for path in list_files(folder) if path.name not in SIDECARS}
-    flat = {parts[0] for parts in top if len(parts) == 2} - {parts[0] for parts in top if len(parts) > 2}
+    top = {
+        path.relative_to(folder).parts for path in list_files(folder) if path.name not in SIDECARS
+    }
+    flat = {parts[0] for parts in top if len(parts) == 2} - {
+        parts[0] for parts in top if len(parts) > 2
+    }
     loose = [parts for parts in top if len(parts) == 1]
     for parts in sorted(top - set(loose)):
         split = split_of(parts, flat)
@@ -123,7 +143,12 @@ def look_into(folder: Path) -> Survey:
         else:
             others.append("/".join(parts))
     _check_names(folder, images)
-    return Survey(folder, dict(images), splits, _warnings(images, others, nested, ["/".join(p) for p in loose]))
+    return Survey(
+        folder,
+        dict(images),
+        splits,
+        _warnings(images, others, nested, ["/".join(p) for p in loose]),
+    )
 
 
 def _begins_like_an_image(path: Path) -> bool:
@@ -136,36 +161,58 @@ def _begins_like_an_image(path: Path) -> bool:
 
 def _check_names(folder: Path, images: dict[str, int]) -> None:
     if len(images) < 2:
-        found = f"only the class '{next(iter(images))}'" if images else "no class folder with images"
+        found = (
+            f"only the class '{next(iter(images))}'" if images else "no class folder with images"
+        )
         raise ValueError(
-            f"{found} in '{folder}'; a classifier needs at least two, each a folder of images: {folder}/wren/1.jpg"
+            f"{found} in '{folder}'; a classifier needs at least two, each a folder of images: "
+            f"{folder}/wren/1.jpg"
         )
     by_key = defaultdict(list)
     for name in images:
         by_key[class_key(name)].append(name)
     for alike in by_key.values():
         if len(alike) > 1:
-            raise ValueError(f"the folders {' and '.join(map(repr, alike))} name one class; put them together")
+            raise ValueError(
+                f"the folders {' and '.join(map(repr, alike))} name one class; put them together"
+            )
 
 
-def _warnings(images: dict[str, int], others: list[str], nested: dict[str, set[str]], loose: list[str]) -> list[str]:
+def _warnings(
+    images: dict[str, int], others: list[str], nested: dict[str, set[str]], loose: list[str]
+) -> list[str]:
     warnings = []
     tiny = [f"{name} ({count})" for name, count in sorted(images.items()) if count < LEAST]
-    small = [f"{name} ({count})" for name, count in sorted(images.items()) if LEAST <= count < SMALL_CLASS]
+    small = [
+        f"{name} ({count})"
+        for name, count in sorted(images.items())
+        if LEAST <= count < SMALL_CLASS
+    ]
     if tiny:
         warnings.append(
-            f"fewer than {LEAST} images, which can't fill the four splits, so data_prep will refuse: {_few(tiny)}; "
-            "add images, or take the folders out"
+            f"fewer than {LEAST} images, which can't fill the four splits, so data_prep will "
+            f"refuse: {_few(tiny)}; add images, or take the folders out"
         )
     if small:
-        warnings.append(f"fewer than {SMALL_CLASS} images, so its own accuracy will say little: {_few(small)}")
+        warnings.append(
+            f"fewer than {SMALL_CLASS} images, so its own accuracy will say little: {_few(small)}"
+        )
     if nested:
-        named = [f"{name}/{inner}" for name, inside in sorted(nested.items()) for inner in sorted(inside)]
-        warnings.append(f"folders inside of a class, whose images count as the class's: {_few(named)}")
+        named = [
+            f"{name}/{inner}" for name, inside in sorted(nested.items()) for inner in sorted(inside)
+        ]
+        warnings.append(
+            f"folders inside of a class, whose images count as the class's: {_few(named)}"
+        )
     if others:
-        warnings.append(f"{len(others)} files that are no images, which data_prep will set aside: {_few(others)}")
+        warnings.append(
+            f"{len(others)} files that are no images, which data_prep will set aside: "
+            f"{_few(others)}"
+        )
     if loose:
-        warnings.append(f"{len(loose)} files outside of any class folder, left out: {_few(sorted(loose))}")
+        warnings.append(
+            f"{len(loose)} files outside of any class folder, left out: {_few(sorted(loose))}"
+        )
     return warnings
 
 
@@ -173,11 +220,14 @@ def _few(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def write_domain(survey: Survey, name: str, base: str, out: Path, force: bool, noun: str = "") -> Domain:
+def write_domain(
+    survey: Survey, name: str, base: str, out: Path, force: bool, noun: str = ""
+) -> Domain:
     """Writes the domain file in one piece, once it has been loaded and found to be right.
 
     Args:
-        noun: put after each class in its prompts, where classes are adjectives: "Gothic" -> "a Gothic building".
+        noun: put after each class in its prompts, where classes are adjectives: "Gothic" -> "a
+            Gothic building".
 
     Raises:
         FileExistsError: if there is one already, unless `force`.
@@ -199,8 +249,13 @@ def write_domain(survey: Survey, name: str, base: str, out: Path, force: bool, n
 
 
 def _domain_file(survey: Survey, name: str, base: str, noun: str) -> str:
-    """The YAML, from the template; how long the stages are and how fast depends on the images and on the base."""
-    names = [re.sub(r"[\s_]+|(?<=\w)-+(?=\w)", " ", folder).strip() for folder in sorted(survey.images)]
+    """The YAML, from the template.
+
+    How long the stages are and how fast depends on the images and on the base.
+    """
+    names = [
+        re.sub(r"[\s_]+|(?<=\w)-+(?=\w)", " ", folder).strip() for folder in sorted(survey.images)
+    ]
     prompts = _prompts(names, noun, noun or _kind(name))
     local = _local_base(base)
     text = CLIPTextConfig.from_pretrained(local) if local else CLIPTextConfig()
@@ -233,13 +288,19 @@ def _domain_file(survey: Survey, name: str, base: str, noun: str) -> str:
 
 
 def _prompts(names: list[str], noun: str, kind: str) -> dict[str, list[str]]:
-    """The templates filled in for each class; numbers before a name, as in "001.Wren", are left out."""
+    """The templates filled in for each class.
+
+    Numbers before a name, as in "001.Wren", are left out.
+    """
     plain = [re.sub(r"^\d+[ .]+(?=\D)", "", name).strip() for name in names]
     if len(set(plain)) < len(plain):
         plain = names
     called = [f"{name} {noun}".strip() for name in plain]
     return {
-        name: [template.format(a="an" if of[0] in "aeiouAEIOU" else "a", noun=of, kind=kind) for template in TEMPLATES]
+        name: [
+            template.format(a="an" if of[0] in "aeiouAEIOU" else "a", noun=of, kind=kind)
+            for template in TEMPLATES
+        ]
         for name, of in zip(names, called, strict=True)
     }
 
@@ -254,7 +315,10 @@ def _kind(name: str) -> str:
 
 
 def _local_base(base: str) -> str | None:
-    """The folder that holds the base model, if it is here already; a big model is not fetched for a proposal."""
+    """The folder that holds the base model, if it is here already.
+
+    A big model is not fetched for a proposal.
+    """
     if Path(base).is_dir():
         return base
     try:
@@ -264,13 +328,19 @@ def _local_base(base: str) -> str | None:
 
 
 def _clusters(prompts: dict[str, list[str]], local: str | None) -> tuple[dict[str, list[str]], str]:
-    """Classes whose prompts the base finds alike, or whose names share a word; and how that was found."""
+    """Classes whose prompts the base finds alike, or whose names share a word.
+
+    And how that was found.
+    """
     names = list(prompts)
     if len(names) <= FEW_CLASSES:
         return {"all": names}, "so few classes are one cluster"
     if local:
         model, processor = load_clip(local)
-        text_embeds = [encode_texts(model, processor, own).mean(dim=0).cpu().numpy() for own in prompts.values()]
+        text_embeds = [
+            encode_texts(model, processor, own).mean(dim=0).cpu().numpy()
+            for own in prompts.values()
+        ]
         members = propose(_alike(np.stack(text_embeds), model.logit_scale.exp().item()))
         origin = "proposed from the base model's text_embeds of the prompts: a guess, until it has seen images"
     else:
@@ -278,7 +348,9 @@ def _clusters(prompts: dict[str, list[str]], local: str | None) -> tuple[dict[st
         origin = "proposed from words that the names share, since the base model is not here yet: a guess"
     if len(members) == len(names):
         return {}, "none proposed, since no classes stand out as alike: all of them are one cluster"
-    return {f"c{n}": [names[index] for index in own] for n, own in enumerate(members, start=1)}, origin
+    return {
+        f"c{n}": [names[index] for index in own] for n, own in enumerate(members, start=1)
+    }, origin
 
 
 def _alike(text_embeds: np.ndarray, scale: float) -> np.ndarray:
@@ -291,7 +363,10 @@ def _alike(text_embeds: np.ndarray, scale: float) -> np.ndarray:
 
 
 def _shared_words(names: list[str]) -> np.ndarray:
-    """The share of words that two names have in common (Jaccard), (C, C) symmetric; 0 on the diagonal."""
+    """The share of words that two names have in common (Jaccard), (C, C) symmetric.
+
+    0 on the diagonal.
+    """
     words = [set(re.findall(r"\w+", name.casefold())) for name in names]
     shared = np.array([[len(a & b) / len(a | b) if a | b else 0 for b in words] for a in words])
     np.fill_diagonal(shared, 0)
@@ -302,11 +377,15 @@ def summary(survey: Survey, domain: Domain) -> str:
     """Classes with their images, the smallest first, and the warnings, in plain text."""
     counts = sorted(survey.images.items(), key=lambda item: (item[1], item[0]))
     lines = [
-        f"{sum(survey.images.values())} images of {len(counts)} classes in {survey.folder}; "
-        f"the smallest class is {counts[0][0]} with {counts[0][1]}, the largest {counts[-1][0]} with {counts[-1][1]}"
+        f"{sum(survey.images.values())} images of {len(counts)} classes in {survey.folder}; the "
+        f"smallest class is {counts[0][0]} with {counts[0][1]}, the largest {counts[-1][0]} with "
+        f"{counts[-1][1]}"
     ]
     if survey.splits:
-        lines.append(f"splits given by folders: {', '.join(sorted(survey.splits))}; data_prep fills the others")
+        lines.append(
+            f"splits given by folders: {', '.join(sorted(survey.splits))}; data_prep fills the "
+            "others"
+        )
     homes = {member: cluster for cluster, members in domain.clusters.items() for member in members}
     of_key = {class_key(name): name for name in domain.classes}
     rows = [[name, str(count), homes[of_key[class_key(name)]]] for name, count in counts]
@@ -328,7 +407,9 @@ def _template() -> jinja2.Template:
 
 def _scalar(value: Any) -> str:
     """As YAML on one line, quoted where it must be: a class may be called "no" or "1"."""
-    return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=float("inf")).split("\n")[0]
+    return yaml.safe_dump(
+        value, default_flow_style=True, allow_unicode=True, width=float("inf")
+    ).split("\n")[0]
 
 
 if __name__ == "__main__":

@@ -36,16 +36,27 @@ from nicheclip.run import alone, made_with
 from nicheclip.shards import map_shards
 from nicheclip.zero_shot import encode_images, encode_texts, fast_dtype, load_clip, zero_shot_logits
 
-DATA_SETTINGS = {"splits", "quality_filter", "samples_per_class", "smallest_side", "stored_short_side"}
+DATA_SETTINGS = {
+    "splits",
+    "quality_filter",
+    "samples_per_class",
+    "smallest_side",
+    "stored_short_side",
+}
 
 
 def prepare(
-    domain: Domain, run: str | Path, images: str | Path | None = None, seed: int = 0, contact: str | None = None
+    domain: Domain,
+    run: str | Path,
+    images: str | Path | None = None,
+    seed: int = 0,
+    contact: str | None = None,
 ) -> dict[str, Any] | None:
     """Makes `run`/data (a DatasetDict, report.json and report.html), `run`/review.csv and `run`/domain.yaml.
 
-    A killed run goes on where it was: finished shards of verified and encoded images lie in `run`/cache, which also
-    makes the next run quick and may be removed. Under `accelerate launch` the processes share the shards.
+    A killed run goes on where it was: finished shards of verified and encoded images lie in
+    `run`/cache, which also makes the next run quick and may be removed. Under `accelerate launch`
+    the processes share the shards.
 
     Args:
         images: class folders or a dataset to read instead of the domain's own source.
@@ -62,17 +73,23 @@ def prepare(
     """
     run = Path(run)
     if (run / "data").exists() and not (run / "data" / "dataset_dict.json").is_file():
-        raise ValueError(f"'{run / 'data'}' is not prepared data and would be overwritten; choose another --run")
+        raise ValueError(
+            f"'{run / 'data'}' is not prepared data and would be overwritten; choose another --run"
+        )
     state = processes()
     with alone(run), quiet_datasets(), _uncached():
         # The second file is of calibrate.py's errors.html; where both decide, review.csv does.
         decided = read_decisions(run / "review_errors.csv") | read_decisions(run / "review.csv")
-        fetched = [fetch_images(domain, run, images, seed, contact) if state.is_main_process else None]
+        fetched = [
+            fetch_images(domain, run, images, seed, contact) if state.is_main_process else None
+        ]
         location = broadcast_object_list(fetched)[0]
         listed, unplaced = read_source(domain, location, own=images is None)
         rows, unreadable = _verify(listed, domain, run / "cache" / "verified")
         model, processor = load_clip(domain.base)
-        image_embeds = encode_rows(model, processor, rows, run / "cache" / "encoded", "encoding with the base model")
+        image_embeds = encode_rows(
+            model, processor, rows, run / "cache" / "encoded", "encoding with the base model"
+        )
         if not state.is_main_process:
             return None
         text_embeds = encode_texts(model, processor, domain.canonical_prompts)
@@ -83,7 +100,9 @@ def prepare(
         decisions = {key: line.decision for key, line in decided.items()}
         division = divide(catalogue, fingerprints, domain, decisions, seed)
         train = np.flatnonzero(division.parts == "train")
-        verdict = _judge_train(domain, catalogue, division, train, image_embeds, zero_shot, decisions, seed)
+        verdict = _judge_train(
+            domain, catalogue, division, train, image_embeds, zero_shot, decisions, seed
+        )
         suspects = findings.suspects(domain, catalogue, train, verdict)
         dropped = {entry["source_id"] for entry in suspects if entry["outcome"] == "dropped"}
         splits = _splits(rows, domain, catalogue, division, dropped, zero_shot, seed)
@@ -104,7 +123,9 @@ def prepare(
             "settings": domain.model_dump(mode="json", include=DATA_SETTINGS),
             "fingerprint": fingerprint(splits, domain),
             "near_duplicate_cosines": [round(cosine, 4) for cosine in fingerprints.cosines],
-            "counts": findings.counts(splits, quarantined, len(dropped), len(listed) + len(unplaced)),
+            "counts": findings.counts(
+                splits, quarantined, len(dropped), len(listed) + len(unplaced)
+            ),
             "filter": domain.quality_filter.model_dump(),
             "classes": classes,
             "warnings": [
@@ -112,10 +133,14 @@ def prepare(
                 *findings.unused_decisions(catalogue, decided),
                 *findings.alike_warning(alike, fingerprints),
             ],
-            "mended": dict(Counter(what for note in rows["mended"][:] if note for what in note.split("; "))),
+            "mended": dict(
+                Counter(what for note in rows["mended"][:] if note for what in note.split("; "))
+            ),
             "quarantined": quarantined,
             "suspects": suspects,
-            "least_likely_kept": findings.least_likely_kept(domain, catalogue, train, verdict, dropped),
+            "least_likely_kept": findings.least_likely_kept(
+                domain, catalogue, train, verdict, dropped
+            ),
             "near_duplicates": findings.near_duplicates(splits, domain.class_names),
             "alike_across_splits": alike,
         }
@@ -140,8 +165,13 @@ def _uncached() -> Iterator[None]:
             datasets.enable_caching()
 
 
-def _verify(listed: datasets.Dataset, domain: Domain, cache: Path) -> tuple[datasets.Dataset, list[dict[str, str]]]:
-    """The readable rows with their stored image, hashes and what was mended; and why the others are not."""
+def _verify(
+    listed: datasets.Dataset, domain: Domain, cache: Path
+) -> tuple[datasets.Dataset, list[dict[str, str]]]:
+    """The readable rows with their stored image, hashes and what was mended.
+
+    And why the others are not.
+    """
     sides = {"stored_short_side": domain.stored_short_side, "smallest_side": domain.smallest_side}
     identity = [" ".join(pair) for pair in zip(listed["source_id"], listed["version"], strict=True)]
     verified = map_shards(
@@ -153,15 +183,21 @@ def _verify(listed: datasets.Dataset, domain: Domain, cache: Path) -> tuple[data
         "verifying images",
         parallel=True,
     )
-    rows = datasets.concatenate_datasets([listed.remove_columns(["image", "version"]), verified], axis=1)
+    rows = datasets.concatenate_datasets(
+        [listed.remove_columns(["image", "version"]), verified], axis=1
+    )
     errors = rows["error"][:]
     unreadable = [
         {"source_id": source_id, "label": label, "reason": error}
-        for source_id, label, error in zip(rows["source_id"], rows["class_name"], errors, strict=True)
+        for source_id, label, error in zip(
+            rows["source_id"], rows["class_name"], errors, strict=True
+        )
         if error is not None
     ]
     readable = rows.select([index for index, error in enumerate(errors) if error is None])
-    check_classes(set(readable["class_name"]), domain.class_names, f"the {len(readable)} readable images")
+    check_classes(
+        set(readable["class_name"]), domain.class_names, f"the {len(readable)} readable images"
+    )
     return readable, unreadable
 
 
@@ -178,7 +214,9 @@ def _fingerprints(
         rows["mirrored_phash"][:],
         image_embeds,
         picture=lambda index: pictures[index]["image"],
-        encode=lambda copies: encode_images(model, processor, copies, len(copies), dtype=dtype, progress=False),
+        encode=lambda copies: encode_images(
+            model, processor, copies, len(copies), dtype=dtype, progress=False
+        ),
     )
 
 
@@ -193,7 +231,9 @@ def _judge_train(
     seed: int,
 ) -> Verdict:
     labels = catalogue.labels[train]
-    kept_by_hand = [decisions.get((catalogue.sha256[i], catalogue.class_names[i])) == "keep" for i in train]
+    kept_by_hand = [
+        decisions.get((catalogue.sha256[i], catalogue.class_names[i])) == "keep" for i in train
+    ]
     if domain.quality_filter.mode == "linear_probe":
         probabilities = out_of_fold_probabilities(
             image_embeds[train], labels, division.groups[train], len(domain.classes), seed
@@ -221,21 +261,30 @@ def _splits(
         own = np.flatnonzero(division.parts == name)
         if name == "train":
             own = np.array([index for index in own if catalogue.source_ids[index] not in dropped])
-            repeats = visits_per_epoch(labels[own], domain.samples_per_class, np.random.default_rng(seed))
+            repeats = visits_per_epoch(
+                labels[own], domain.samples_per_class, np.random.default_rng(seed)
+            )
         added = {
             "label": labels[own],
             "group_id": division.groups[own],
-            "zero_shot_score": zero_shot[own, labels[own]] if name == "train" else [None] * len(own),
+            "zero_shot_score": zero_shot[own, labels[own]]
+            if name == "train"
+            else [None] * len(own),
             "repeats": repeats if name == "train" else np.ones(len(own)),
         }
-        columns = datasets.Dataset.from_dict(added, features=datasets.Features({key: schema[key] for key in added}))
+        columns = datasets.Dataset.from_dict(
+            added, features=datasets.Features({key: schema[key] for key in added})
+        )
         split = datasets.concatenate_datasets([rows.select(own), columns], axis=1)
         splits[name] = split.select_columns(list(schema))
     return splits
 
 
 def fingerprint(splits: dict[str, datasets.Dataset], domain: Domain) -> str:
-    """What training and the exam see: which images, how large, under which label, how often; later stages compare."""
+    """What training and the exam see: which images, how large, under which label, how often.
+
+    Later stages compare.
+    """
     digest = hashlib.sha256(f"{domain.stored_short_side}\n".encode())
     for name in SPLITS:
         columns = (splits[name][column] for column in ("sha256", "label", "repeats"))

@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from nicheclip.domain import QualityFilter
 
-REGULARIZATIONS = (1.0, 3.0, 10.0, 30.0)  # sklearn's C, the inverse strength; the out-of-fold NLL picks one
+# sklearn's C, the inverse strength; the out-of-fold NLL picks one
+REGULARIZATIONS = (1.0, 3.0, 10.0, 30.0)
 DEFAULT_THRESHOLDS = {"linear_probe": 0.2, "zero_shot": 0.05, "none": 0.0}
 
 
@@ -35,12 +36,17 @@ def out_of_fold_probabilities(
         groups: (N,) near-duplicates share one.
 
     Returns:
-        (N, C) float, rows add up to 1. A class that a fold's training part lacks has probability 0 there.
+        (N, C) float, rows add up to 1. A class that a fold's training part lacks has probability 0
+        there.
     """
-    few = np.random.default_rng(seed).permutation(len(labels))[:4000]  # enough to choose the regularisation
+    # enough to choose the regularisation
+    few = np.random.default_rng(seed).permutation(len(labels))[:4000]
     losses = []
     with tqdm(
-        total=len(REGULARIZATIONS) + 1, desc="judging labels with linear probes", unit="probe", leave=False
+        total=len(REGULARIZATIONS) + 1,
+        desc="judging labels with linear probes",
+        unit="probe",
+        leave=False,
     ) as progress:
         for strength in REGULARIZATIONS:
             own = _out_of_fold(image_embeds[few], labels[few], groups[few], classes, strength, seed)
@@ -51,16 +57,23 @@ def out_of_fold_probabilities(
 
 
 def _out_of_fold(
-    image_embeds: np.ndarray, labels: np.ndarray, groups: np.ndarray, classes: int, strength: float, seed: int
+    image_embeds: np.ndarray,
+    labels: np.ndarray,
+    groups: np.ndarray,
+    classes: int,
+    strength: float,
+    seed: int,
 ) -> np.ndarray:
     probabilities = np.zeros((len(labels), classes))
     splits = min(5, len(np.unique(groups)), np.bincount(labels).max())
     if splits < 2:
-        return np.full_like(probabilities, 1 / classes)  # nothing to learn from, so nobody is suspected
+        # nothing to learn from, so nobody is suspected
+        return np.full_like(probabilities, 1 / classes)
     folds = StratifiedGroupKFold(splits, shuffle=True, random_state=seed)
     # Threads would spend more time on waiting for each other than on matrices of this size.
     with threadpool_limits(1), warnings.catch_warnings():
-        # A class may be smaller than the number of folds, and a probe that is nearly converged is as good here.
+        # A class may be smaller than the number of folds, and a probe that is nearly converged is
+        # as good here.
         warnings.filterwarnings("ignore", "The least populated class", UserWarning)
         warnings.simplefilter("ignore", ConvergenceWarning)
         for others, fold in folds.split(image_embeds, labels, groups):
@@ -68,7 +81,9 @@ def _out_of_fold(
             if len(known) == 1:
                 probabilities[fold, known[0]] = 1.0
                 continue
-            probe = LogisticRegression(C=strength, tol=1e-3, max_iter=500).fit(image_embeds[others], labels[others])
+            probe = LogisticRegression(C=strength, tol=1e-3, max_iter=500).fit(
+                image_embeds[others], labels[others]
+            )
             probabilities[np.ix_(fold, known)] = probe.predict_proba(image_embeds[fold])
     return probabilities
 
@@ -78,11 +93,13 @@ class Verdict:
     """What the filter makes of the training images.
 
     Attributes:
-        scores: (N,) how well the own label fits: the lower, the more suspect. For `linear_probe` the probability of
-            the own label over its mean in the class, for `zero_shot` the probability itself.
+        scores: (N,) how well the own label fits: the lower, the more suspect. For `linear_probe`
+            the probability of the own label over its mean in the class, for `zero_shot` the
+            probability itself.
         suspected_labels: (N,) the likeliest other class.
         suspect: (N,) bool, below the threshold and within the cap.
-        classes: for each class how many `images` it has, how many the threshold `wanted`, and how many are `suspect`.
+        classes: for each class how many `images` it has, how many the threshold `wanted`, and how
+            many are `suspect`.
     """
 
     scores: np.ndarray
@@ -92,12 +109,15 @@ class Verdict:
 
 
 def judge(
-    probabilities: np.ndarray, labels: np.ndarray, how: QualityFilter, trusted: np.ndarray | None = None
+    probabilities: np.ndarray,
+    labels: np.ndarray,
+    how: QualityFilter,
+    trusted: np.ndarray | None = None,
 ) -> Verdict:
     """Finds the images whose own label is unlikely, at most `how.max_drop_share` of a class, the least likely first.
 
-    A threshold relative to the class keeps it from deleting a class of which the base model knows little: where all
-    images of a class have a low probability, a low one is nothing suspicious.
+    A threshold relative to the class keeps it from deleting a class of which the base model knows
+    little: where all images of a class have a low probability, a low one is nothing suspicious.
 
     Args:
         probabilities: (N, C), out of fold for `linear_probe`, zero-shot for `zero_shot` and `none`.
@@ -120,13 +140,17 @@ def judge(
     for label in range(probabilities.shape[1]):
         own = np.flatnonzero(labels == label)
         below = own[(scores[own] < threshold) & ~trusted[own]] if how.mode != "none" else own[:0]
-        chosen = below[np.argsort(scores[below], kind="stable")][: math.floor(how.max_drop_share * len(own))]
+        chosen = below[np.argsort(scores[below], kind="stable")][
+            : math.floor(how.max_drop_share * len(own))
+        ]
         suspect[chosen] = True
         counts.append({"images": len(own), "wanted": len(below), "suspect": len(chosen)})
     return Verdict(scores, others.argmax(axis=1), suspect, counts)
 
 
-def visits_per_epoch(labels: np.ndarray, samples_per_class: int, rng: np.random.Generator) -> np.ndarray:
+def visits_per_epoch(
+    labels: np.ndarray, samples_per_class: int, rng: np.random.Generator
+) -> np.ndarray:
     """How often an epoch visits each image, so that each class has `samples_per_class` visits; at least once.
 
     Args: labels (N,) int. Returns: (N,) int.

@@ -1,7 +1,7 @@
 """RUN/data/report.html: one page with pictures that shows in a minute whether the data is sane.
 
-The page needs nothing but itself, and the same report and pictures give the same bytes. The markup, and which pictures
-are shown, is in report.html.jinja.
+The page needs nothing but itself, and the same report and pictures give the same bytes. The markup,
+and which pictures are shown, is in report.html.jinja.
 """
 
 from __future__ import annotations
@@ -22,30 +22,39 @@ from nicheclip.results import detectable_difference
 SMALL_EXAM = 10  # test images of a class; with fewer, its own accuracy says next to nothing
 SHOWN = 60  # entries of a gallery
 
-# The kinds of reasons for the quarantine, those worth a look first: after which step of the funnel they are missing,
-# and what they mean. Other kinds count as lost on reading.
+# The kinds of reasons for the quarantine, those worth a look first: after which step of the funnel
+# they are missing, and what they mean. Other kinds count as lost on reading.
 READING, COPIES, LEAKS = "readable, with a label", "unique, uncontradicted", "without leaks"
 KINDS = {
     "conflict": (COPIES, "The same picture under two labels: at least one of them is wrong."),
-    "leak": (LEAKS, "It is nearly the same as a held-out image, which would make that image too easy."),
+    "leak": (
+        LEAKS,
+        "It is nearly the same as a held-out image, which would make that image too easy.",
+    ),
     "exact duplicate": (COPIES, "The same file again, under the same label. It is used once."),
     "dropped by hand": (COPIES, "Someone wrote “drop” into review.csv."),
     "unreadable": (READING, "The file does not decode, or not to its end."),
     "too small": (READING, "Below smallest_side of the domain file."),
     "blank": (READING, "Every pixel has the same colour."),
     "no label": (READING, "The dataset gives it no class."),
-    "not in a class folder": (READING, "The file lies beside the class folders, so it has no label."),
+    "not in a class folder": (
+        READING,
+        "The file lies beside the class folders, so it has no label.",
+    ),
 }
 
 ENVIRONMENT = environment(Path(__file__).parent)
 
 
-def write_report(path: Path, report: dict[str, Any], domain: Domain, picture: Callable[[str], Image.Image]) -> None:
+def write_report(
+    path: Path, report: dict[str, Any], domain: Domain, picture: Callable[[str], Image.Image]
+) -> None:
     """Writes the page.
 
     Args:
         report: as in report.json.
-        picture: gives the stored image of a source_id; raises KeyError for an image that can't be read.
+        picture: gives the stored image of a source_id; raises KeyError for an image that can't be
+            read.
     """
     thumbnails = Thumbnails(picture)
     page = ENVIRONMENT.get_template("report.html.jinja").render(
@@ -69,31 +78,51 @@ def _funnel(counts: dict[str, Any]) -> list[dict[str, Any]]:
     steps = [{"title": "images read", "left": left, "lost": {}}]
     for title in (READING, COPIES, LEAKS):
         lost = {
-            kind: number for kind, number in counts["quarantined"].items() if KINDS.get(kind, (READING,))[0] == title
+            kind: number
+            for kind, number in counts["quarantined"].items()
+            if KINDS.get(kind, (READING,))[0] == title
         }
         left -= sum(lost.values())
         steps.append({"title": title, "left": left, "lost": lost})
     lost = {"suspected of a wrong label": counts["dropped_by_filter"]}
-    return [*steps, {"title": "kept after the filter", "left": left - sum(lost.values()), "lost": lost}]
+    return [
+        *steps,
+        {"title": "kept after the filter", "left": left - sum(lost.values()), "lost": lost},
+    ]
 
 
 def _quarantine(quarantined: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The entries by kind of reason, two that name each other as one; and how many of each kind are shown."""
+    """The entries by kind of reason, two that name each other as one.
+
+    And how many of each kind are shown.
+    """
     kinds: dict[str, dict] = {kind: {} for kind in KINDS}
     for entry in quarantined:
         kind, _, particulars = entry["reason"].partition(":")
-        named = re.fullmatch(r" near-duplicate of (.+?)(?:, which is (?:under|in) (.+))?", particulars)
+        named = re.fullmatch(
+            r" near-duplicate of (.+?)(?:, which is (?:under|in) (.+))?", particulars
+        )
         other, other_label = named.groups() if named else (None, None)
-        entry = entry | {"particulars": particulars.strip(), "other": other, "other_label": other_label}
+        entry = entry | {
+            "particulars": particulars.strip(),
+            "other": other,
+            "other_label": other_label,
+        }
         kinds.setdefault(kind, {}).setdefault(frozenset({entry["source_id"], other}), entry)
     filled = sorted((kind for kind in kinds if kinds[kind]), key=lambda kind: len(kinds[kind]))
     room, shown = SHOWN, {}
-    for position, kind in enumerate(filled):  # the same for each; what small kinds leave over goes to the larger
+    # the same for each; what small kinds leave over goes to the larger
+    for position, kind in enumerate(filled):
         shown[kind] = min(len(kinds[kind]), room // (len(filled) - position))
         room -= shown[kind]
     meanings = {kind: meaning for kind, (_, meaning) in KINDS.items()}
     return [
-        {"name": kind, "meaning": meanings.get(kind, ""), "entries": list(kinds[kind].values()), "shown": shown[kind]}
+        {
+            "name": kind,
+            "meaning": meanings.get(kind, ""),
+            "entries": list(kinds[kind].values()),
+            "shown": shown[kind],
+        }
         for kind in kinds
         if kinds[kind]
     ]

@@ -1,4 +1,7 @@
-"""RUN/review.csv: what data_prep suspects, for a person to decide; the decisions hold for the next run."""
+"""RUN/review.csv: what data_prep suspects, for a person to decide.
+
+The decisions hold for the next run.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,10 @@ def read_decisions(path: Path) -> dict[tuple[str, str], Suspicion]:
     for number, line in enumerate(reader, start=2):
         decision = (line["decision"] or "").strip().lower()
         if decision not in DECISIONS:
-            raise ValueError(f"'{path}', line {number}: decision '{line['decision']}'; expected keep, drop or nothing")
+            raise ValueError(
+                f"'{path}', line {number}: decision '{line['decision']}'; expected keep, drop or "
+                "nothing"
+            )
         if decision:
             values = {field.name: line.get(field.name) or "" for field in fields(Suspicion)}
             entry = Suspicion(**values | {"decision": decision})
@@ -62,11 +68,15 @@ def read_decisions(path: Path) -> dict[tuple[str, str], Suspicion]:
 
 
 def write_review(path: Path, suspicions: Iterable[Suspicion]) -> None:
-    """Writes the suspicions; decisions stay, those of the last minute and those on what is no longer suspected too."""
+    """Writes the suspicions.
+
+    Decisions stay, those of the last minute and those on what is no longer suspected too.
+    """
     decided = read_decisions(path)
     lines = {(entry.sha256, entry.label): entry for entry in suspicions} | decided
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8-sig", newline="") as file:  # without its mark, Excel garbles accents
+    # without its mark, Excel garbles accents
+    with temporary.open("w", encoding="utf-8-sig", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Suspicion)])
         writer.writeheader()
         for entry in sorted(lines.values(), key=lambda entry: (entry.reason, entry.source_id)):

@@ -15,28 +15,50 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 VERIFY_VERSION = 3  # to be raised when the same file would be stored or hashed in another way
 JPEG_QUALITY = 95
-HASH_SIDE = 12  # coefficients a side: 64 bits did not tell cropped copies from other drawings of one style, 144 did
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "MPO", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")  # no EPS
+# coefficients a side: 64 bits did not tell cropped copies from other drawings of one style, 144 did
+HASH_SIDE = 12
+# no EPS
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "GIF",
+    "WEBP",
+    "TIFF",
+    "BMP",
+    "MPO",
+    "AVIF",
+    "JPEG2000",
+    "PPM",
+    "TGA",
+    "ICO",
+)
 
 VERIFIED_FEATURES = datasets.Features(
     {
         "image": datasets.Image(decode=False),
-        **{name: datasets.Value("string") for name in ("sha256", "phash", "mirrored_phash", "mended", "error")},
+        **{
+            name: datasets.Value("string")
+            for name in ("sha256", "phash", "mirrored_phash", "mended", "error")
+        },
     }
 )
 
 
-def verify_rows(rows: datasets.Dataset, stored_short_side: int, smallest_side: int) -> datasets.Dataset:
+def verify_rows(
+    rows: datasets.Dataset, stored_short_side: int, smallest_side: int
+) -> datasets.Dataset:
     """`verify_image` for each row of a source; the columns of `VERIFIED_FEATURES`."""
     verified = [verify_image(row["image"], stored_short_side, smallest_side) for row in rows]
     return datasets.Dataset.from_list(verified, features=VERIFIED_FEATURES)
 
 
-def verify_image(source: dict[str, Any] | None, stored_short_side: int, smallest_side: int = 1) -> dict[str, Any]:
+def verify_image(
+    source: dict[str, Any] | None, stored_short_side: int, smallest_side: int = 1
+) -> dict[str, Any]:
     """Reads, checks and shrinks one image.
 
-    The first frame of an animation is taken, EXIF orientation is applied, transparent pixels are put on white, 16 bits
-    become 8, and any colour model becomes RGB.
+    The first frame of an animation is taken, EXIF orientation is applied, transparent pixels are
+    put on white, 16 bits become 8, and any colour model becomes RGB.
 
     Args:
         source: `path` or `bytes`, as `datasets.Image(decode=False)` gives them.
@@ -44,16 +66,23 @@ def verify_image(source: dict[str, Any] | None, stored_short_side: int, smallest
         smallest_side: in pixels; a smaller image is an error.
 
     Returns:
-        image (encoded bytes for `datasets.Image`), sha256 of the file, phash and mirrored_phash (144-bit perceptual
-        hashes of the picture and of its mirror image, as hex), mended (what had to be done to read it, or None) and
-        error: None, or why the file can't be used: "unreadable", "too small" or "blank", a colon, and the particulars.
+        image (encoded bytes for `datasets.Image`), sha256 of the file, phash and mirrored_phash
+        (144-bit perceptual hashes of the picture and of its mirror image, as hex), mended (what had
+        to be done to read it, or None) and
+        error: None, or why the file can't be used: "unreadable", "too small" or "blank", a colon,
+            and the particulars.
     """
     if source is None:
         return _quarantined("unreadable: the row has no image")
     try:
-        file = io.BytesIO(source["bytes"]) if source["bytes"] is not None else open(source["path"], "rb")
+        file = (
+            io.BytesIO(source["bytes"])
+            if source["bytes"] is not None
+            else open(source["path"], "rb")
+        )
         with file, warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as large is an error
+            # twice as large is an error
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             if not file.read(1):
                 return _quarantined("unreadable: empty file")
             file.seek(0)
@@ -67,7 +96,8 @@ def verify_image(source: dict[str, Any] | None, stored_short_side: int, smallest
         return _quarantined("unreadable: not an image")
     except _UnusableError as error:
         return _quarantined(str(error))
-    except Exception as error:  # decoders raise nearly anything for a broken file; the reason is kept
+    # decoders raise nearly anything for a broken file; the reason is kept
+    except Exception as error:
         return _quarantined(f"unreadable: {(str(error) or type(error).__name__).splitlines()[0]}")
     side = 4 * HASH_SIDE  # to which imagehash shrinks
     small = image.convert("L").resize((side, side), Image.Resampling.LANCZOS)
@@ -93,20 +123,35 @@ class _UnusableError(Exception):
 
 
 def _quarantined(reason: str) -> dict[str, Any]:
-    return {"image": None, "sha256": None, "phash": None, "mirrored_phash": None, "mended": None, "error": reason}
+    return {
+        "image": None,
+        "sha256": None,
+        "phash": None,
+        "mirrored_phash": None,
+        "mended": None,
+        "error": reason,
+    }
 
 
-def _read(opened: Image.Image, stored_short_side: int, smallest_side: int) -> tuple[Image.Image, list[str], bool]:
+def _read(
+    opened: Image.Image, stored_short_side: int, smallest_side: int
+) -> tuple[Image.Image, list[str], bool]:
     """The image as it is stored, what was mended, and whether the file can be stored as it is."""
     mended = []
     width, height = opened.size
     short_side = min(opened.size)
     if short_side < smallest_side:
-        raise _UnusableError(f"too small: {width} x {height} px, expected at least {smallest_side} on the short side")
-    if getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO":  # of an MPO the others are previews
+        raise _UnusableError(
+            f"too small: {width} x {height} px, expected at least {smallest_side} on the short side"
+        )
+    # of an MPO the others are previews
+    if getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO":
         mended.append("first frame of an animation")
     as_is = opened.format == "JPEG" and opened.mode == "RGB" and short_side <= stored_short_side
-    opened.draft("RGB", (width * stored_short_side // short_side + 1, height * stored_short_side // short_side + 1))
+    opened.draft(
+        "RGB",
+        (width * stored_short_side // short_side + 1, height * stored_short_side // short_side + 1),
+    )
     image = opened
     if image.mode.startswith("I"):
         image = _eight_bits(image)
@@ -124,12 +169,15 @@ def _read(opened: Image.Image, stored_short_side: int, smallest_side: int) -> tu
             mended.append("transparency on white")
     elif image.mode not in ("RGB", "L"):
         mended.append(f"{image.mode} to RGB")
-    private = {"exif", "xmp", "comment", "photoshop"} & set(opened.info)  # may tell where and by whom it was taken
+    # may tell where and by whom it was taken
+    private = {"exif", "xmp", "comment", "photoshop"} & set(opened.info)
     as_is = as_is and not mended and not private
     image = image.convert("RGB")
     if min(image.size) > stored_short_side:
         scale = stored_short_side / min(image.size)
-        image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+        image = image.resize(
+            [max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC
+        )
     if image.getcolors(maxcolors=1):
         raise _UnusableError("blank: every pixel has the same colour")
     return image, mended, as_is
@@ -144,5 +192,6 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 def _encode(image: Image.Image) -> bytes:
     encoded = io.BytesIO()
-    image.save(encoded, "JPEG", quality=JPEG_QUALITY, comment=b"")  # else Pillow passes the source's on
+    # else Pillow passes the source's on
+    image.save(encoded, "JPEG", quality=JPEG_QUALITY, comment=b"")
     return encoded.getvalue()

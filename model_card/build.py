@@ -62,7 +62,17 @@ def build(
             write_index(NicheClassifier.from_pretrained(folder), splits, index, folder / INDEX_FILE)
         onnx_report = add_onnx(run, folder) if onnx else None
         whose = attributions(splits)
-        card = make_card(domain, scorecard, calibration, training, report, whose, license_name, repo_id, onnx_report)
+        card = make_card(
+            domain,
+            scorecard,
+            calibration,
+            training,
+            report,
+            whose,
+            license_name,
+            repo_id,
+            onnx_report,
+        )
         card.save(folder / "README.md")
     return run / "hub"
 
@@ -76,7 +86,9 @@ def save_examples(run: Path, folder: Path, count: int) -> None:
     labels = test["label"][:]
     for name in chosen:
         folder.mkdir(exist_ok=True)
-        test[labels.index(names.index(name))]["image"].convert("RGB").save(folder / f"{name}.jpg", quality=95)
+        test[labels.index(names.index(name))]["image"].convert("RGB").save(
+            folder / f"{name}.jpg", quality=95
+        )
 
 
 def make_card(

@@ -35,8 +35,8 @@ def write_dataset(folder: Path, splits: DatasetDict, domain: Domain, license_nam
     paragraphs = [
         f"---\n{card_data.to_yaml()}\n---",
         f"# {domain.title}: images",
-        f"{domain.description} Verified, without duplicates across splits, and divided by NicheCLIP; the quality "
-        "filter has touched train only.",
+        f"{domain.description} Verified, without duplicates across splits, and divided by "
+        "NicheCLIP; the quality filter has touched train only.",
         f"| split | images |\n|---|---:|\n{sizes}",
         f"Classes: {', '.join(domain.class_names)}.",
         f"## Whose the images are\n\n{attributions(splits)}",
@@ -46,7 +46,9 @@ def write_dataset(folder: Path, splits: DatasetDict, domain: Domain, license_nam
 
 def attributions(splits: DatasetDict) -> str:
     """How many images are whose, in Markdown; each image's own is in the column `attribution`."""
-    counts: Counter[Any] = Counter(value or "" for rows in splits.values() for value in rows["attribution"])
+    counts: Counter[Any] = Counter(
+        value or "" for rows in splits.values() for value in rows["attribution"]
+    )
     unknown = counts.pop("", 0)
     lines = [f"- {count} × {whose}" for whose, count in counts.most_common(MOST_NAMED)]
     if len(counts) > MOST_NAMED:

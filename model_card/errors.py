@@ -1,6 +1,7 @@
 """RUN/errors.html: where the model was wrong on the test split, with pictures, for someone who knows the niche.
 
-The page needs nothing but itself. Lines ticked on it are saved as review_errors.csv, which data_prep reads.
+The page needs nothing but itself. Lines ticked on it are saved as review_errors.csv, which
+data_prep reads.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class Reading:
         own: probability of its label, `best` of the predicted class.
         doubt: share of the nearest training images that have one other label.
         other: that label, the most frequent of the others.
-        nearest: training image by class, of the label and of the predicted class; absent if the class has none.
+        nearest: training image by class, of the label and of the predicted class; absent if the
+            class has none.
     """
 
     row: int
@@ -70,7 +72,8 @@ def read_errors(
     """All test images, the most confident answers first.
 
     Args:
-        calibrated, base_calibrated: (N, C) probabilities of the test images, of the model and of its base.
+        calibrated, base_calibrated: (N, C) probabilities of the test images, of the model and of
+            its base.
         image_embeds: (N, D) of the model.
         labels: (N,) int.
         train_embeds, train_labels: (M, D) and (M,) int.
@@ -82,7 +85,9 @@ def read_errors(
         for row, cosine in enumerate(cosines, start):
             label, answer = int(labels[row]), int(predicted[row])
             near = train_labels[np.argsort(-cosine, kind="stable")[:NEIGHBOURS]]
-            others = np.bincount(near, minlength=int(max(label, train_labels.max())) + 1) / len(near)
+            others = np.bincount(near, minlength=int(max(label, train_labels.max())) + 1) / len(
+                near
+            )
             others[label] = 0
             nearest = {}
             for each in (label, answer):
@@ -100,7 +105,9 @@ def read_errors(
     return sorted(readings, key=lambda reading: (-reading.best, reading.row))
 
 
-def write_errors(path: Path, domain: Domain, test: Dataset, readings: Sequence[Reading], training_set: Dataset) -> int:
+def write_errors(
+    path: Path, domain: Domain, test: Dataset, readings: Sequence[Reading], training_set: Dataset
+) -> int:
     """Writes the page; gives the number of errors.
 
     Args:
@@ -111,7 +118,9 @@ def write_errors(path: Path, domain: Domain, test: Dataset, readings: Sequence[R
         (reading for reading in readings if not reading.wrong and reading.doubt >= DOUBTED),
         key=lambda reading: -reading.doubt,
     )
-    labels, predicted = (np.array([getattr(each, name) for each in readings]) for name in ("label", "predicted"))
+    labels, predicted = (
+        np.array([getattr(each, name) for each in readings]) for name in ("label", "predicted")
+    )
     rows_of = {"test": test, "train": training_set}
     sources = {split: rows["source_id"][:] for split, rows in rows_of.items()}
     names, shown = domain.class_names, [*wrong[:MOST_ERRORS], *doubtful[:MOST_RIGHT]]
@@ -138,7 +147,12 @@ def write_errors(path: Path, domain: Domain, test: Dataset, readings: Sequence[R
         wrong=wrong,
         doubtful=doubtful,
         shown=shown,
-        limits={"errors": MOST_ERRORS, "right": MOST_RIGHT, "doubted": DOUBTED, "neighbours": NEIGHBOURS},
+        limits={
+            "errors": MOST_ERRORS,
+            "right": MOST_RIGHT,
+            "doubted": DOUBTED,
+            "neighbours": NEIGHBOURS,
+        },
         sources=sources,
         lines=[review_line(reading) for reading in shown],
         header=[field.name for field in fields(Suspicion)],

@@ -19,7 +19,8 @@ from nicheclip.metrics import N_BINS, class_scores, correct, reliability
 from nicheclip.results import METRIC_TITLES, Measure, Verdict
 
 BASE, PROBE, TUNED, GATE, INK = "#9AA0A6", "#009E73", "#0072B2", "#D55E00", "#333333"
-# Okabe and Ito's colours, safe for colour-blind readers, then two more for domains with many clusters.
+# Okabe and Ito's colours, safe for colour-blind readers, then two more for domains with many
+# clusters.
 CLUSTER_COLOURS = [
     "#0072B2",
     "#E69F00",
@@ -78,7 +79,9 @@ def _figure(width: float, height: float, columns: int = 1, **options: Any) -> tu
     return figure, figure.subplots(1, columns, **options)
 
 
-def _scorecard(domain: Domain, measures: dict[str, Measure], gates: dict[GatedMetric, Verdict]) -> Figure:
+def _scorecard(
+    domain: Domain, measures: dict[str, Measure], gates: dict[GatedMetric, Verdict]
+) -> Figure:
     figure, axes = _figure(8, 0.62 * len(gates) + 1.2)
     names = list(gates)[::-1]
     labelled = max(names, key=lambda name: measures[name].probe is not None)  # in the legend, once
@@ -103,7 +106,9 @@ def _scorecard(domain: Domain, measures: dict[str, Measure], gates: dict[GatedMe
             )
         target = domain.gates[name]
         named = None if height else "gate"
-        axes.plot([target] * 2, [height - 0.38, height + 0.38], color=GATE, linewidth=2, label=named)
+        axes.plot(
+            [target] * 2, [height - 0.38, height + 0.38], color=GATE, linewidth=2, label=named
+        )
         axes.text(
             1.02,
             height,
@@ -131,7 +136,9 @@ def _confusion(domain: Domain, labels: np.ndarray, tuned: Outputs) -> Figure:
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for row, column in zip(*np.nonzero(matrix), strict=True):
         colour = "white" if share[row, column] > 0.6 else INK
-        axes.text(column, row, matrix[row, column], ha="center", va="center", fontsize=7, color=colour)
+        axes.text(
+            column, row, matrix[row, column], ha="center", va="center", fontsize=7, color=colour
+        )
     edge = -0.5
     for members in domain.clusters.values():
         box = matplotlib.patches.Rectangle(
@@ -140,9 +147,15 @@ def _confusion(domain: Domain, labels: np.ndarray, tuned: Outputs) -> Figure:
         axes.add_patch(box)
         edge += len(members)
     names = [domain.class_names[index] for index in order]
-    axes.set_xticks(range(count), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
+    axes.set_xticks(
+        range(count), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8
+    )
     axes.set_yticks(range(count), names, fontsize=8)
-    axes.set(xlabel="predicted", ylabel="labelled", title=f"Confusions on {len(labels)} test images (boxes: clusters)")
+    axes.set(
+        xlabel="predicted",
+        ylabel="labelled",
+        title=f"Confusions on {len(labels)} test images (boxes: clusters)",
+    )
     axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=axes, shrink=0.6, label="share of the labelled class")
     return figure
@@ -155,7 +168,10 @@ def _classes(domain: Domain, labels: np.ndarray, tuned: Outputs, base: Outputs) 
     )
     heights = np.arange(len(order))[::-1]
     counts = np.bincount(labels, minlength=len(order))
-    for outputs, colour, label, offset in ((base, BASE, "base zero-shot", -0.2), (tuned, TUNED, "fine-tuned", 0.2)):
+    for outputs, colour, label, offset in (
+        (base, BASE, "base zero-shot", -0.2),
+        (tuned, TUNED, "fine-tuned", 0.2),
+    ):
         _, _, f1 = class_scores(outputs.calibrated.argmax(axis=1), labels, len(order))
         bars.barh(heights + offset, f1[order], height=0.38, color=colour, label=label)
     names = [f"{domain.class_names[index]} ({counts[index]})" for index in order]
@@ -168,7 +184,10 @@ def _classes(domain: Domain, labels: np.ndarray, tuned: Outputs, base: Outputs) 
 
 def _map(axes: Axes, domain: Domain, labels: np.ndarray, tuned: Outputs) -> None:
     perplexity = min(30, (len(labels) - 1) / 3)
-    places = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(tuned.image_embeds)  # (N, 2)
+    # (N, 2)
+    places = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(
+        tuned.image_embeds
+    )
     for cluster, members in enumerate(domain.clusters.values()):
         for position, name in enumerate(members):
             own = labels == domain.class_names.index(name)
@@ -182,12 +201,16 @@ def _map(axes: Axes, domain: Domain, labels: np.ndarray, tuned: Outputs) -> None
                 color=CLUSTER_COLOURS[cluster % len(CLUSTER_COLOURS)],
                 marker=MARKERS[position % len(MARKERS)],
             )
-    axes.set(xticks=[], yticks=[], title="Map of the fine-tuned image_embeds (t-SNE; colour: cluster)")
+    axes.set(
+        xticks=[], yticks=[], title="Map of the fine-tuned image_embeds (t-SNE; colour: cluster)"
+    )
     axes.spines[:].set_visible(False)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, markerscale=1.4)
 
 
-def _reliability(labels: np.ndarray, tuned: Outputs, base: Outputs, measures: dict[str, Measure]) -> Figure:
+def _reliability(
+    labels: np.ndarray, tuned: Outputs, base: Outputs, measures: dict[str, Measure]
+) -> Figure:
     figure, (before, after, risk) = _figure(12, 3.9, columns=3)
     for axes, probabilities, name, title in (
         (before, tuned.raw, "ece_before_calibration", "before"),
@@ -220,18 +243,35 @@ def _reliability(labels: np.ndarray, tuned: Outputs, base: Outputs, measures: di
             linewidth=1,
             label="accuracy, 95 % interval",
         )
-        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", title=f"{title}: ECE {measures[name]}")
+        axes.set(
+            xlim=(0, 1), ylim=(0, 1), xlabel="confidence", title=f"{title}: ECE {measures[name]}"
+        )
         axes.set_aspect("equal")
     before.set_ylabel(f"accuracy ({len(labels)} test images)")
     before.legend(loc="upper left", fontsize=8)
     perfect = measures["ece_of_perfect"]
-    after.text(0.02, 0.97, f"a perfectly calibrated model\nwould show {perfect}", va="top", fontsize=8)
+    after.text(
+        0.02, 0.97, f"a perfectly calibrated model\nwould show {perfect}", va="top", fontsize=8
+    )
     for outputs, colour, label in ((base, BASE, "base zero-shot"), (tuned, TUNED, "fine-tuned")):
-        wrong = ~correct(outputs.calibrated, labels)[np.argsort(-outputs.calibrated.max(axis=1), kind="stable")]
+        wrong = ~correct(outputs.calibrated, labels)[
+            np.argsort(-outputs.calibrated.max(axis=1), kind="stable")
+        ]
         answered = np.arange(1, len(wrong) + 1)
         risk.plot(answered / len(wrong), np.cumsum(wrong) / answered, color=colour, label=label)
-    risk.axvline(measures["coverage"].value, color=INK, linestyle="--", linewidth=1, label="answered; else “not sure”")
-    risk.set(xlim=(0, 1), ylim=(0, None), xlabel="share of images answered", title=f"Errors: AURC {measures['aurc']}")
+    risk.axvline(
+        measures["coverage"].value,
+        color=INK,
+        linestyle="--",
+        linewidth=1,
+        label="answered; else “not sure”",
+    )
+    risk.set(
+        xlim=(0, 1),
+        ylim=(0, None),
+        xlabel="share of images answered",
+        title=f"Errors: AURC {measures['aurc']}",
+    )
     risk.set_ylabel("share of wrong answers")
     risk.legend(fontsize=8)
     return figure
@@ -253,6 +293,8 @@ def _outside(tuned: Outputs, measures: dict[str, Measure]) -> Figure:
         axes.text(1.02, height, told, va="center", transform=axes.get_yaxis_transform(), fontsize=9)
     axes.axvline(threshold, color=INK, linestyle="--", linewidth=1)
     axes.set_yticks(heights, list(rows))
-    axes.set(xlabel=f"{score.replace('_', ' ')}; left of the line the answer is “outside my domain”")
+    axes.set(
+        xlabel=f"{score.replace('_', ' ')}; left of the line the answer is “outside my domain”"
+    )
     axes.set_title(f"Is it of the domain? AUROC {measures['ood_auroc']}")
     return figure

@@ -1,6 +1,7 @@
 """The visual tower as ONNX, in 32 bits (FP32) and with weights of 8 bits (INT8), and what the latter cost.
 
-A file is published only if it says what the model says: FP32 to rounding, INT8 within the limits below.
+A file is published only if it says what the model says: FP32 to rounding, INT8 within the limits
+below.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ def add_onnx(run: Path, folder: Path) -> dict[str, Any]:
     """Writes the `ONNX_FILES` and onnx/report.json into a published folder, INT8 only within the limits.
 
     Returns:
-        the report: "split" and "n", what was compared on; "torch", "fp32" and "int8", each with accuracy and ECE, the
-        latter two with their file; "int8" has "published" and "reasons", the limits that it exceeds.
+        the report: "split" and "n", what was compared on; "torch", "fp32" and "int8", each with
+        accuracy and ECE, the latter two with their file; "int8" has "published" and "reasons", the
+        limits that it exceeds.
 
     Raises:
         ImportError: if onnx, onnxruntime or onnxscript is not installed.
@@ -52,7 +54,9 @@ def add_onnx(run: Path, folder: Path) -> dict[str, Any]:
     embeds = {}
     for name, backend in (("torch", "torch"), ("fp32", "onnx"), ("int8", "onnx-int8")):
         classifier = NicheClassifier.from_pretrained(folder, backend=backend)
-        batches = (rows[start : start + BATCH_SIZE]["image"] for start in range(0, len(rows), BATCH_SIZE))
+        batches = (
+            rows[start : start + BATCH_SIZE]["image"] for start in range(0, len(rows), BATCH_SIZE)
+        )
         embeds[name] = torch.cat([classifier.image_embeds(images) for images in batches])  # (N, D)
         logits = classifier.logit_scale * embeds[name] @ classifier.prototypes.T
         probabilities = logits.softmax(dim=-1).numpy()
@@ -70,9 +74,9 @@ def add_onnx(run: Path, folder: Path) -> dict[str, Any]:
             }
     if report["fp32"]["max_difference"] > MAX_FP32_DIFFERENCE:
         raise ValueError(
-            f"the image_embeds of '{fp32.name}' differ from torch's by up to {report['fp32']['max_difference']:.1e}, "
-            f"expected at most {MAX_FP32_DIFFERENCE:.0e}; build without --onnx, or with other versions of torch and "
-            "onnxruntime"
+            f"the image_embeds of '{fp32.name}' differ from torch's by up to "
+            f"{report['fp32']['max_difference']:.1e}, expected at most {MAX_FP32_DIFFERENCE:.0e}; "
+            "build without --onnx, or with other versions of torch and onnxruntime"
         )
     reasons = int8_reasons(report)
     report["int8"] |= {"published": not reasons, "reasons": reasons}
@@ -88,13 +92,17 @@ def int8_reasons(report: dict[str, Any]) -> list[str]:
     reasons = []
     if exact["accuracy"] - int8["accuracy"] > MAX_ACCURACY_DROP:
         reasons.append(
-            f"accuracy falls from {exact['accuracy']:.3f} to {int8['accuracy']:.3f}, by more than {MAX_ACCURACY_DROP}"
+            f"accuracy falls from {exact['accuracy']:.3f} to {int8['accuracy']:.3f}, by more than "
+            f"{MAX_ACCURACY_DROP}"
         )
     if int8["ece"] - exact["ece"] > MAX_ECE_GROWTH:
-        reasons.append(f"ECE grows from {exact['ece']:.3f} to {int8['ece']:.3f}, by more than {MAX_ECE_GROWTH}")
+        reasons.append(
+            f"ECE grows from {exact['ece']:.3f} to {int8['ece']:.3f}, by more than {MAX_ECE_GROWTH}"
+        )
     if int8["mean_cosine"] < MIN_MEAN_COSINE:
         reasons.append(
-            f"the mean cosine to torch's image_embeds is {int8['mean_cosine']:.3f}, below {MIN_MEAN_COSINE}"
+            f"the mean cosine to torch's image_embeds is {int8['mean_cosine']:.3f}, below "
+            f"{MIN_MEAN_COSINE}"
         )
     return reasons
 
@@ -110,7 +118,8 @@ def export_tower(tower: VisualTower, path: Path) -> None:
     with _quiet():
         torch.onnx.export(
             tower,
-            (torch.zeros(2, 3, side, side),),  # 2: the exporter would take a batch of 1 for a constant
+            # 2: the exporter would take a batch of 1 for a constant
+            (torch.zeros(2, 3, side, side),),
             path,
             input_names=["pixel_values"],
             output_names=["image_embeds"],
@@ -142,7 +151,8 @@ def _demand_onnx() -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            f"ONNX needs {error.name}, which is not installed; run `pip install -c constraints.txt '.[onnx]'`"
+            f"ONNX needs {error.name}, which is not installed; run `pip install -c "
+            "constraints.txt '.[onnx]'`"
         ) from error
 
 

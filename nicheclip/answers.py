@@ -62,7 +62,9 @@ class DomainClassifier:
 
     def embed(self, images: Iterable[Image.Image], total: int, what: str) -> np.ndarray:
         """Unit-length image_embeds (N, D)."""
-        return encode_images(self.model, self.processor, images, total, description=f"{what}, {self.title}")
+        return encode_images(
+            self.model, self.processor, images, total, description=f"{what}, {self.title}"
+        )
 
     def embed_rows(self, rows: Dataset, what: str) -> np.ndarray:
         """`embed` of a split."""
@@ -94,7 +96,10 @@ class Fitted:
     def to_dict(self) -> dict[str, Any]:
         """For JSON; the temperature is a number there, what is known of it lies beside."""
         fields = asdict(self)
-        return fields | {"temperature": self.temperature.value, "temperature_fit": fields["temperature"]}
+        return fields | {
+            "temperature": self.temperature.value,
+            "temperature_fit": fields["temperature"],
+        }
 
 
 def fit(
@@ -108,7 +113,8 @@ def fit(
     """From uncalibrated logits (N, C), labels (N,) and near-duplicate groups (N,) of the calibration split.
 
     Args:
-        reference: only measured beside another model: if all images are wrong, its temperature stays 1.
+        reference: only measured beside another model: if all images are wrong, its temperature
+            stays 1.
 
     Raises:
         ValueError: if all images are wrong.
@@ -165,8 +171,10 @@ class Outputs(Answers):
     prompt_classes: np.ndarray  # (P,)
     border: DomainBorder
     own_scores: dict[Score, np.ndarray]  # of the images (N,), by score
-    strange_scores: dict[str, dict[Score, np.ndarray]]  # of strange pictures (M,), by kind and score
-    changed: dict[str, tuple[np.ndarray, np.ndarray]]  # cosine and whether the answer stays, (N,), NaN: not tried
+    # of strange pictures (M,), by kind and score
+    strange_scores: dict[str, dict[Score, np.ndarray]]
+    # cosine and whether the answer stays, (N,), NaN: not tried
+    changed: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def fit_and_run(
@@ -192,7 +200,12 @@ def fit_and_run(
     embeds = classifier.embed_rows(calibration, "calibration split")
     logits = classifier.logits(embeds)
     fitted = fit(
-        logits, np.array(calibration["label"]), np.array(calibration["group_id"]), domain, objective, reference
+        logits,
+        np.array(calibration["label"]),
+        np.array(calibration["group_id"]),
+        domain,
+        objective,
+        reference,
     )
 
     def scores(image_embeds: np.ndarray) -> dict[Score, np.ndarray]:
@@ -224,7 +237,11 @@ def _changed(
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     tried = np.unique(np.linspace(0, len(test) - 1, CHANGED_IMAGES).astype(int))
     own, answers = image_embeds[tried], classifier.logits(image_embeds[tried]).argmax(axis=1)
-    pictures = (change(row["image"].convert("RGB")) for change in CHANGES.values() for row in test.select(tried))
+    pictures = (
+        change(row["image"].convert("RGB"))
+        for change in CHANGES.values()
+        for row in test.select(tried)
+    )
     embeds = classifier.embed(pictures, len(CHANGES) * len(tried), "mild changes")
     found = {}
     for name, changed in zip(CHANGES, np.split(embeds, len(CHANGES)), strict=True):

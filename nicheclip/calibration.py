@@ -1,6 +1,7 @@
 """After training: one temperature, when to say "not sure", and which classes to name together.
 
-All of it is fitted on the calibration split, which neither training nor the choice of the epoch has seen.
+All of it is fitted on the calibration split, which neither training nor the choice of the epoch has
+seen.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ def nll(logits: np.ndarray, labels: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Temperature:
-    """`value` divides the logits; `low` and `high` bound its 95 % bootstrap interval. `warning` may be empty."""
+    """`value` divides the logits.
+
+    `low` and `high` bound its 95 % bootstrap interval. `warning` may be empty.
+    """
 
     value: float
     low: float
@@ -39,7 +43,8 @@ class Temperature:
 def fit_temperature(logits: np.ndarray, labels: np.ndarray, objective: Objective = "nll") -> float:
     """The temperature T that minimises the NLL, or the ECE, of softmax(logits / T) (Guo et al. 2017).
 
-    A bounded search over log T, where the NLL has one minimum. The ECE has several, so the best of a grid is refined.
+    A bounded search over log T, where the NLL has one minimum. The ECE has several, so the best of
+    a grid is refined.
 
     Args:
         logits: (N, C) float.
@@ -51,7 +56,9 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray, objective: Objective
     right = logits.argmax(axis=1) == labels
     if len(labels) == 0 or right.all() or not right.any():
         state = (
-            "there are none" if len(labels) == 0 else f"all {len(labels)} are {'right' if right.all() else 'wrong'}"
+            "there are none"
+            if len(labels) == 0
+            else f"all {len(labels)} are {'right' if right.all() else 'wrong'}"
         )
         raise ValueError(
             f"the calibration images can't identify a temperature: {state}; "
@@ -69,11 +76,19 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray, objective: Objective
         grid = np.linspace(low, high, 100)
         best = int(np.argmin([loss(log_t) for log_t in grid]))
         low, high = grid[max(0, best - 1)], grid[min(len(grid) - 1, best + 1)]
-    return float(np.exp(minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-6}).x))
+    return float(
+        np.exp(
+            minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-6}).x
+        )
+    )
 
 
 def calibrate_temperature(
-    logits: np.ndarray, labels: np.ndarray, groups: np.ndarray, objective: Objective = "nll", resamples: int = 200
+    logits: np.ndarray,
+    labels: np.ndarray,
+    groups: np.ndarray,
+    objective: Objective = "nll",
+    resamples: int = 200,
 ) -> Temperature:
     """`fit_temperature` with its bootstrap interval over near-duplicate groups (N,), and a warning where it is needed.
 
@@ -86,7 +101,11 @@ def calibrate_temperature(
     remedy = "give the calibration split more images (splits.calibration in the domain file)"
     if len(labels) and wrong == 0:
         return Temperature(
-            1.0, 1.0, 1.0, objective, f"all {len(labels)} calibration images are right, so T stays 1; {remedy}"
+            1.0,
+            1.0,
+            1.0,
+            objective,
+            f"all {len(labels)} calibration images are right, so T stays 1; {remedy}",
         )
     value = fit_temperature(logits, labels, objective)
     found = []
@@ -97,7 +116,9 @@ def calibrate_temperature(
     low, high = np.percentile(found, [2.5, 97.5])
     warning = ""
     if wrong < FEW_ERRORS:
-        warning = f"T rests on {wrong} errors among {len(labels)} images, so it is hardly known; {remedy}"
+        warning = (
+            f"T rests on {wrong} errors among {len(labels)} images, so it is hardly known; {remedy}"
+        )
     elif np.isclose(np.log(value), np.log(TEMPERATURE_BOUNDS), atol=1e-3).any():
         warning = f"T is {value:.3g}, at the end of what is searched: the logits do not look like those of this model"
     return Temperature(value, float(low), float(high), objective, warning)
@@ -107,8 +128,9 @@ def calibrate_temperature(
 class Abstention:
     """Answers with a confidence below `threshold` are "not sure".
 
-    It aims at `target`, a share of right answers (`aim` is "selective_accuracy") or of answers ("coverage");
-    `selective_accuracy` and `coverage` are what it gives on the images that it was chosen on.
+    It aims at `target`, a share of right answers (`aim` is "selective_accuracy") or of answers
+    ("coverage"); `selective_accuracy` and `coverage` are what it gives on the images that it was
+    chosen on.
     """
 
     threshold: float
@@ -128,8 +150,8 @@ def fit_abstention(
 ) -> Abstention:
     """The lowest threshold whose answers are right often enough; or, with `coverage`, that which answers so many.
 
-    Where no threshold that answers at least `min_coverage` of the images reaches the accuracy, the one with the best
-    is taken and `target_reached` is False.
+    Where no threshold that answers at least `min_coverage` of the images reaches the accuracy, the
+    one with the best is taken and `target_reached` is False.
 
     Args: probabilities (N, C) float, calibrated, and labels (N,) int of the calibration split.
     """
@@ -144,7 +166,9 @@ def fit_abstention(
     else:
         possible &= answered >= min_coverage * len(labels)
         reached = np.flatnonzero(possible & (selective >= selective_accuracy))[-1:]
-    chosen = reached[0] if len(reached) else np.flatnonzero(possible)[np.argmax(selective[possible])]
+    chosen = (
+        reached[0] if len(reached) else np.flatnonzero(possible)[np.argmax(selective[possible])]
+    )
     return Abstention(
         threshold=float(confidence[order][chosen]),
         aim="selective_accuracy" if coverage is None else "coverage",
@@ -159,8 +183,9 @@ def fit_abstention(
 class Conformal:
     """A class belongs to the prediction set if the classes above it hold at most `quantile` of the probability.
 
-    Sets made so contain the label of `coverage` of all images like those of the calibration split, or more. Where
-    the model alone is right that often, the quantile is 0 and every set is the best class alone.
+    Sets made so contain the label of `coverage` of all images like those of the calibration split,
+    or more. Where the model alone is right that often, the quantile is 0 and every set is the best
+    class alone.
     """
 
     coverage: float
@@ -170,12 +195,14 @@ class Conformal:
 def fit_conformal(probabilities: np.ndarray, labels: np.ndarray, coverage: float) -> Conformal:
     """Split-conformal, adaptive prediction sets (Romano et al. 2020, arXiv:2006.02544), without their random part.
 
-    The score of a class is the probability above it, not up to and with it: so no set is empty, and no draw decides.
+    The score of a class is the probability above it, not up to and with it: so no set is empty, and
+    no draw decides.
 
     Args: probabilities (N, C) float and labels (N,) int of the calibration split.
     """
     scores = np.sort(_mass_above(probabilities)[np.arange(len(labels)), labels])
-    rank = int(np.ceil((len(labels) + 1) * coverage))  # (N + 1): the new image counts as one of them
+    # (N + 1): the new image counts as one of them
+    rank = int(np.ceil((len(labels) + 1) * coverage))
     return Conformal(coverage, float(scores[rank - 1]) if rank <= len(labels) else 1.0)
 
 

@@ -11,24 +11,38 @@ from types import FrameType
 from typing import Any
 
 import torch
-from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 MAX_LOGIT_SCALE = math.log(100)
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM has stopped a training, after its checkpoint was written; None: before there was one."""
+    """SIGINT or SIGTERM has stopped a training, after its checkpoint was written.
+
+    None: before there was one.
+    """
 
     def __init__(self, received: signal.Signals, checkpoint: Path | None):
         go_on = (
-            f"'{checkpoint}' is written, go on with --resume_from_checkpoint True" if checkpoint else "start it again"
+            f"'{checkpoint}' is written, go on with --resume_from_checkpoint True"
+            if checkpoint
+            else "start it again"
         )
         super().__init__(f"stopped by {received.name}; {go_on}")
         self.signal = received
 
 
 class ClampLogitScale(TrainerCallback):
-    """Keeps exp(logit_scale) at 100 or below, as CLIP does (Radford et al. 2021, arXiv:2103.00020)."""
+    """Keeps exp(logit_scale) at 100 or below, as CLIP does (Radford et al.
+
+    2021, arXiv:2103.00020).
+    """
 
     def on_optimizer_step(self, args, state, control, **kwargs: Any) -> None:
         """After each step, on `model` among the keywords."""
@@ -48,18 +62,25 @@ class EndOfStage(TrainerCallback):
         self.is_over = is_over
         self.steps_per_epoch = steps_per_epoch
 
-    def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Leaves the checkpoint of an epoch's last step to `on_epoch_end`."""
         if state.global_step % self.steps_per_epoch == 0:
-            control.should_save = False  # not before the epoch has been evaluated: who resumes would skip that
+            # not before the epoch has been evaluated: who resumes would skip that
+            control.should_save = False
 
-    def on_epoch_end(self, args, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_epoch_end(
+        self, args, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Evaluates whole epochs only, and writes a checkpoint in any case."""
         whole = state.global_step % self.steps_per_epoch == 0  # else a signal has cut it off
         control.should_log = control.should_evaluate = whole
         control.should_save = True
 
-    def on_evaluate(self, args, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(
+        self, args, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Ends the stage."""
         if self.is_over():
             control.should_training_stop = True
@@ -68,7 +89,8 @@ class EndOfStage(TrainerCallback):
 class StopOnSignal(TrainerCallback):
     """A context in which SIGINT and SIGTERM end the training after the step at hand, with a checkpoint.
 
-    With one process, a second signal ends it at once. With several, all agree on the step, and further signals are
+    With one process, a second signal ends it at once. With several, all agree on the step, and
+    further signals are
     ignored: launchers send one of their own after the terminal's.
     """
 
@@ -78,7 +100,8 @@ class StopOnSignal(TrainerCallback):
 
     def __enter__(self) -> StopOnSignal:
         self.received = None
-        if threading.current_thread() is threading.main_thread():  # signals can't be caught elsewhere
+        # signals can't be caught elsewhere
+        if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._receive)
         return self
@@ -105,7 +128,9 @@ class StopOnSignal(TrainerCallback):
         self.received = signal.Signals(number)
         return self.received
 
-    def on_step_end(self, args: TrainingArguments, state, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Ends the training if any process has received a signal."""
         if self.agree(args):
             control.should_training_stop = True
@@ -120,9 +145,16 @@ def ignore_interrupts(worker: int) -> None:
 class EpochLines(ProgressCallback):
     """Progress bars, and one line an epoch instead of the Trainer's dictionaries."""
 
-    def on_log(self, args, state: TrainerState, control, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args, state: TrainerState, control, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         """One line when an epoch has been evaluated."""
-        if state.is_local_process_zero and logs and "eval_accuracy" in logs and self.training_bar is not None:
+        if (
+            state.is_local_process_zero
+            and logs
+            and "eval_accuracy" in logs
+            and self.training_bar is not None
+        ):
             *_, before = (entry for entry in state.log_history if "loss" in entry)
             self.training_bar.write(
                 f"{before['stage']}, epoch {round(state.epoch)}: loss {before['loss']:.3f}, "

@@ -24,7 +24,10 @@ def best_checkpoint(output_dir: str | Path, state: TrainerState) -> Path:
 
 
 def read_state(checkpoint: Path) -> TrainerState:
-    """What a checkpoint says of steps, log and best checkpoint; it is the last of its files to be written."""
+    """What a checkpoint says of steps, log and best checkpoint.
+
+    It is the last of its files to be written.
+    """
     return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
 
@@ -50,15 +53,24 @@ def find_checkpoint(output_dir: str, asked: str | bool | None) -> Path | None:
 
 def _checked(folder: Path, output_dir: str) -> Path:
     if not _is_whole(folder):
-        raise ValueError(f"'{folder}' is no whole checkpoint: it has no {TRAINER_STATE_NAME} that can be read")
+        raise ValueError(
+            f"'{folder}' is no whole checkpoint: it has no {TRAINER_STATE_NAME} that can be read"
+        )
     state = read_state(folder)
-    later = [path for path in sort_checkpoints(output_dir) if int(path.rsplit("-", 1)[1]) > state.global_step]
+    later = [
+        path
+        for path in sort_checkpoints(output_dir)
+        if int(path.rsplit("-", 1)[1]) > state.global_step
+    ]
     if later:
-        raise ValueError(f"'{folder}' is not the last checkpoint; remove the later ones first, such as {later[-1]}")
+        raise ValueError(
+            f"'{folder}' is not the last checkpoint; remove the later ones first, such as "
+            f"{later[-1]}"
+        )
     if state.best_global_step and not (best := best_checkpoint(output_dir, state)).is_dir():
         raise ValueError(
-            f"the best checkpoint before '{folder}', {best}, is gone; begin afresh, and keep more of them with "
-            "--save_total_limit"
+            f"the best checkpoint before '{folder}', {best}, is gone; begin afresh, and keep more "
+            "of them with --save_total_limit"
         )
     return folder
 

@@ -3,7 +3,8 @@
     classifier = NicheClassifier.from_pretrained("you/your-model")
     print(classifier(["photo.jpg"])[0])
 
-Needs only torch, transformers, safetensors, huggingface_hub and Pillow; with an ONNX backend also onnxruntime.
+Needs only torch, transformers, safetensors, huggingface_hub and Pillow; with an ONNX backend also
+onnxruntime.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ SETTINGS = {  # what is read of nicheclip.json
     "border.score": str,
     "border.threshold": float,
 }
-ONNX_FILES = {"onnx": "onnx/vision_model.onnx", "onnx-int8": "onnx/vision_model_int8.onnx"}  # by backend
+# by backend
+ONNX_FILES = {"onnx": "onnx/vision_model.onnx", "onnx-int8": "onnx/vision_model_int8.onnx"}
 
 
 Photo = str | Path | Image.Image | bytes | np.ndarray
@@ -48,7 +50,8 @@ class Prediction:
 
     Attributes:
         probabilities: of the classes, calibrated, falling.
-        prediction_set: the classes that hold the right one as often as the model card says, the most probable first.
+        prediction_set: the classes that hold the right one as often as the model card says, the
+            most probable first.
         outside: whether the image looks like none of the domain.
         threshold: below this confidence the answer is "not sure".
     """
@@ -76,7 +79,9 @@ class Prediction:
     def __str__(self) -> str:
         if self.outside:
             return "outside my domain"
-        among = f", one of: {', '.join(self.prediction_set)}" if len(self.prediction_set) > 1 else ""
+        among = (
+            f", one of: {', '.join(self.prediction_set)}" if len(self.prediction_set) > 1 else ""
+        )
         return f"{self.label or 'not sure'} ({self.best} {self.confidence:.0%}{among})"
 
 
@@ -90,7 +95,9 @@ class VisualTower(torch.nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) -> (B, D)."""
-        image_embeds = self.visual_projection(self.vision_model(pixel_values=pixel_values).pooler_output)
+        image_embeds = self.visual_projection(
+            self.vision_model(pixel_values=pixel_values).pooler_output
+        )
         return torch.nn.functional.normalize(image_embeds, dim=-1)
 
 
@@ -104,8 +111,12 @@ class TextTower:
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
         """M texts -> (M, D)."""
         length = self.model.text_model.config.max_position_embeddings
-        tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt")
-        return torch.nn.functional.normalize(self.model.get_text_features(**tokens).pooler_output, dim=-1)
+        tokens = self.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt"
+        )
+        return torch.nn.functional.normalize(
+            self.model.get_text_features(**tokens).pooler_output, dim=-1
+        )
 
 
 class OnnxTower:
@@ -123,12 +134,14 @@ class OnnxTower:
             import onnxruntime
         except ImportError as error:
             raise ImportError(
-                f"'{path}' needs onnxruntime, which is not installed; run `pip install 'nicheclip[onnx]'`, "
-                "or use backend='torch'"
+                f"'{path}' needs onnxruntime, which is not installed; run `pip install "
+                "'nicheclip[onnx]'`, or use backend='torch'"
             ) from error
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(
+            path, options, providers=["CPUExecutionProvider"]
+        )
 
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) -> (B, D)."""
@@ -139,7 +152,8 @@ class NicheClassifier:
     """A calibrated zero-shot classifier over the classes that the model was fine-tuned for.
 
     Args:
-        tower: pixel_values (B, 3, S, S) -> unit-length image_embeds (B, D), on one device with the other tensors.
+        tower: pixel_values (B, 3, S, S) -> unit-length image_embeds (B, D), on one device with the
+            other tensors.
         logit_scale: that multiplies cosines, with the temperature folded in.
         prototypes: (C, D) unit-length text_embeds of the canonical prompts.
         shape: of the training images: `whitening` (D, D) and the classes' whitened `means` (C, D).
@@ -174,24 +188,32 @@ class NicheClassifier:
         """Loads a folder made by `python -m model_card`, or a repository of the Hub.
 
         Args:
-            backend: what runs the visual tower: "torch", "onnx", or "onnx-int8" (smaller, faster, nearly the same).
+            backend: what runs the visual tower: "torch", "onnx", or "onnx-int8" (smaller, faster,
+                nearly the same).
 
         Raises:
-            FileNotFoundError: if it is a CLIP model, but not one of NicheCLIP's; or if it has no ONNX tower.
+            FileNotFoundError: if it is a CLIP model, but not one of NicheCLIP's; or if it has no
+                ONNX tower.
             ImportError: for an ONNX backend, if onnxruntime is not installed.
             ValueError: if another version of NicheCLIP has published it, or the backend is unknown.
         """
         if backend not in ("torch", *ONNX_FILES):
-            raise ValueError(f"backend is '{backend}'; expected 'torch' or one of {', '.join(map(repr, ONNX_FILES))}")
+            raise ValueError(
+                f"backend is '{backend}'; expected 'torch' or one of "
+                f"{', '.join(map(repr, ONNX_FILES))}"
+            )
         folder = Path(repo_or_path)
         if not folder.is_dir():
             tower_file = ONNX_FILES.get(backend, "model*.safetensors*")
             patterns = ["*.json", "*.txt", PROTOTYPES_FILE, tower_file]
-            folder = Path(snapshot_download(str(repo_or_path), revision=revision, allow_patterns=patterns))
+            folder = Path(
+                snapshot_download(str(repo_or_path), revision=revision, allow_patterns=patterns)
+            )
         if not (folder / SETTINGS_FILE).is_file():
             raise FileNotFoundError(
-                f"'{repo_or_path}' has no {SETTINGS_FILE}; expected a model published by NicheCLIP "
-                "(for another CLIP model, use transformers' zero-shot-image-classification pipeline)"
+                f"'{repo_or_path}' has no {SETTINGS_FILE}; expected a model published by "
+                "NicheCLIP (for another CLIP model, use transformers' "
+                "zero-shot-image-classification pipeline)"
             )
         settings = _read_settings(folder / SETTINGS_FILE)
         embeds, text_tower = load_file(folder / PROTOTYPES_FILE), None
@@ -202,8 +224,9 @@ class NicheClassifier:
             text_tower = TextTower(model, AutoTokenizer.from_pretrained(folder))
         elif not (folder / ONNX_FILES[backend]).is_file():
             raise FileNotFoundError(
-                f"'{repo_or_path}' has no {ONNX_FILES[backend]}; use backend='torch', or build it anew with "
-                "`python -m model_card RUN --onnx` (it leaves INT8 out where that costs too much: onnx/report.json)"
+                f"'{repo_or_path}' has no {ONNX_FILES[backend]}; use backend='torch', or build it "
+                "anew with `python -m model_card RUN --onnx` (it leaves INT8 out where that "
+                "costs too much: onnx/report.json)"
             )
         else:
             tower = OnnxTower(folder / ONNX_FILES[backend])
@@ -226,7 +249,9 @@ class NicheClassifier:
             OSError: naming the image that can't be read.
             ValueError: for an address.
         """
-        pixel_values = self.image_processor([_open(image) for image in images], return_tensors="pt")["pixel_values"]
+        pixel_values = self.image_processor(
+            [_open(image) for image in images], return_tensors="pt"
+        )["pixel_values"]
         return self.tower(pixel_values)
 
     @torch.inference_mode()
@@ -237,7 +262,9 @@ class NicheClassifier:
             ValueError: of an ONNX backend, which has the visual tower only.
         """
         if self.text_tower is None:
-            raise ValueError("an ONNX backend has no text tower; load the model with backend='torch'")
+            raise ValueError(
+                "an ONNX backend has no text tower; load the model with backend='torch'"
+            )
         return self.text_tower(texts)
 
     @torch.inference_mode()
@@ -254,16 +281,23 @@ class NicheClassifier:
             PIL.UnidentifiedImageError: if a file is no image.
         """
         if isinstance(images, Photo):
-            raise TypeError("expected a list of images; put the image into a list: classifier([image])[0]")
+            raise TypeError(
+                "expected a list of images; put the image into a list: classifier([image])[0]"
+            )
         return self.answer(self.image_embeds(images))
 
     @torch.inference_mode()
     def answer(self, image_embeds: torch.Tensor) -> list[Prediction]:
         """Classifies images by their image_embeds (N, D)."""
         logits = self._logits(image_embeds)
-        inside = (self._domain_score(image_embeds, logits) >= self.settings["border"]["threshold"]).tolist()
+        inside = (
+            self._domain_score(image_embeds, logits) >= self.settings["border"]["threshold"]
+        ).tolist()
         probabilities = logits.softmax(dim=-1).cpu().numpy()
-        return [self._prediction(row, is_inside) for row, is_inside in zip(probabilities, inside, strict=True)]
+        return [
+            self._prediction(row, is_inside)
+            for row, is_inside in zip(probabilities, inside, strict=True)
+        ]
 
     def _logits(self, image_embeds: torch.Tensor) -> torch.Tensor:
         return self.logit_scale * image_embeds @ self.prototypes.T
@@ -278,8 +312,13 @@ class NicheClassifier:
             case "prompt_cosine":
                 return (image_embeds @ self.prototypes.T).amax(dim=-1)
             case "mahalanobis":
-                return -torch.cdist(image_embeds @ self.shape["whitening"], self.shape["means"]).amin(dim=-1)
-        raise ValueError(f"{SETTINGS_FILE}: border.score is '{self.settings['border']['score']}', which is unknown")
+                return -torch.cdist(
+                    image_embeds @ self.shape["whitening"], self.shape["means"]
+                ).amin(dim=-1)
+        raise ValueError(
+            f"{SETTINGS_FILE}: border.score is '{self.settings['border']['score']}', which is "
+            "unknown"
+        )
 
     def _prediction(self, probabilities: np.ndarray, inside: bool) -> Prediction:
         order = np.argsort(-probabilities, kind="stable")
@@ -305,15 +344,20 @@ def _read_settings(path: Path) -> dict:
         ) from error
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"'{path}' is of format {version}, this NicheCLIP reads {FORMAT_VERSION}; publish the model anew "
-            "(calibrate.py, then python -m model_card), or install the NicheCLIP that made it"
+            f"'{path}' is of format {version}, this NicheCLIP reads {FORMAT_VERSION}; publish the "
+            "model anew (calibrate.py, then python -m model_card), or install the NicheCLIP that "
+            "made it"
         )
     for name, kind in SETTINGS.items():
         value = settings
         for part in name.split("."):
             value = value.get(part) if isinstance(value, dict) else None
-        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
-            raise ValueError(f"'{path}': {name} is {value!r}, expected a {kind.__name__}; fetch or build it anew")
+        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(
+            value, bool
+        ):
+            raise ValueError(
+                f"'{path}': {name} is {value!r}, expected a {kind.__name__}; fetch or build it anew"
+            )
     return settings
 
 
@@ -323,7 +367,9 @@ def _open(image: Photo) -> Image.Image:
     try:
         match image:
             case str() if image.startswith(("http://", "https://")):
-                raise ValueError(f"'{image}' is an address, and nothing is downloaded here; save the image first")
+                raise ValueError(
+                    f"'{image}' is an address, and nothing is downloaded here; save the image first"
+                )
             case str() | Path():
                 opened = Image.open(image)
             case bytes():
@@ -333,10 +379,15 @@ def _open(image: Photo) -> Image.Image:
             case np.ndarray() if image.dtype == np.uint8 and image.shape[2:] in ((), (3,)):
                 opened = Image.fromarray(image)
             case np.ndarray():
-                raise TypeError(f"got an array of {image.dtype}, {image.shape}; expected {expected}")
+                raise TypeError(
+                    f"got an array of {image.dtype}, {image.shape}; expected {expected}"
+                )
             case _:
                 raise TypeError(f"got a {type(image).__name__}; expected {expected}")
         return ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises depends on the format
+    # what Pillow raises depends on the format
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         named = f"'{image}'" if isinstance(image, (str, Path)) else f"a {type(image).__name__}"
-        raise OSError(f"{named} can't be read as an image ({error}); expected a JPEG, PNG or WebP file") from error
+        raise OSError(
+            f"{named} can't be read as an image ({error}); expected a JPEG, PNG or WebP file"
+        ) from error

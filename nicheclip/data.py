@@ -23,8 +23,9 @@ SPLITS = ("train", "validation", "calibration", "test")
 def features(class_names: list[str]) -> datasets.Features:
     """The columns of a prepared dataset.
 
-    `repeats` is how often an epoch visits the image (oversampling without copies); `zero_shot_score` is the base
-    model's probability for the image's own label, and is null outside of train, which alone is filtered.
+    `repeats` is how often an epoch visits the image (oversampling without copies);
+    `zero_shot_score` is the base model's probability for the image's own label, and is null outside
+    of train, which alone is filtered.
     """
     return datasets.Features(
         {
@@ -66,7 +67,8 @@ def load_prepared(run: str | Path) -> datasets.DatasetDict:
         )
     try:
         return datasets.load_from_disk(folder)
-    except (OSError, ValueError, LookupError, TypeError) as error:  # a file of it is missing, cut short or foreign
+    # a file of it is missing, cut short or foreign
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(
             f"'{folder}' is damaged ({error}); run `python -m data_prep DOMAIN --run {run}` again"
         ) from error
@@ -77,29 +79,36 @@ def image_side(processor: CLIPProcessor) -> int:
     return processor.image_processor.crop_size["height"]
 
 
-def augment(image: Image.Image, side: int, how: Augmentation, rng: np.random.Generator) -> Image.Image:
+def augment(
+    image: Image.Image, side: int, how: Augmentation, rng: np.random.Generator
+) -> Image.Image:
     """One random view of an RGB image, `side` x `side` pixels; depends on the generator alone.
 
-    Crop, flip, rotation and perspective are one resampling: the corners of a random box are turned and shifted, and
-    what lies between them is mapped to the square.
+    Crop, flip, rotation and perspective are one resampling: the corners of a random box are turned
+    and shifted, and what lies between them is mapped to the square.
     """
     width, height = image.size
     area = rng.uniform(*how.crop_scale) * width * height
     ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-    box = np.minimum([math.sqrt(area * ratio), math.sqrt(area / ratio)], [width, height])  # (2,) width and height
+    # (2,) width and height
+    box = np.minimum([math.sqrt(area * ratio), math.sqrt(area / ratio)], [width, height])
     centre = box / 2 + rng.random(2) * (np.array([width, height]) - box)
-    corners = np.array([[-1, -1], [-1, 1], [1, 1], [1, -1]]) / 2 * box  # (4, 2), as Pillow orders a quadrilateral
+    # (4, 2), as Pillow orders a quadrilateral
+    corners = np.array([[-1, -1], [-1, 1], [1, 1], [1, -1]]) / 2 * box
     angle = math.radians(rng.uniform(-how.rotation, how.rotation))
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     corners = corners @ turn.T + rng.uniform(-how.perspective, how.perspective, (4, 2)) * box
     if rng.random() < how.horizontal_flip:
         corners = corners[[3, 2, 1, 0]]
     corners = np.clip(centre + corners, 0, [width, height])
-    if (shrink := side / box.min()) < 1:  # a quadrilateral is sampled without a low-pass, so shrink the image first
+    # a quadrilateral is sampled without a low-pass, so shrink the image first
+    if (shrink := side / box.min()) < 1:
         smaller = [max(1, round(width * shrink)), max(1, round(height * shrink))]
         corners *= np.array(smaller) / [width, height]
         image = image.resize(smaller, Image.Resampling.BICUBIC)
-    view = image.transform((side, side), Image.Transform.QUAD, corners.ravel().tolist(), Image.Resampling.BICUBIC)
+    view = image.transform(
+        (side, side), Image.Transform.QUAD, corners.ravel().tolist(), Image.Resampling.BICUBIC
+    )
 
     for enhance, strength in (
         (ImageEnhance.Brightness, how.brightness),
@@ -110,7 +119,9 @@ def augment(image: Image.Image, side: int, how: Augmentation, rng: np.random.Gen
     if how.hue:
         hue, saturation, value = view.convert("HSV").split()
         shift = round(rng.uniform(-how.hue, how.hue) * 256)
-        view = Image.merge("HSV", (hue.point(lambda h: (h + shift) % 256), saturation, value)).convert("RGB")
+        view = Image.merge(
+            "HSV", (hue.point(lambda h: (h + shift) % 256), saturation, value)
+        ).convert("RGB")
     if rng.random() < how.grayscale:
         view = view.convert("L").convert("RGB")
     if rng.random() < how.blur:
@@ -125,7 +136,8 @@ class Views(torch.utils.data.Dataset):
         rows: a prepared split.
 
     Attributes:
-        features: gives the kept states of (row, view), which take the place of the pixels; None: pixels.
+        features: gives the kept states of (row, view), which take the place of the pixels; None:
+            pixels.
     """
 
     def __init__(self, rows: datasets.Dataset, processor: CLIPProcessor):
@@ -135,7 +147,10 @@ class Views(torch.utils.data.Dataset):
         self.features: Callable[[int, int], np.ndarray] | None = None
 
     def view(self, row: int, view: int) -> torch.Tensor:
-        """Pixels (3, S, S): resized and cropped as the processor does it. There is but one such view."""
+        """Pixels (3, S, S): resized and cropped as the processor does it.
+
+        There is but one such view.
+        """
         return self._pixels(self.rows[row]["image"].convert("RGB"))
 
     def identity(self) -> dict[str, Any]:
@@ -154,21 +169,24 @@ class Views(torch.utils.data.Dataset):
         return self.view(row, view)
 
     def _pixels(self, image: Image.Image, **options: Any) -> torch.Tensor:
-        return self.processor.image_processor(image, return_tensors="pt", **options)["pixel_values"][0]
+        return self.processor.image_processor(image, return_tensors="pt", **options)[
+            "pixel_values"
+        ][0]
 
 
 class TrainingVisits(Views):
     """The visits of one epoch: each image as often as its `repeats`, each visit with a view and a prompt.
 
-    What a visit draws depends on seed, epoch and its index alone, so not on workers, processes or a restart.
+    What a visit draws depends on seed, epoch and its index alone, so not on workers, processes or a
+    restart.
 
     Args:
         rows: the prepared train split.
         prompt_classes: class index of each prompt of the bank, (P,) int.
 
     Attributes:
-        views: how many augmented views there are of each image; its visits take them in turn. 0: each visit draws
-            one of its own.
+        views: how many augmented views there are of each image; its visits take them in turn. 0:
+            each visit draws one of its own.
     """
 
     def __init__(
@@ -207,7 +225,10 @@ class TrainingVisits(Views):
 
     def identity(self) -> dict[str, Any]:
         """With what the views are drawn by."""
-        return super().identity() | {"augmentation": self.augmentation.model_dump(mode="json"), "seed": self.seed}
+        return super().identity() | {
+            "augmentation": self.augmentation.model_dump(mode="json"),
+            "seed": self.seed,
+        }
 
     def __len__(self) -> int:
         return len(self.row_of_visit)
@@ -232,4 +253,6 @@ class TrainingVisits(Views):
 
 def tokenize(processor: CLIPProcessor, prompts: list[str]) -> BatchEncoding:
     """`input_ids` and `attention_mask`, each (P, L), padded to the longest prompt only."""
-    return processor.tokenizer(prompts, padding=True, truncation=True, max_length=77, return_tensors="pt")
+    return processor.tokenizer(
+        prompts, padding=True, truncation=True, max_length=77, return_tensors="pt"
+    )

@@ -109,24 +109,30 @@ class Splits(_Section):
     @classmethod
     def _share_or_count(cls, value: float) -> float:
         if value >= 1 and value != int(value):
-            raise ValueError(f"{value:g} is neither a share below 1 nor a whole number of images a class")
+            raise ValueError(
+                f"{value:g} is neither a share below 1 nor a whole number of images a class"
+            )
         return value
 
     @model_validator(mode="after")
     def _leave_something_to_train(self) -> Splits:
         shares = [share for share in (self.validation, self.calibration, self.test) if share < 1]
         if sum(shares) >= 1:
-            raise ValueError(f"the shares add up to {sum(shares):g}, which leaves nothing to train on; lower them")
+            raise ValueError(
+                f"the shares add up to {sum(shares):g}, which leaves nothing to train on; lower "
+                "them"
+            )
         return self
 
 
 class QualityFilter(_Section):
     """Which training images are suspected of a wrong label, and what becomes of them.
 
-    `linear_probe`: the out-of-fold probability of the own label, from a linear probe on the base's image_embeds, is
-    below `threshold` times the mean of the class. `zero_shot` (the article's): base CLIP's probability of the own
-    label is below `threshold`. `max_drop_share` caps what one class may lose: a class that the base model does not
-    know must not be deleted. `flag` drops nothing; either way the suspects are listed in RUN/review.csv.
+    `linear_probe`: the out-of-fold probability of the own label, from a linear probe on the base's
+    image_embeds, is below `threshold` times the mean of the class. `zero_shot` (the article's):
+    base CLIP's probability of the own label is below `threshold`. `max_drop_share` caps what one
+    class may lose: a class that the base model does not know must not be deleted. `flag` drops
+    nothing; either way the suspects are listed in RUN/review.csv.
     """
 
     mode: Literal["linear_probe", "zero_shot", "none"] = "linear_probe"
@@ -136,7 +142,10 @@ class QualityFilter(_Section):
 
 
 class Augmentation(_Section):
-    """A fresh draw at each visit of a training image. Angles in degrees, the rest as factors or probabilities."""
+    """A fresh draw at each visit of a training image.
+
+    Angles in degrees, the rest as factors or probabilities.
+    """
 
     crop_scale: tuple[Share, Share] = (0.75, 1.0)  # share of the area that is kept
     horizontal_flip: Share = 0.5
@@ -160,8 +169,9 @@ class Augmentation(_Section):
 class Stage(_Section):
     """One stage of training: which parameters train, for how long, how fast.
 
-    `train` holds shell patterns over the parameter names of `CLIPModel`; `last_visual_blocks` adds that many
-    transformer blocks from the end of the visual tower. `warmup` is a share of the stage's own steps.
+    `train` holds shell patterns over the parameter names of `CLIPModel`; `last_visual_blocks` adds
+    that many transformer blocks from the end of the visual tower. `warmup` is a share of the
+    stage's own steps.
     """
 
     name: Text
@@ -180,7 +190,8 @@ class Domain(_Section):
     description: Text
     base: Text  # a Hub id, or a folder relative to the domain file
     classes: dict[Text, list[Text]]
-    clusters: dict[Text, list[Text]] = {}  # none: all classes are one cluster; `data_prep.clusters` proposes some
+    # none: all classes are one cluster; `data_prep.clusters` proposes some
+    clusters: dict[Text, list[Text]] = {}
     stages: list[Stage] = Field(min_length=1)
     gates: dict[GatedMetric, float]  # the target of each gated metric of the scorecard
     source: Source = Source()
@@ -194,7 +205,8 @@ class Domain(_Section):
     training: dict[str, Any] = {}  # any field of StagedTrainingArguments
     selective_accuracy: float = Field(0.95, gt=0, lt=1)  # what the abstention threshold aims at
     answered_share: float | None = Field(None, gt=0, le=1)  # instead: the coverage that it aims at
-    conformal_coverage: float = Field(0.9, gt=0, lt=1)  # how often the prediction set should hold the label
+    # how often the prediction set should hold the label
+    conformal_coverage: float = Field(0.9, gt=0, lt=1)
 
     @field_validator("classes")
     @classmethod
@@ -204,7 +216,11 @@ class Domain(_Section):
     @model_validator(mode="before")
     @classmethod
     def _one_cluster_if_none(cls, raw: Any) -> Any:
-        if isinstance(raw, dict) and not raw.get("clusters") and isinstance(raw.get("classes"), dict):
+        if (
+            isinstance(raw, dict)
+            and not raw.get("clusters")
+            and isinstance(raw.get("classes"), dict)
+        ):
             return raw | {"clusters": {"all": list(raw["classes"])}}
         return raw
 
@@ -215,22 +231,28 @@ class Domain(_Section):
             for member in members:
                 if member not in self.classes:
                     raise ValueError(
-                        f"clusters.{cluster}: '{member}' is no class{_did_you_mean(member, self.classes)}"
+                        f"clusters.{cluster}: '{member}' is no "
+                        f"class{_did_you_mean(member, self.classes)}"
                     )
                 if member in homes:
                     raise ValueError(
-                        f"clusters: class '{member}' is in '{homes[member]}' and in '{cluster}'; keep it in one"
+                        f"clusters: class '{member}' is in '{homes[member]}' and in '{cluster}'; "
+                        "keep it in one"
                     )
                 homes[member] = cluster
         missing = [name for name in self.classes if name not in homes]
         if missing:
             raise ValueError(
-                f"clusters: {_quote(missing)} in no cluster; put it with the classes it is confused with, or alone"
+                f"clusters: {_quote(missing)} in no cluster; put it with the classes it is "
+                "confused with, or alone"
             )
-        if "hard_negative_pass_rate" in self.gates and all(len(members) < 2 for members in self.clusters.values()):
+        if "hard_negative_pass_rate" in self.gates and all(
+            len(members) < 2 for members in self.clusters.values()
+        ):
             raise ValueError(
-                "gates.hard_negative_pass_rate: no class shares its cluster with another, so nothing is a hard "
-                "negative; remove the gate, or put classes that are confused into one cluster"
+                "gates.hard_negative_pass_rate: no class shares its cluster with another, so "
+                "nothing is a hard negative; remove the gate, or put classes that are confused "
+                "into one cluster"
             )
         return self
 
@@ -239,13 +261,15 @@ class Domain(_Section):
         """Reads and checks a domain file.
 
         Args:
-            path: the YAML file, or the folder that holds it as `domain.yaml`. With `extends: OTHER.yaml` (relative to
-                the file) it takes all top-level keys from there that it does not give itself; one that it gives as
-                null takes the default.
-            overrides: top-level keys to replace, e.g. `base="…"`; those that are `None` are ignored.
+            path: the YAML file, or the folder that holds it as `domain.yaml`. With `extends:
+                OTHER.yaml` (relative to the file) it takes all top-level keys from there that it
+                does not give itself; one that it gives as null takes the default.
+            overrides: top-level keys to replace, e.g. `base="…"`; those that are `None` are
+                ignored.
 
         Raises:
-            DomainError: if the file is missing or wrong; lists every problem with key, value and remedy.
+            DomainError: if the file is missing or wrong; lists every problem with key, value and
+                remedy.
         """
         path = Path(path)
         path = path / "domain.yaml" if path.is_dir() else path
@@ -269,7 +293,8 @@ class Domain(_Section):
         """Writes the file in one piece."""
         unfinished = Path(f"{path}.tmp")
         unfinished.write_text(
-            yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True), "utf-8"
+            yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+            "utf-8",
         )
         unfinished.replace(path)
 
@@ -291,43 +316,63 @@ class Domain(_Section):
     @property
     def prompt_bank(self) -> tuple[list[str], list[int]]:
         """All prompts, and the class index of each."""
-        bank = [(prompt, index) for index, prompts in enumerate(self.classes.values()) for prompt in prompts]
+        bank = [
+            (prompt, index)
+            for index, prompts in enumerate(self.classes.values())
+            for prompt in prompts
+        ]
         return [prompt for prompt, _ in bank], [index for _, index in bank]
 
     @property
     def class_clusters(self) -> list[int]:
         """The cluster index of each class, in class order."""
-        homes = {name: index for index, members in enumerate(self.clusters.values()) for name in members}
+        homes = {
+            name: index for index, members in enumerate(self.clusters.values()) for name in members
+        }
         return [homes[name] for name in self.classes]
 
     @property
     def by_cluster(self) -> list[int]:
         """The class indices, those of one cluster side by side."""
-        return [self.class_names.index(name) for members in self.clusters.values() for name in members]
+        return [
+            self.class_names.index(name) for members in self.clusters.values() for name in members
+        ]
 
 
 def _read(path: Path) -> dict[str, Any]:
     """The keys of a domain file, not checked yet."""
     if not path.is_file():
-        raise DomainError(f"no domain file at '{path}'; expected a YAML file like domains/facades/domain.yaml")
+        raise DomainError(
+            f"no domain file at '{path}'; expected a YAML file like domains/facades/domain.yaml"
+        )
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    # PyYAML lets through what its constructors raise: for a 13th month, a list as a key, a thousand brackets.
+    # PyYAML lets through what its constructors raise: for a 13th month, a list as a key, a thousand
+    # brackets.
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DomainError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
-        raise DomainError(f"{path} holds a {type(raw).__name__}; expected keys such as name, base, classes")
+        raise DomainError(
+            f"{path} holds a {type(raw).__name__}; expected keys such as name, base, classes"
+        )
     return raw
 
 
 def _extend(path: Path, raw: dict[str, Any], extended: Path) -> dict[str, Any]:
     """The keys of `extended`, replaced by those of `raw`, which `path` holds."""
     if not extended.is_file():
-        raise DomainError(f"{path} extends '{extended}', which is no file; give a path relative to {path.name}")
+        raise DomainError(
+            f"{path} extends '{extended}', which is no file; give a path relative to {path.name}"
+        )
     basis = _read(extended)
     if "extends" in basis:
-        raise DomainError(f"{path} extends '{extended}', which extends another file itself; extend that one directly")
-    return {key: value for key, value in (basis | raw).items() if value is not None or key not in raw}
+        raise DomainError(
+            f"{path} extends '{extended}', which extends another file itself; extend that one "
+            "directly"
+        )
+    return {
+        key: value for key, value in (basis | raw).items() if value is not None or key not in raw
+    }
 
 
 def _checked_classes(classes: dict[str, list[str]]) -> dict[str, list[str]]:
@@ -337,20 +382,30 @@ def _checked_classes(classes: dict[str, list[str]]) -> dict[str, list[str]]:
     owners: dict[str, str] = {}
     for name, prompts in classes.items():
         if not prompts:
-            raise ValueError(f"class '{name}' has no prompt; give it at least one, the canonical one first")
+            raise ValueError(
+                f"class '{name}' has no prompt; give it at least one, the canonical one first"
+            )
         for prompt in prompts:
             if owners.setdefault(prompt, name) != name:
-                raise ValueError(f"prompt '{prompt}' is in both '{owners[prompt]}' and '{name}'; reword one")
+                raise ValueError(
+                    f"prompt '{prompt}' is in both '{owners[prompt]}' and '{name}'; reword one"
+                )
     folded: dict[str, str] = {}
     for name in classes:
         if folded.setdefault(class_key(name), name) != name:
-            raise ValueError(f"duplicate class: '{folded[class_key(name)]}' and '{name}'; remove one")
+            raise ValueError(
+                f"duplicate class: '{folded[class_key(name)]}' and '{name}'; remove one"
+            )
     return classes
 
 
 def class_key(name: str) -> str:
     """What names of one class have in common: case, accents in either form, and "_", "-" or a space between words."""
-    return re.sub(r"[\s_]+|(?<=\w)-+(?=\w)", " ", unicodedata.normalize("NFC", name)).strip().casefold()
+    return (
+        re.sub(r"[\s_]+|(?<=\w)-+(?=\w)", " ", unicodedata.normalize("NFC", name))
+        .strip()
+        .casefold()
+    )
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -362,7 +417,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=deep)
             if key in seen:
                 raise yaml.MarkedYAMLError(
-                    problem=f"duplicate key '{key}'; remove or rename one", problem_mark=key_node.start_mark
+                    problem=f"duplicate key '{key}'; remove or rename one",
+                    problem_mark=key_node.start_mark,
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
@@ -384,7 +440,9 @@ def _explain(problem: ErrorDetails) -> str:
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        section = _SECTION_OF_KEY.get(".".join(location[:-1]), _SECTION_OF_KEY.get(location[0], Domain))
+        section = _SECTION_OF_KEY.get(
+            ".".join(location[:-1]), _SECTION_OF_KEY.get(location[0], Domain)
+        )
         return f"unknown key '{key}'{_did_you_mean(location[-1], section.model_fields)}"
     if problem["type"] == "missing":
         return f"missing key '{key}'; add it (domains/facades/domain.yaml shows all keys)"
@@ -401,7 +459,11 @@ def _explain(problem: ErrorDetails) -> str:
 
 def _did_you_mean(word: str, candidates: Any) -> str:
     close = difflib.get_close_matches(word, list(candidates), n=1)
-    return f"; did you mean '{close[0]}'?" if close else f"; expected one of {_quote(list(candidates))}"
+    return (
+        f"; did you mean '{close[0]}'?"
+        if close
+        else f"; expected one of {_quote(list(candidates))}"
+    )
 
 
 def _quote(words: list[str]) -> str:

@@ -1,8 +1,8 @@
 """What the frozen part of the visual tower makes of each view, encoded once and read at every visit.
 
-It lies in shards of Arrow, memory-mapped, in float16 by default. A shard's name says what it depends on: weights
-before the cut, transforms, seed, views, stored images. So a stale one is never read, an interrupted encoding goes on
-where it was, and several processes share the work.
+It lies in shards of Arrow, memory-mapped, in float16 by default. A shard's name says what it
+depends on: weights before the cut, transforms, seed, views, stored images. So a stale one is never
+read, an interrupted encoding goes on where it was, and several processes share the work.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ class Features:
 
     def __init__(self, encoded: datasets.Dataset, rows: int, shape: tuple[int, ...]):
         chunks = encoded.data.column("states").chunks
-        self._parts = [chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, *shape) for chunk in chunks]
+        self._parts = [
+            chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, *shape) for chunk in chunks
+        ]
         self._starts = np.cumsum([0, *map(len, self._parts)])
         self._rows = rows
 
@@ -61,7 +63,8 @@ def encode_views(
         autocast: of the arithmetic.
 
     Returns:
-        features(row, view) of every row of `views.rows` and every view below `count`; None if there are no cuts.
+        features(row, view) of every row of `views.rows` and every view below `count`; None if there
+        are no cuts.
 
     Raises:
         OSError: if there is no room for them on the disk; nothing has been written then.
@@ -94,7 +97,16 @@ def encode_views(
 class _Encode:
     """A shard of places (row, view) -> their states at `cut`."""
 
-    def __init__(self, tower, views, before: Features | None, start: int, cut: int, dtype: str, autocast: torch.dtype):
+    def __init__(
+        self,
+        tower,
+        views,
+        before: Features | None,
+        start: int,
+        cut: int,
+        dtype: str,
+        autocast: torch.dtype,
+    ):
         self.tower, self.views, self.before = tower, views, before
         self.start, self.cut = start, cut
         self.dtype, self.autocast = DTYPES[dtype], autocast
@@ -111,8 +123,8 @@ class _Encode:
         joined = np.concatenate(states).reshape(len(places), -1)
         if not np.isfinite(joined).all():
             raise FloatingPointError(
-                f"the visual tower's states are not finite in {np.dtype(self.dtype)}; train with --feature_dtype "
-                "float32, or with --cached_views 0"
+                f"the visual tower's states are not finite in {np.dtype(self.dtype)}; train with "
+                "--feature_dtype float32, or with --cached_views 0"
             )
         column = pa.FixedSizeListArray.from_arrays(pa.array(joined.ravel()), joined.shape[1])
         return datasets.Dataset(pa.table({"states": column}))

@@ -17,10 +17,13 @@ from nicheclip.results import read_json, write_json
 from nicheclip.zero_shot import encode_texts, load_clip
 
 
-def save_published_model(run: Path, folder: Path, domain: Domain, calibration: dict[str, Any]) -> None:
+def save_published_model(
+    run: Path, folder: Path, domain: Domain, calibration: dict[str, Any]
+) -> None:
     """Writes model, processor, nicheclip.json and prototypes.safetensors (the prompt bank as well) into `folder`.
 
-    softmax(logits / T) is what the published model's own softmax gives: log T is taken off its logit_scale.
+    softmax(logits / T) is what the published model's own softmax gives: log T is taken off its
+    logit_scale.
     """
     model, processor = load_clip(run / "model")
     with torch.no_grad():
@@ -29,8 +32,10 @@ def save_published_model(run: Path, folder: Path, domain: Domain, calibration: d
     processor.save_pretrained(folder)
     prompts, prompt_classes = domain.prompt_bank
     embeds = {
-        "prototypes": encode_texts(model, processor, domain.canonical_prompts).cpu().contiguous(),  # (C, D)
-        "prompt_embeds": encode_texts(model, processor, prompts).cpu().contiguous(),  # (P, D), by class in file order
+        # (C, D)
+        "prototypes": encode_texts(model, processor, domain.canonical_prompts).cpu().contiguous(),
+        # (P, D), by class in file order
+        "prompt_embeds": encode_texts(model, processor, prompts).cpu().contiguous(),
         "prompt_classes": torch.tensor(prompt_classes),  # (P,)
     }
     save_file(embeds | load_file(run / SHAPE_FILE), folder / PROTOTYPES_FILE)
@@ -73,7 +78,8 @@ def push(
 ) -> str:
     """Makes a repository's content that of the folder, in one commit, and gives the address of the commit.
 
-    Large files that the Hub has already, of an earlier push or of one that was interrupted, are not uploaded again.
+    Large files that the Hub has already, of an earlier push or of one that was interrupted, are not
+    uploaded again.
 
     Args:
         record: a JSON file that remembers the last commit that was pushed to each repository.
@@ -89,28 +95,32 @@ def push(
     try:
         try:
             sdk = "gradio" if repo_type == "space" else None
-            repo_id = api.create_repo(repo_id, private=private, repo_type=repo_type, space_sdk=sdk).repo_id
+            repo_id = api.create_repo(
+                repo_id, private=private, repo_type=repo_type, space_sdk=sdk
+            ).repo_id
         except HfHubHTTPError as error:
             if error.response.status_code != 409:
                 raise
             repo_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
         head = api.repo_info(repo_id, repo_type=repo_type)
-        there = {file.rfilename for file in head.siblings or ()} - KEPT  # type: ignore[union-attr]  # it is no kernel
+        # it is no kernel
+        there = {file.rfilename for file in head.siblings or ()} - KEPT  # type: ignore[union-attr]
         if private and not head.private:
             raise ValueError(
-                f"'{repo_id}' is a public repository; say --public to publish there, or make it private first"
+                f"'{repo_id}' is a public repository; say --public to publish there, or make it "
+                "private first"
             )
         name = f"{repo_type}:{repo_id}"
         if there and pushed.get(name) != head.sha and not overwrite:
             last = api.list_repo_commits(repo_id, repo_type=repo_type)[0]
             raise FileExistsError(
-                f"the last commit of '{repo_id}', “{last.title}” by {', '.join(last.authors) or 'unknown'} of "
-                f"{last.created_at:%Y-%m-%d %H:%M}, was not pushed from here; look at it, then replace it with "
-                "--overwrite"
+                f"the last commit of '{repo_id}', “{last.title}” by "
+                f"{', '.join(last.authors) or 'unknown'} of {last.created_at:%Y-%m-%d %H:%M}, was "
+                "not pushed from here; look at it, then replace it with --overwrite"
             )
         files = files_of(folder)
-        # Not upload_folder: where Xet is installed it repeats and splits commits that fail, so half a model can be
-        # public.
+        # Not upload_folder: where Xet is installed it repeats and splits commits that fail, so half
+        # a model can be public.
         added = [CommitOperationAdd(file, path) for file, path in files.items()]
         removed = [CommitOperationDelete(file) for file in sorted(there - files.keys())]
         commit = api.create_commit(
@@ -122,9 +132,12 @@ def push(
         )
     except HFValidationError as error:
         raise ValueError(f"'{repo_id}' is no name of a repository: {error}") from error
-    except (HTTPError, RuntimeError) as error:  # the client raises RuntimeError for a file that it could not upload
+    # the client raises RuntimeError for a file that it could not upload
+    except (HTTPError, RuntimeError) as error:
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
-        remedy = REMEDIES.get(status, "try again; a push is one commit, so nothing is half-published")
+        remedy = REMEDIES.get(
+            status, "try again; a push is one commit, so nothing is half-published"
+        )
         raise OSError(f"the Hub did not take '{repo_id}': {error}; {remedy}") from error
     write_json(record, pushed | {name: commit.oid})
     return commit.commit_url
@@ -132,4 +145,8 @@ def push(
 
 def files_of(folder: Path) -> dict[str, Path]:
     """The files of a folder by their name in a repository."""
-    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

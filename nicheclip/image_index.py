@@ -41,7 +41,11 @@ class Found:
 
 
 def write_index(
-    classifier: NicheClassifier, splits: DatasetDict, names: Sequence[str], path: Path, title: str = "index"
+    classifier: NicheClassifier,
+    splits: DatasetDict,
+    names: Sequence[str],
+    path: Path,
+    title: str = "index",
 ) -> int:
     """Writes the images of some splits, shrunk, with label, attribution and image_embeds; gives their number.
 
@@ -53,7 +57,9 @@ def write_index(
     """
     for name in names:
         if name not in splits:
-            raise ValueError(f"there is no split '{name}' to index; expected some of {', '.join(splits)}")
+            raise ValueError(
+                f"there is no split '{name}' to index; expected some of {', '.join(splits)}"
+            )
 
     def rows() -> Iterator[dict[str, Any]]:
         with tqdm(total=sum(len(splits[name]) for name in names), desc=title, unit="image") as bar:
@@ -73,7 +79,11 @@ def write_index(
                     bar.update(len(batch["image"]))
 
     text = ("label", "split", "source_id", "attribution")
-    columns = {"image": Image(), **{name: Value("string") for name in text}, "image_embeds": List(Value("float32"))}
+    columns = {
+        "image": Image(),
+        **{name: Value("string") for name in text},
+        "image_embeds": List(Value("float32")),
+    }
     with quiet_datasets():
         written = Dataset.from_list(list(rows()), features=Features(columns))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +111,8 @@ class ImageIndex:
             import faiss
         except ImportError as error:
             raise ImportError(
-                f"'{path}' needs FAISS, which is not installed; run `pip install 'nicheclip[search]'`"
+                f"'{path}' needs FAISS, which is not installed; run `pip install "
+                "'nicheclip[search]'`"
             ) from error
 
         with quiet_datasets():
@@ -113,9 +124,14 @@ class ImageIndex:
 
     def nearest(self, embeds: np.ndarray, count: int) -> list[list[Found]]:
         """The `count` images most alike, for each of the unit-length image_embeds or text_embeds (Q, D)."""
-        results = self.rows.search_batch("image_embeds", np.asarray(embeds, dtype=np.float32), k=min(count, len(self)))
+        results = self.rows.search_batch(
+            "image_embeds", np.asarray(embeds, dtype=np.float32), k=min(count, len(self))
+        )
         return [
-            [self._found(int(index), float(cosine)) for index, cosine in zip(indices, cosines, strict=True)]
+            [
+                self._found(int(index), float(cosine))
+                for index, cosine in zip(indices, cosines, strict=True)
+            ]
             for indices, cosines in zip(results.total_indices, results.total_scores, strict=True)
         ]
 

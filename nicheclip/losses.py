@@ -9,38 +9,53 @@ from torch import distributed
 from torch.nn.functional import cross_entropy
 
 
-def _symmetric(logits_per_image: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+def _symmetric(
+    logits_per_image: torch.Tensor, targets: torch.Tensor, label_smoothing: float
+) -> torch.Tensor:
     image_loss = cross_entropy(logits_per_image, targets, label_smoothing=label_smoothing)
     text_loss = cross_entropy(logits_per_image.T, targets.T, label_smoothing=label_smoothing)
     return (image_loss + text_loss) / 2
 
 
-def info_nce(logits_per_image: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+def info_nce(
+    logits_per_image: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0
+) -> torch.Tensor:
     """CLIP's own loss (Radford et al. 2021, arXiv:2103.00020): each image against its own prompt only.
 
-    Other pairs of the same class count as negatives (false negatives), so the loss has a floor well above 0.
+    Other pairs of the same class count as negatives (false negatives), so the loss has a floor well
+    above 0.
 
     Args:
-        logits_per_image: (B, B) scaled cosines, row i column j is image i with the prompt drawn for image j.
+        logits_per_image: (B, B) scaled cosines, row i column j is image i with the prompt drawn for
+            image j.
         labels: (B,) class indices; only their number is used.
     """
-    return _symmetric(logits_per_image, torch.eye(len(labels), device=logits_per_image.device), label_smoothing)
+    return _symmetric(
+        logits_per_image, torch.eye(len(labels), device=logits_per_image.device), label_smoothing
+    )
 
 
-def multi_positive(logits_per_image: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+def multi_positive(
+    logits_per_image: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0
+) -> torch.Tensor:
     """All same-class pairs of the batch are positives and share the target (Khosla et al. 2020, arXiv:2004.11362).
 
     Args: as `info_nce`.
     """
     same_class = (labels[:, None] == labels[None, :]).float()  # (B, B), symmetric
-    return _symmetric(logits_per_image, same_class / same_class.sum(dim=1, keepdim=True), label_smoothing)
+    return _symmetric(
+        logits_per_image, same_class / same_class.sum(dim=1, keepdim=True), label_smoothing
+    )
 
 
-def class_prompts(logits_per_image: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+def class_prompts(
+    logits_per_image: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0
+) -> torch.Tensor:
     """Cross-entropy of each image over one prompt of every class: the zero-shot classifier, trained end to end.
 
-    Goyal et al. 2023 ("Finetune like you pretrain", FLYP, arXiv:2212.00638) compare it with their own way, which is to
-    keep the contrastive loss of pretraining. No image depends on another here, so processes need not `gather`.
+    Goyal et al. 2023 ("Finetune like you pretrain", FLYP, arXiv:2212.00638) compare it with their
+    own way, which is to keep the contrastive loss of pretraining. No image depends on another here,
+    so processes need not `gather`.
 
     Args:
         logits_per_image: (B, C) scaled cosines, column c is a prompt of class c.
@@ -55,8 +70,9 @@ LOSSES = {"multi_positive": multi_positive, "info_nce": info_nce, "class_prompts
 def loss_floor(labels: np.ndarray, loss: str, label_smoothing: float, num_classes: int) -> float:
     """The lowest value, in nats, that a loss can reach on a batch if the prompts of a class can't be told apart.
 
-    It is the entropy of the smoothed targets, spread evenly within each class. The pair losses share it: they put the
-    same mass on a class and differ only in how they spread it within, which tied prompts can't follow.
+    It is the entropy of the smoothed targets, spread evenly within each class. The pair losses
+    share it: they put the same mass on a class and differ only in how they spread it within, which
+    tied prompts can't follow.
 
     Args:
         labels: (B,) class indices of the batch, over all processes.
@@ -71,7 +87,9 @@ def loss_floor(labels: np.ndarray, loss: str, label_smoothing: float, num_classe
     _, class_of, counts = np.unique(labels, return_inverse=True, return_counts=True)
     alike = counts[class_of]  # (B,) images of the same class, itself included
     others = label_smoothing / size * (size - alike)  # (B,) target of the other classes together
-    return float(np.mean(-xlogy(1 - others, (1 - others) / alike) - xlogy(others, label_smoothing / size)))
+    return float(
+        np.mean(-xlogy(1 - others, (1 - others) / alike) - xlogy(others, label_smoothing / size))
+    )
 
 
 class _Gather(torch.autograd.Function):
@@ -85,20 +103,28 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
-        return grad.chunk(distributed.get_world_size())[distributed.get_rank()] * distributed.get_world_size()
+        return (
+            grad.chunk(distributed.get_world_size())[distributed.get_rank()]
+            * distributed.get_world_size()
+        )
 
 
 def gather(embeds: torch.Tensor) -> torch.Tensor:
     """The embeddings of all processes, (B, D) -> (W * B, D) in rank order, with gradient; unchanged in a single one.
 
-    Made for a loss that each process computes alike on the joint batch, under DistributedDataParallel, which averages
-    the gradients over the W processes: each process passes W times the gradient of its own rows on, so that the
-    average is the gradient of the joint batch. Parameters used after the gathering, such as logit_scale, get that
-    gradient in every process already, and averaging keeps it.
+    Made for a loss that each process computes alike on the joint batch, under
+    DistributedDataParallel, which averages the gradients over the W processes: each process passes
+    W times the gradient of its own rows on, so that the average is the gradient of the joint batch.
+    Parameters used after the gathering, such as logit_scale, get that gradient in every process
+    already, and averaging keeps it.
 
     Args:
-        embeds: of this process; all processes hold equally many. (B,) labels can be gathered too, without gradient.
+        embeds: of this process; all processes hold equally many. (B,) labels can be gathered too,
+            without gradient.
     """
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+    if (
+        not (distributed.is_available() and distributed.is_initialized())
+        or distributed.get_world_size() == 1
+    ):
         return embeds
     return _Gather.apply(embeds.contiguous())

@@ -1,7 +1,8 @@
 """What the scorecard measures: pure functions, and `evaluate.Metric` subclasses over them.
 
-The metrics subclass `evaluate.Metric` here because `evaluate.load(name)` would fetch a script from the Hub.
-Definitions follow the recipe in the article that NicheCLIP grew from, unless a docstring names another source.
+The metrics subclass `evaluate.Metric` here because `evaluate.load(name)` would fetch a script from
+the Hub. Definitions follow the recipe in the article that NicheCLIP grew from, unless a docstring
+names another source.
 """
 
 from __future__ import annotations
@@ -22,17 +23,24 @@ def correct(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def top_k_correct(probabilities: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
-    """Whether the label is among the k most probable classes; ties count against it. (N, C), (N,) -> (N,) bool."""
+    """Whether the label is among the k most probable classes.
+
+    Ties count against it. (N, C), (N,) -> (N,) bool.
+    """
     own = probabilities[np.arange(len(labels)), labels]
     return (probabilities >= own[:, None]).sum(axis=1) <= k
 
 
 def confusion_matrix(predicted: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
     """(N,) int, (N,) int -> (C, C) int, rows: labels, columns: predictions."""
-    return np.bincount(labels * num_classes + predicted, minlength=num_classes**2).reshape(num_classes, num_classes)
+    return np.bincount(labels * num_classes + predicted, minlength=num_classes**2).reshape(
+        num_classes, num_classes
+    )
 
 
-def class_scores(predicted: np.ndarray, labels: np.ndarray, num_classes: int) -> tuple[np.ndarray, ...]:
+def class_scores(
+    predicted: np.ndarray, labels: np.ndarray, num_classes: int
+) -> tuple[np.ndarray, ...]:
     """Precision, recall and F1 of each class, (C,) float each.
 
     NaN where there is nothing to judge: no prediction, no image, neither of them.
@@ -44,7 +52,10 @@ def class_scores(predicted: np.ndarray, labels: np.ndarray, num_classes: int) ->
 
 
 def macro_f1(predicted: np.ndarray, labels: np.ndarray, num_classes: int) -> float:
-    """Unweighted mean of the classes' F1, over classes that occur or are predicted. (N,) int, (N,) int."""
+    """Unweighted mean of the classes' F1, over classes that occur or are predicted.
+
+    (N,) int, (N,) int.
+    """
     return float(np.nanmean(class_scores(predicted, labels, num_classes)[2]))
 
 
@@ -61,10 +72,12 @@ def reliability(
     Args:
         confidence: (N,) float, the highest probability of each image.
         right: (N,) bool.
-        equal_mass: bins that hold equally many images (Nixon et al. 2019, arXiv:1904.01685), not equally wide ones.
+        equal_mass: bins that hold equally many images (Nixon et al. 2019, arXiv:1904.01685), not
+            equally wide ones.
 
     Returns:
-        mean confidence, accuracy and count of each bin, each (n_bins,); the first two are 0 where a bin is empty.
+        mean confidence, accuracy and count of each bin, each (n_bins,); the first two are 0 where a
+        bin is empty.
     """
     return _binned(confidence, right, _bins(confidence, n_bins, equal_mass), n_bins)
 
@@ -72,22 +85,30 @@ def reliability(
 def expected_calibration_error(
     confidence: np.ndarray, right: np.ndarray, n_bins: int = N_BINS, equal_mass: bool = False
 ) -> float:
-    """Mean distance between confidence and accuracy over bins, in [0, 1]; lower is better. Args: as `reliability`."""
+    """Mean distance between confidence and accuracy over bins, in [0, 1].
+
+    Lower is better. Args: as `reliability`.
+    """
     return _ece(*reliability(confidence, right, n_bins, equal_mass))
 
 
-def ece_of_perfect(confidence: np.ndarray, n_bins: int = N_BINS, draws: int = 1000, seed: int = 0) -> np.ndarray:
+def ece_of_perfect(
+    confidence: np.ndarray, n_bins: int = N_BINS, draws: int = 1000, seed: int = 0
+) -> np.ndarray:
     """The ECE that a perfectly calibrated model shows by chance: (draws,), equal-width bins.
 
-    Its answers are right as often as its confidence says; each draw decides anew which (consistency resampling,
-    Bröcker and Smith 2007, doi:10.1175/WAF993.1).
+    Its answers are right as often as its confidence says; each draw decides anew which (consistency
+    resampling, Bröcker and Smith 2007, doi:10.1175/WAF993.1).
 
     Args:
         confidence: (N,) of the model that is judged.
     """
     rng, bins = np.random.default_rng(seed), _bins(confidence, n_bins, equal_mass=False)
     return np.array(
-        [_ece(*_binned(confidence, rng.random(len(confidence)) < confidence, bins, n_bins)) for _ in range(draws)]
+        [
+            _ece(*_binned(confidence, rng.random(len(confidence)) < confidence, bins, n_bins))
+            for _ in range(draws)
+        ]
     )
 
 
@@ -99,7 +120,9 @@ def _bins(confidence: np.ndarray, n_bins: int, equal_mass: bool) -> np.ndarray:
     return np.minimum((confidence * n_bins).astype(int), n_bins - 1)
 
 
-def _binned(confidence: np.ndarray, right: np.ndarray, bins: np.ndarray, n_bins: int) -> tuple[np.ndarray, ...]:
+def _binned(
+    confidence: np.ndarray, right: np.ndarray, bins: np.ndarray, n_bins: int
+) -> tuple[np.ndarray, ...]:
     counts = np.bincount(bins, minlength=n_bins)
     filled = np.maximum(counts, 1)
     mean_confidence = np.bincount(bins, weights=confidence, minlength=n_bins) / filled
@@ -126,17 +149,25 @@ def aurc(confidence: np.ndarray, right: np.ndarray) -> float:
 
 
 def auroc(inside: np.ndarray, outside: np.ndarray) -> float:
-    """The chance that an in-domain image scores above one from outside; ties count half. (N,), (M,) float."""
+    """The chance that an in-domain image scores above one from outside.
+
+    Ties count half. (N,), (M,) float.
+    """
     ranks = rankdata(np.concatenate([inside, outside]))[: len(inside)].sum()
     return float((ranks - len(inside) * (len(inside) + 1) / 2) / (len(inside) * len(outside)))
 
 
 def fpr95(inside: np.ndarray, outside: np.ndarray) -> float:
-    """The share of outside images that are accepted where 95 % of in-domain images are; lower is better."""
+    """The share of outside images that are accepted where 95 % of in-domain images are.
+
+    Lower is better.
+    """
     return float((outside >= np.quantile(inside, 0.05, method="lower")).mean())
 
 
-def image_retrieval(image_embeds: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def image_retrieval(
+    image_embeds: np.ndarray, labels: np.ndarray, groups: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Each image as a query among the others, but for its own near-duplicates.
 
     Args:
@@ -145,14 +176,16 @@ def image_retrieval(image_embeds: np.ndarray, labels: np.ndarray, groups: np.nda
         groups: (N,) near-duplicate group of each image.
 
     Returns:
-        the rank of the first one found that has the label, from 1 (R@k is the share of ranks up to k), and the average
-        precision, (N,) float each; NaN where no other image has the label.
+        the rank of the first one found that has the label, from 1 (R@k is the share of ranks up to
+        k), and the average precision, (N,) float each; NaN where no other image has the label.
     """
     similarity = image_embeds @ image_embeds.T
     rank, precision = np.full(len(labels), np.nan), np.full(len(labels), np.nan)
     for query in range(len(labels)):
         others = np.flatnonzero(groups != groups[query])
-        found = labels[others[np.argsort(-similarity[query, others], kind="stable")]] == labels[query]
+        found = (
+            labels[others[np.argsort(-similarity[query, others], kind="stable")]] == labels[query]
+        )
         if found.any():
             rank[query] = found.argmax() + 1
             precision[query] = (np.cumsum(found) / np.arange(1, len(found) + 1))[found].mean()
@@ -160,7 +193,10 @@ def image_retrieval(image_embeds: np.ndarray, labels: np.ndarray, groups: np.nda
 
 
 def hard_negative_margin(
-    similarity: np.ndarray, prompt_classes: np.ndarray, labels: np.ndarray, class_clusters: np.ndarray
+    similarity: np.ndarray,
+    prompt_classes: np.ndarray,
+    labels: np.ndarray,
+    class_clusters: np.ndarray,
 ) -> np.ndarray:
     """Best cosine with the own class's prompts minus the best with those of the other classes in its cluster.
 
@@ -180,10 +216,13 @@ def hard_negative_margin(
     return np.where(np.isfinite(best_rival), best_own - best_rival, np.nan)
 
 
-def semantic_rank(similarity: np.ndarray, prompt_classes: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def semantic_rank(
+    similarity: np.ndarray, prompt_classes: np.ndarray, labels: np.ndarray
+) -> np.ndarray:
     """The best rank (from 1) of a prompt of the image's own class among all prompts; ties count against it.
 
-    Args: as `hard_negative_margin`. Returns: (N,) int. R@k is the share of ranks up to k, MRR the mean of 1/rank.
+    Args: as `hard_negative_margin`. Returns: (N,) int. R@k is the share of ranks up to k, MRR the
+        mean of 1/rank.
     """
     own = prompt_classes[None, :] == labels[:, None]
     best_own = np.where(own, similarity, -np.inf).max(axis=1, keepdims=True)
@@ -193,7 +232,8 @@ def semantic_rank(similarity: np.ndarray, prompt_classes: np.ndarray, labels: np
 class _Metric(evaluate.Metric):
     """A metric whose `compute(predictions=…, references=…)` calls `_compute` with arrays.
 
-    `predictions` are (N, ·) float, most often class probabilities; `references` are (N,) class indices.
+    `predictions` are (N, ·) float, most often class probabilities; `references` are (N,) class
+    indices.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -202,7 +242,10 @@ class _Metric(evaluate.Metric):
             citation="",
             inputs_description="predictions: (N, C) float; references: (N,) class indices",
             features=datasets.Features(
-                {"predictions": datasets.Sequence(datasets.Value("float32")), "references": datasets.Value("int64")}
+                {
+                    "predictions": datasets.Sequence(datasets.Value("float32")),
+                    "references": datasets.Value("int64"),
+                }
             ),
         )
 
@@ -221,13 +264,19 @@ class BalancedAccuracy(_Metric):
     """`balanced_accuracy`: unweighted mean of the classes' recall, in [0, 1]."""
 
     def _measure(self, probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        return {"balanced_accuracy": balanced_accuracy(probabilities.argmax(1), labels, probabilities.shape[1])}
+        return {
+            "balanced_accuracy": balanced_accuracy(
+                probabilities.argmax(1), labels, probabilities.shape[1]
+            )
+        }
 
 
 class TopK(_Metric):
     """`top_<k>_accuracy`: share of images whose label is among the k most probable classes, in [0, 1]."""
 
-    def _measure(self, probabilities: np.ndarray, labels: np.ndarray, k: int = 3) -> dict[str, float]:
+    def _measure(
+        self, probabilities: np.ndarray, labels: np.ndarray, k: int = 3
+    ) -> dict[str, float]:
         return {f"top_{k}_accuracy": float(top_k_correct(probabilities, labels, k).mean())}
 
 
@@ -243,17 +292,28 @@ class ClassScores(_Metric):
 
     def _measure(self, probabilities: np.ndarray, labels: np.ndarray) -> dict[str, list[float]]:
         scores = class_scores(probabilities.argmax(1), labels, probabilities.shape[1])
-        return dict(zip(("precision", "recall", "f1"), (each.tolist() for each in scores), strict=True))
+        return dict(
+            zip(("precision", "recall", "f1"), (each.tolist() for each in scores), strict=True)
+        )
 
 
 class ExpectedCalibrationError(_Metric):
-    """`ece`: mean distance of confidence and accuracy over bins (Guo et al. 2017), in [0, 1]; lower is better."""
+    """`ece`: mean distance of confidence and accuracy over bins (Guo et al.
+
+    2017), in [0, 1]; lower is better.
+    """
 
     def _measure(
-        self, probabilities: np.ndarray, labels: np.ndarray, n_bins: int = N_BINS, equal_mass: bool = False
+        self,
+        probabilities: np.ndarray,
+        labels: np.ndarray,
+        n_bins: int = N_BINS,
+        equal_mass: bool = False,
     ) -> dict[str, float]:
         right = correct(probabilities, labels)
-        return {"ece": expected_calibration_error(probabilities.max(axis=1), right, n_bins, equal_mass)}
+        return {
+            "ece": expected_calibration_error(probabilities.max(axis=1), right, n_bins, equal_mass)
+        }
 
 
 class NegativeLogLikelihood(_Metric):
@@ -264,7 +324,10 @@ class NegativeLogLikelihood(_Metric):
 
 
 class Brier(_Metric):
-    """`brier`: mean squared distance of the probabilities to the label, in [0, 2] (Brier 1950); lower is better."""
+    """`brier`: mean squared distance of the probabilities to the label, in [0, 2] (Brier 1950).
+
+    Lower is better.
+    """
 
     def _measure(self, probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         return {"brier": float(brier(probabilities, labels).mean())}
@@ -273,7 +336,8 @@ class Brier(_Metric):
 class RiskCoverage(_Metric):
     """`aurc`, in [0, 1], lower is better (Geifman et al. 2019); with a threshold, `coverage` and `selective_accuracy`.
 
-    Coverage is the share of images whose confidence reaches the threshold, the accuracy that of these.
+    Coverage is the share of images whose confidence reaches the threshold, the accuracy that of
+    these.
     """
 
     def _measure(
@@ -295,7 +359,11 @@ class HardNegatives(_Metric):
     """
 
     def _measure(
-        self, similarity: np.ndarray, labels: np.ndarray, prompt_classes: np.ndarray, class_clusters: np.ndarray
+        self,
+        similarity: np.ndarray,
+        labels: np.ndarray,
+        prompt_classes: np.ndarray,
+        class_clusters: np.ndarray,
     ) -> dict[str, float]:
         margin = hard_negative_margin(similarity, prompt_classes, labels, class_clusters)
         margin = margin[np.isfinite(margin)]
@@ -306,11 +374,18 @@ class HardNegatives(_Metric):
 
 
 class SemanticRetrieval(_Metric):
-    """`recall_at_1`, `_3`, `_5` and `mrr`, in [0, 1], of cosines (N, P) with all prompts; takes prompt_classes."""
+    """`recall_at_1`, `_3`, `_5` and `mrr`, in [0, 1], of cosines (N, P) with all prompts.
 
-    def _measure(self, similarity: np.ndarray, labels: np.ndarray, prompt_classes: np.ndarray) -> dict[str, float]:
+    Takes prompt_classes.
+    """
+
+    def _measure(
+        self, similarity: np.ndarray, labels: np.ndarray, prompt_classes: np.ndarray
+    ) -> dict[str, float]:
         rank = semantic_rank(similarity, prompt_classes, labels)
-        return {f"recall_at_{k}": float((rank <= k).mean()) for k in (1, 3, 5)} | {"mrr": float((1 / rank).mean())}
+        return {f"recall_at_{k}": float((rank <= k).mean()) for k in (1, 3, 5)} | {
+            "mrr": float((1 / rank).mean())
+        }
 
 
 class ImageRetrieval(_Metric):
@@ -319,10 +394,14 @@ class ImageRetrieval(_Metric):
     Takes groups (N,) as well, see the function.
     """
 
-    def _measure(self, image_embeds: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> dict[str, float]:
+    def _measure(
+        self, image_embeds: np.ndarray, labels: np.ndarray, groups: np.ndarray
+    ) -> dict[str, float]:
         rank, precision = image_retrieval(image_embeds, labels, groups)
         rank = rank[np.isfinite(rank)]
-        return {f"recall_at_{k}": float((rank <= k).mean()) for k in (1, 5)} | {"map": float(np.nanmean(precision))}
+        return {f"recall_at_{k}": float((rank <= k).mean()) for k in (1, 5)} | {
+            "map": float(np.nanmean(precision))
+        }
 
 
 class PredictionSets(_Metric):
@@ -335,6 +414,8 @@ class PredictionSets(_Metric):
         covered = sets[np.arange(len(labels)), labels] > 0
         return {
             "coverage": float(covered.mean()),
-            "worst_class_coverage": float(min(covered[labels == label].mean() for label in np.unique(labels))),
+            "worst_class_coverage": float(
+                min(covered[labels == label].mean() for label in np.unique(labels))
+            ),
             "mean_size": float((sets > 0).sum(axis=1).mean()),
         }

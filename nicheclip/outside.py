@@ -29,6 +29,11 @@ def outside_accuracy(
         canonical_prompts: one of each class (C,).
         progress: whether to show a progress bar.
     """
-    image_embeds = encode_images(model, processor, images, len(labels), description="outside", progress=progress)
-    logits = zero_shot_logits(model, image_embeds, encode_texts(model, processor, canonical_prompts))  # (N, C)
+    image_embeds = encode_images(
+        model, processor, images, len(labels), description="outside", progress=progress
+    )
+    # (N, C)
+    logits = zero_shot_logits(
+        model, image_embeds, encode_texts(model, processor, canonical_prompts)
+    )
     return proportion(correct(logits, labels), np.arange(len(labels)), "outside")

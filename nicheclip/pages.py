@@ -59,6 +59,8 @@ class Thumbnails:
         scale = min(1, SHORT_SIDE / min(image.size), LONG_SIDE / max(image.size))
         size = [max(1, round(side * scale)) for side in image.size]
         encoded = io.BytesIO()
-        image.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(encoded, "JPEG", quality=JPEG_QUALITY)
+        image.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(
+            encoded, "JPEG", quality=JPEG_QUALITY
+        )
         uri = f"data:image/jpeg;base64,{base64.b64encode(encoded.getvalue()).decode()}"
         return self.distinct.setdefault(uri, Thumbnail(len(self.distinct), uri, *size))

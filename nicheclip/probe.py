@@ -28,12 +28,16 @@ class Probe:
         """(N, D) -> (N, C); a class that it has never seen gets none worth speaking of."""
         logits = np.full((len(image_embeds), self.num_classes), -1e3)
         scores = self.fitted.decision_function(image_embeds)
-        logits[:, self.fitted.classes_] = scores if scores.ndim == 2 else np.stack([-scores, scores], axis=1) / 2
+        logits[:, self.fitted.classes_] = (
+            scores if scores.ndim == 2 else np.stack([-scores, scores], axis=1) / 2
+        )
         return logits
 
 
 def fit_probe(
-    train: tuple[np.ndarray, np.ndarray], validation: tuple[np.ndarray, np.ndarray], num_classes: int
+    train: tuple[np.ndarray, np.ndarray],
+    validation: tuple[np.ndarray, np.ndarray],
+    num_classes: int,
 ) -> Probe:
     """Logistic regression whose strength and class weights are those that are best on validation, ties by the NLL.
 
@@ -41,10 +45,15 @@ def fit_probe(
     """
     tried = []
     with threadpool_limits(1), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # a probe that is nearly converged is as good here
+        # a probe that is nearly converged is as good here
+        warnings.simplefilter("ignore", ConvergenceWarning)
         for strength, class_weight in product(STRENGTHS, (None, "balanced")):
-            fitted = LogisticRegression(C=strength, class_weight=class_weight, tol=1e-3, max_iter=1000)
+            fitted = LogisticRegression(
+                C=strength, class_weight=class_weight, tol=1e-3, max_iter=1000
+            )
             probe = Probe(fitted.fit(*train), num_classes)
             logits = probe.logits(validation[0])
-            tried.append((correct(logits, validation[1]).mean(), -nll(logits, validation[1]), probe))
+            tried.append(
+                (correct(logits, validation[1]).mean(), -nll(logits, validation[1]), probe)
+            )
     return max(tried, key=lambda entry: entry[:2])[2]

@@ -74,9 +74,10 @@ LOWER_IS_BETTER = frozenset(
 class Measure:
     """One metric on one split.
 
-    `low` and `high` bound the 95 % interval, `n` counts what was averaged over. `base` is the same metric of the base
-    model's zero-shot classifier on the same images, `probe` that of a linear probe on the base's image_embeds, and
-    `difference` the metric minus the base's, with the interval of the paired difference.
+    `low` and `high` bound the 95 % interval, `n` counts what was averaged over. `base` is the same
+    metric of the base model's zero-shot classifier on the same images, `probe` that of a linear
+    probe on the base's image_embeds, and `difference` the metric minus the base's, with the
+    interval of the paired difference.
     """
 
     value: float
@@ -96,7 +97,12 @@ class Measure:
     def from_dict(cls, fields: dict[str, Any]) -> Measure:
         """The other way."""
         return cls(
-            **fields | {name: cls.from_dict(value) for name, value in fields.items() if isinstance(value, dict)}
+            **fields
+            | {
+                name: cls.from_dict(value)
+                for name, value in fields.items()
+                if isinstance(value, dict)
+            }
         )
 
     def __str__(self) -> str:
@@ -114,13 +120,16 @@ def _without_none(fields: dict[str, Any]) -> dict[str, Any]:
 def proportion(hits: np.ndarray, groups: np.ndarray, split: str) -> Measure:
     """The share of hits (N,) bool, with Wilson's interval, which does not collapse at 0 or 1.
 
-    Where near-duplicates share a group (N,), the images are not independent and the groups are resampled instead.
+    Where near-duplicates share a group (N,), the images are not independent and the groups are
+    resampled instead.
     """
     if len(np.unique(groups)) < len(groups):
         return bootstrap(lambda chosen: float(hits[chosen].mean()), groups, split)
     test = binomtest(int(hits.sum()), len(hits))
     interval = test.proportion_ci(confidence_level=0.95, method="wilson")
-    return Measure(float(test.statistic), float(interval.low), float(interval.high), len(hits), split)
+    return Measure(
+        float(test.statistic), float(interval.low), float(interval.high), len(hits), split
+    )
 
 
 def bootstrap(
@@ -129,10 +138,12 @@ def bootstrap(
     """A statistic with its percentile bootstrap interval, resampling whole groups of near-duplicates.
 
     Args:
-        statistic: takes the indices of the chosen images (M,) int, gives the value; NaN where they allow none.
+        statistic: takes the indices of the chosen images (M,) int, gives the value; NaN where they
+            allow none.
         groups: the group of each image (N,), any comparable type.
-        biased: of a statistic that grows with noise, as the ECE does, resamples lie above the value, of a minimum
-            below it; the basic bootstrap (the percentiles mirrored at the value, cut off at 0 and 1) takes that off.
+        biased: of a statistic that grows with noise, as the ECE does, resamples lie above the
+            value, of a minimum below it; the basic bootstrap (the percentiles mirrored at the
+            value, cut off at 0 and 1) takes that off.
     """
     values = [statistic(chosen) for chosen in resample_groups(groups)]
     value = float(statistic(np.arange(len(groups))))
@@ -142,9 +153,16 @@ def bootstrap(
     return Measure(value, float(low), float(high), len(groups), split)
 
 
-def resample_groups(groups: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> list[np.ndarray]:
-    """Indices of the images in each resample of whole groups (N,), `resamples` arrays; the same groups, the same."""
-    return _resampled(np.unique(groups, return_inverse=True)[1].astype(np.int64).tobytes(), resamples, seed)
+def resample_groups(
+    groups: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
+) -> list[np.ndarray]:
+    """Indices of the images in each resample of whole groups (N,), `resamples` arrays.
+
+    The same groups, the same.
+    """
+    return _resampled(
+        np.unique(groups, return_inverse=True)[1].astype(np.int64).tobytes(), resamples, seed
+    )
 
 
 @lru_cache(maxsize=16)
@@ -161,8 +179,8 @@ def _resampled(group_of_image: bytes, resamples: int, seed: int) -> list[np.ndar
 def detectable_difference(n: int, accuracy: float = 0.8) -> float:
     """The smallest difference in accuracy that `n` images each show with 80 % power at the 5 % level.
 
-    Of two models of about that `accuracy`, by the normal approximation for unpaired proportions, which is cautious: on
-    the same images the models mostly agree.
+    Of two models of about that `accuracy`, by the normal approximation for unpaired proportions,
+    which is cautious: on the same images the models mostly agree.
     """
     return float((norm.ppf(0.975) + norm.ppf(0.8)) * np.sqrt(2 * accuracy * (1 - accuracy) / n))
 
@@ -171,8 +189,8 @@ def detectable_difference(n: int, accuracy: float = 0.8) -> float:
 class Verdict:
     """`verdict` is pass, fail, or undecided: the interval holds the target.
 
-    `more` is about how many more images would decide it if the value stays as it is; None if it is decided, or lies on
-    the target itself, where no number would.
+    `more` is about how many more images would decide it if the value stays as it is; None if it is
+    decided, or lies on the target itself, where no number would.
     """
 
     target: str
@@ -204,7 +222,9 @@ def write_json(path: str | Path, content: Any) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.write_text(
+        json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+    )
     temporary.replace(path)
 
 
@@ -238,7 +258,10 @@ def read_json(path: str | Path, remedy: str, keys: Sequence[str] = ()) -> Any:
     except ValueError as error:
         raise ValueError(f"'{path}' is damaged, not valid JSON ({error}); {remedy}") from error
     if missing := [key for key in keys if key not in content]:
-        raise ValueError(f"'{path}' has no '{missing[0]}', so it is another version's or another program's; {remedy}")
+        raise ValueError(
+            f"'{path}' has no '{missing[0]}', so it is another version's or another program's; "
+            f"{remedy}"
+        )
     return content
 
 
@@ -248,6 +271,8 @@ def format_table(header: list[str], rows: list[list[str]]) -> str:
 
     def line(cells: list[str]) -> str:
         first, *rest = zip(cells, widths, strict=True)
-        return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]).rstrip()
+        return "  ".join(
+            [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]
+        ).rstrip()
 
     return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])

@@ -22,10 +22,12 @@ from nicheclip.domain import Domain, DomainError
 from nicheclip.launch import processes
 from nicheclip.results import read_json, write_json
 
-RESULTS = ("training.json", "trained_on.json", "calibration.json", "scorecard.json")  # they speak of one model
+# they speak of one model
+RESULTS = ("training.json", "trained_on.json", "calibration.json", "scorecard.json")
 TRAINED_ON = "trained_on.json"
 BEGUN = "begun.json"  # beside the checkpoints: the data and the settings that they depend on
-LOCK, HOLDER = ".lock", ".holder"  # filelock may empty the file that it locks, so who holds it stands in another
+# filelock may empty the file that it locks, so who holds it stands in another
+LOCK, HOLDER = ".lock", ".holder"
 LOCK_SECONDS = 2  # the workers of a command that was killed hold its lock until they notice
 PACKAGES = ("accelerate", "datasets", "numpy", "pillow", "torch", "transformers")
 
@@ -34,7 +36,8 @@ PACKAGES = ("accelerate", "datasets", "numpy", "pillow", "torch", "transformers"
 def alone(run: Path) -> Iterator[None]:
     """Keeps other commands from writing to the same run directory; the main process holds the lock for the others.
 
-    The system lets go of the lock when its holder ends, however it ends: a lock file that is left behind is no lock.
+    The system lets go of the lock when its holder ends, however it ends: a lock file that is left
+    behind is no lock.
 
     Raises:
         BlockingIOError: if another live process holds it; names the process and its command.
@@ -50,7 +53,8 @@ def alone(run: Path) -> Iterator[None]:
         named = run / HOLDER
         holder = named.read_text(encoding="utf-8") if named.is_file() else "another command"
         raise BlockingIOError(
-            f"{holder} is at work on '{run}'; wait for it or end it, or choose another run directory"
+            f"{holder} is at work on '{run}'; wait for it or end it, or choose another run "
+            "directory"
         ) from None
     try:
         (run / HOLDER).write_text(f"process {os.getpid()} ({_command()})", encoding="utf-8")
@@ -82,7 +86,8 @@ def check_not_begun(run: Path, checkpoints: Path) -> None:
     """Raises: ValueError if there are checkpoints of an unfinished training (RUN/training.json is not there)."""
     if any(checkpoints.glob("checkpoint-*")) and not (run / "training.json").is_file():
         raise ValueError(
-            f"'{checkpoints}' holds an unfinished training; go on with --resume_from_checkpoint True, or remove it"
+            f"'{checkpoints}' holds an unfinished training; go on with --resume_from_checkpoint "
+            "True, or remove it"
         )
 
 
@@ -91,15 +96,22 @@ def check_begun_alike(checkpoints: Path, settings: dict[str, Any]) -> None:
     begun = read_json(checkpoints / BEGUN, "there is no training to resume")
     for name, value in json.loads(json.dumps(settings)).items():
         if begun.get(name) != value:
-            values = f" was {begun.get(name)} and is {value} now" if not isinstance(value, dict | list) else ""
+            values = (
+                f" was {begun.get(name)} and is {value} now"
+                if not isinstance(value, dict | list)
+                else ""
+            )
             raise ValueError(
-                f"since '{checkpoints}' was begun, {name}{values or ' has changed'}; change it back, or remove the "
-                "folder and train afresh"
+                f"since '{checkpoints}' was begun, {name}{values or ' has changed'}; change it "
+                "back, or remove the folder and train afresh"
             )
 
 
 def begin(run: Path, checkpoints: Path, settings: dict[str, Any], resume: bool) -> None:
-    """Removes what speaks of the model that goes; and, but for a resume, the checkpoints of a finished training."""
+    """Removes what speaks of the model that goes.
+
+    And, but for a resume, the checkpoints of a finished training.
+    """
     for name in RESULTS:
         (run / name).unlink(missing_ok=True)
     if not resume:
@@ -117,8 +129,14 @@ def write_trained_on(run: Path, splits: DatasetDict) -> None:
 def check_not_trained_on(run: Path, splits: DatasetDict) -> None:
     """Raises: ValueError if calibration or test images, or near-duplicates of theirs, were seen before."""
     seen = read_json(run / TRAINED_ON, f"run `accelerate launch train.py {run}` first")
-    trained = {sha256: f"the {name} images of the training" for name in seen for sha256 in seen[name]}
-    grouped = {group: f"the {name} split" for name in ("train", "validation") for group in splits[name]["group_id"]}
+    trained = {
+        sha256: f"the {name} images of the training" for name in seen for sha256 in seen[name]
+    }
+    grouped = {
+        group: f"the {name} split"
+        for name in ("train", "validation")
+        for group in splits[name]["group_id"]
+    }
     leaks = []
     for name in ("calibration", "test"):
         columns = (splits[name][column][:] for column in ("source_id", "sha256", "group_id"))
@@ -129,9 +147,10 @@ def check_not_trained_on(run: Path, splits: DatasetDict) -> None:
         grouped |= {group: f"the {name} split" for group in splits[name]["group_id"]}
     if leaks:
         raise ValueError(
-            f"{len(leaks)} images of the calibration and test splits of '{run}' have been seen before, so the "
-            f"scorecard would flatter: {', '.join(leaks[:5])}{', …' if len(leaks) > 5 else ''}; "
-            f"run `python -m data_prep` and `accelerate launch train.py {run}` again"
+            f"{len(leaks)} images of the calibration and test splits of '{run}' have been seen "
+            "before, so the scorecard would flatter: "
+            f"{', '.join(leaks[:5])}{', …' if len(leaks) > 5 else ''}; run `python -m data_prep` "
+            f"and `accelerate launch train.py {run}` again"
         )
 
 
@@ -142,13 +161,16 @@ def check_trained_on(run: Path) -> None:
     prepared = read_report(run)["fingerprint"]
     if trained_on != prepared:
         raise ValueError(
-            f"'{run / 'model'}' was trained on other data than '{run / 'data'}' holds now (so test images may "
-            f"have been trained on); run `accelerate launch train.py {run}` again"
+            f"'{run / 'model'}' was trained on other data than '{run / 'data'}' holds now (so "
+            f"test images may have been trained on); run `accelerate launch train.py {run}` again"
         )
 
 
 def read_report(run: Path) -> dict[str, Any]:
-    """RUN/data/report.json. Raises: FileNotFoundError or ValueError if data_prep has not written it as it is."""
+    """RUN/data/report.json.
+
+    Raises: FileNotFoundError or ValueError if data_prep has not written it as it is.
+    """
     remedy = f"run `python -m data_prep DOMAIN --run {run}` again"
     return read_json(run / "data" / "report.json", remedy, ["base", "settings", "fingerprint"])
 
@@ -160,13 +182,18 @@ def check_unchanged(domain: Domain, report: dict, class_names: list[str]) -> Non
     """
     if class_names != domain.class_names or report["base"] != domain.base:
         raise DomainError(
-            f"the data was prepared for {len(class_names)} classes and the base '{report['base']}', the domain has "
-            f"{len(domain.classes)} classes and the base '{domain.base}'; run `python -m data_prep` again, or give "
-            "train.py the run directory instead of the domain file"
+            f"the data was prepared for {len(class_names)} classes and the base "
+            f"'{report['base']}', the domain has {len(domain.classes)} classes and the base "
+            f"'{domain.base}'; run `python -m data_prep` again, or give train.py the run "
+            "directory instead of the domain file"
         )
-    changed = [name for name, value in report["settings"].items() if domain.model_dump(mode="json")[name] != value]
+    changed = [
+        name
+        for name, value in report["settings"].items()
+        if domain.model_dump(mode="json")[name] != value
+    ]
     if changed:
         raise DomainError(
-            f"{', '.join(changed)} changed in the domain file after data_prep; run `python -m data_prep` again, or "
-            "change it back"
+            f"{', '.join(changed)} changed in the domain file after data_prep; run `python -m "
+            "data_prep` again, or change it back"
         )

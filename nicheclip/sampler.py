@@ -14,30 +14,31 @@ CLUSTER_DRAWS = ("size", "even")
 class ClusterBatchSampler(Sampler[list[int]]):
     """Batches whose first `cluster_share` comes from one cluster, and whose rest comes from the shuffled pool.
 
-    Every sample is visited at least once an epoch, and exactly once while the clusters are large enough: a cluster
-    leads as many batches as its draw warrants, what its batches do not take goes to the pool, and all batches are
-    full. Samples are only repeated to fill the last batches, or where a cluster has fewer samples than the batches
-    that it leads take from it.
+    Every sample is visited at least once an epoch, and exactly once while the clusters are large
+    enough: a cluster leads as many batches as its draw warrants, what its batches do not take goes
+    to the pool, and all batches are full. Samples are only repeated to fill the last batches, or
+    where a cluster has fewer samples than the batches that it leads take from it.
 
-    Several processes walk the same batches, each its own slice, so that the slices in rank order are the batch of one
-    process. The loader must not be sharded again: `accelerate.data_loader.prepare_data_loader(…, num_processes=1)`.
+    Several processes walk the same batches, each its own slice, so that the slices in rank order
+    are the batch of one process. The loader must not be sharded again:
+    `accelerate.data_loader.prepare_data_loader(…, num_processes=1)`.
 
     Args:
         labels: class index of each sample, (N,).
         class_clusters: cluster index of each class, (C,).
         batch_size: samples a batch, over all processes.
         cluster_share: share of a batch that comes from one cluster, rounded up to whole samples.
-        cluster_draw: "size" if clusters lead batches in proportion to their size, "even" if all lead equally many;
-            the epoch then grows, as small clusters are walked several times.
-        classes_per_batch: about how many classes the pool's part of a batch comes from. Fewer classes mean more
-            positives of each. None: as the shuffled pool has them.
+        cluster_draw: "size" if clusters lead batches in proportion to their size, "even" if all
+            lead equally many; the epoch then grows, as small clusters are walked several times.
+        classes_per_batch: about how many classes the pool's part of a batch comes from. Fewer
+            classes mean more positives of each. None: as the shuffled pool has them.
         num_processes: how many processes share a batch.
         process_index: rank of this process, from 0.
         seed: with the epoch, decides the order.
 
     Raises:
-        ValueError: if there are fewer samples than a batch holds, the processes can't share a batch equally, or
-            `cluster_share`, `cluster_draw` or `classes_per_batch` is out of range.
+        ValueError: if there are fewer samples than a batch holds, the processes can't share a batch
+            equally, or `cluster_share`, `cluster_draw` or `classes_per_batch` is out of range.
     """
 
     def __init__(
@@ -55,21 +56,27 @@ class ClusterBatchSampler(Sampler[list[int]]):
         if not 0 <= cluster_share <= 1:
             raise ValueError(f"cluster_share is {cluster_share}; expected a number from 0 to 1")
         if cluster_draw not in CLUSTER_DRAWS:
-            raise ValueError(f"cluster_draw is '{cluster_draw}'; expected one of {', '.join(CLUSTER_DRAWS)}")
+            raise ValueError(
+                f"cluster_draw is '{cluster_draw}'; expected one of {', '.join(CLUSTER_DRAWS)}"
+            )
         if classes_per_batch is not None and classes_per_batch < 1:
             raise ValueError(
-                f"classes_per_batch is {classes_per_batch}; expected 1 or more, or None for the shuffled pool"
+                f"classes_per_batch is {classes_per_batch}; expected 1 or more, or None for the "
+                "shuffled pool"
             )
         if batch_size % num_processes:
             raise ValueError(
-                f"batch_size is {batch_size} over all processes; expected a multiple of the {num_processes} processes "
-                f"that share it, such as {math.ceil(batch_size / num_processes) * num_processes}"
+                f"batch_size is {batch_size} over all processes; expected a multiple of the "
+                f"{num_processes} processes that share it, such as "
+                f"{math.ceil(batch_size / num_processes) * num_processes}"
             )
         if len(labels) < batch_size:
             raise ValueError(
-                f"batch_size is {batch_size}, but there are {len(labels)} training samples; lower the batch size"
+                f"batch_size is {batch_size}, but there are {len(labels)} training samples; lower "
+                "the batch size"
             )
-        # accelerate reads both: batch_size, of this process, times num_processes is its total_batch_size
+        # accelerate reads both: batch_size, of this process, times num_processes is its
+        # total_batch_size
         self.batch_size = batch_size // num_processes
         self.num_processes = num_processes
         self.process_index = process_index
@@ -77,7 +84,9 @@ class ClusterBatchSampler(Sampler[list[int]]):
         self.epoch = 0
         self._labels = np.asarray(labels)
         self._clusters = np.asarray(class_clusters)[self._labels]  # (N,)
-        self._members = [np.flatnonzero(self._clusters == cluster) for cluster in np.unique(self._clusters)]
+        self._members = [
+            np.flatnonzero(self._clusters == cluster) for cluster in np.unique(self._clusters)
+        ]
         self._from_cluster = math.ceil(cluster_share * batch_size)
         self._from_pool = batch_size - self._from_cluster
         self._chunk = math.ceil(self._from_pool / classes_per_batch) if classes_per_batch else 1
@@ -118,10 +127,15 @@ class ClusterBatchSampler(Sampler[list[int]]):
             leftover.append(walk[places : len(members)])
         pool = self._in_chunks(rng.permutation(np.concatenate(leftover)), rng)
         missing = len(self) * self._from_pool - len(pool)
-        fill = rng.choice(np.concatenate(self._members), missing, replace=missing > len(self._labels))
+        fill = rng.choice(
+            np.concatenate(self._members), missing, replace=missing > len(self._labels)
+        )
         pool = np.concatenate([pool, self._in_chunks(fill, rng)])
         for batch, lead in enumerate(rng.permutation(len(led))):
-            yield [*led[lead].tolist(), *pool[batch * self._from_pool : (batch + 1) * self._from_pool].tolist()]
+            yield [
+                *led[lead].tolist(),
+                *pool[batch * self._from_pool : (batch + 1) * self._from_pool].tolist(),
+            ]
 
     def _in_chunks(self, samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The shuffled samples, reordered so that up to `_chunk` of one class follow each other."""
@@ -137,8 +151,9 @@ class ClusterBatchSampler(Sampler[list[int]]):
         """What the batches of this epoch are made of, over all processes.
 
         Returns:
-            "batches" and "visits" of the epoch, the "distinct" samples among the visits, and shares of the ordered
-            pairs i != j within a batch: "same_class_pairs", and "hard_pairs" of different classes in one cluster.
+            "batches" and "visits" of the epoch, the "distinct" samples among the visits, and shares
+            of the ordered pairs i != j within a batch: "same_class_pairs", and "hard_pairs" of
+            different classes in one cluster.
         """
         batches = np.array(list(self.global_batches()))  # (batches, B)
         same_class = _equal_pairs(self._labels[batches])

@@ -41,28 +41,41 @@ class Statistic:
         judged = np.flatnonzero(np.isfinite(self.values))
         if self.share:
             return proportion(self.values[judged] > 0, self.groups[judged], self.split)
-        return bootstrap(lambda chosen: self.compute(judged[chosen]), self.groups[judged], self.split, self.biased)
+        return bootstrap(
+            lambda chosen: self.compute(judged[chosen]),
+            self.groups[judged],
+            self.split,
+            self.biased,
+        )
 
     def minus(self, other: Statistic) -> Measure:
         """The difference on the same images, with the interval of the paired difference."""
-        return bootstrap(lambda chosen: self.compute(chosen) - other.compute(chosen), self.groups, self.split)
+        return bootstrap(
+            lambda chosen: self.compute(chosen) - other.compute(chosen), self.groups, self.split
+        )
 
 
-def statistics(answers: Answers, labels: np.ndarray, groups: np.ndarray, domain: Domain) -> dict[str, Statistic]:
+def statistics(
+    answers: Answers, labels: np.ndarray, groups: np.ndarray, domain: Domain
+) -> dict[str, Statistic]:
     """Those that any classifier has, from its answers to the test split, labels (N,) and groups (N,)."""
     calibrated, count = answers.calibrated, len(domain.classes)
     predicted, confidence = calibrated.argmax(axis=1), calibrated.max(axis=1)
     right, raw_confidence = predicted == labels, answers.raw.max(axis=1)
     answered = confidence >= answers.fitted.abstention.threshold
     own = np.arange(len(labels)), labels
-    losses = -log_softmax(answers.logits / answers.fitted.temperature.value, axis=1)[own]  # finite where p underflows
+    # finite where p underflows
+    losses = -log_softmax(answers.logits / answers.fitted.temperature.value, axis=1)[own]
     covered = answers.sets[own]
 
     def worst_class(hits: np.ndarray) -> Callable[[np.ndarray], float]:
         def compute(chosen: np.ndarray) -> float:
             of_class = np.bincount(labels[chosen], minlength=count)
             return float(
-                (np.bincount(labels[chosen], hits[chosen], count)[of_class > 0] / of_class[of_class > 0]).min()
+                (
+                    np.bincount(labels[chosen], hits[chosen], count)[of_class > 0]
+                    / of_class[of_class > 0]
+                ).min()
             )
 
         return compute
@@ -72,15 +85,23 @@ def statistics(answers: Answers, labels: np.ndarray, groups: np.ndarray, domain:
 
     def ece(confidence: np.ndarray, **options: bool) -> Statistic:
         return of(
-            lambda chosen: metrics.expected_calibration_error(confidence[chosen], right[chosen], **options), True
+            lambda chosen: metrics.expected_calibration_error(
+                confidence[chosen], right[chosen], **options
+            ),
+            True,
         )
 
     return {
         "accuracy": mean(right, groups, share=True),
-        "balanced_accuracy": of(lambda chosen: metrics.balanced_accuracy(predicted[chosen], labels[chosen], count)),
+        "balanced_accuracy": of(
+            lambda chosen: metrics.balanced_accuracy(predicted[chosen], labels[chosen], count)
+        ),
         "macro_f1": of(lambda chosen: metrics.macro_f1(predicted[chosen], labels[chosen], count)),
         "worst_class_f1": of(
-            lambda chosen: float(np.nanmin(metrics.class_scores(predicted[chosen], labels[chosen], count)[2])), True
+            lambda chosen: float(
+                np.nanmin(metrics.class_scores(predicted[chosen], labels[chosen], count)[2])
+            ),
+            True,
         ),
         "top_3_accuracy": mean(metrics.top_k_correct(calibrated, labels, 3), groups, share=True),
         "ece_before_calibration": ece(raw_confidence),
@@ -97,7 +118,9 @@ def statistics(answers: Answers, labels: np.ndarray, groups: np.ndarray, domain:
     }
 
 
-def clip_statistics(outputs: Outputs, labels: np.ndarray, groups: np.ndarray, domain: Domain) -> dict[str, Statistic]:
+def clip_statistics(
+    outputs: Outputs, labels: np.ndarray, groups: np.ndarray, domain: Domain
+) -> dict[str, Statistic]:
     """`statistics`, and those that need image_embeds and prompts."""
     margin = metrics.hard_negative_margin(
         outputs.similarity, outputs.prompt_classes, labels, np.array(domain.class_clusters)
@@ -112,9 +135,14 @@ def clip_statistics(outputs: Outputs, labels: np.ndarray, groups: np.ndarray, do
     )
     noise = outputs.strange_scores["noise"]["confidence"]
     score, threshold = outputs.border.score, outputs.border.threshold
-    own, strange = outputs.own_scores[score], np.concatenate([kind[score] for kind in outputs.strange_scores.values()])
+    own, strange = (
+        outputs.own_scores[score],
+        np.concatenate([kind[score] for kind in outputs.strange_scores.values()]),
+    )
     scores, number = np.concatenate([own, strange]), len(own)
-    groups_of_both = np.concatenate([np.unique(groups, return_inverse=True)[1], number + np.arange(len(strange))])
+    groups_of_both = np.concatenate(
+        [np.unique(groups, return_inverse=True)[1], number + np.arange(len(strange))]
+    )
 
     def within(ranks: np.ndarray, k: int) -> np.ndarray:
         return np.where(np.isfinite(ranks), ranks <= k, np.nan)
@@ -126,7 +154,9 @@ def clip_statistics(outputs: Outputs, labels: np.ndarray, groups: np.ndarray, do
         return Statistic(compute, groups_of_both, "test and strange")
 
     found = statistics(outputs, labels, groups, domain) | {
-        "hard_negative_pass_rate": mean(np.where(np.isfinite(margin), margin > 0, np.nan), groups, share=True),
+        "hard_negative_pass_rate": mean(
+            np.where(np.isfinite(margin), margin > 0, np.nan), groups, share=True
+        ),
         "hard_negative_margin": mean(margin, groups),
         "semantic_recall_at_1": mean(rank <= 1, groups, share=True),
         "semantic_recall_at_3": mean(rank <= 3, groups, share=True),
@@ -142,14 +172,24 @@ def clip_statistics(outputs: Outputs, labels: np.ndarray, groups: np.ndarray, do
         "ood_fpr95": told_apart(metrics.fpr95),
         "ood_accepted": mean(strange >= threshold, np.arange(len(strange)), "strange", share=True),
         "in_domain_accepted": mean(own >= threshold, groups, share=True),
-        "same_answer": mean(np.mean([same for _, same in outputs.changed.values()], axis=0), groups),
-        "embedding_stability": mean(np.mean([cosine for cosine, _ in outputs.changed.values()], axis=0), groups),
+        "same_answer": mean(
+            np.mean([same for _, same in outputs.changed.values()], axis=0), groups
+        ),
+        "embedding_stability": mean(
+            np.mean([cosine for cosine, _ in outputs.changed.values()], axis=0), groups
+        ),
         "prompt_consistency": mean(consistent, groups),
     }
-    return {name: each for name, each in found.items() if each.values is None or np.isfinite(each.values).any()}
+    return {
+        name: each
+        for name, each in found.items()
+        if each.values is None or np.isfinite(each.values).any()
+    }
 
 
-def mean(values: np.ndarray, groups: np.ndarray, split: str = "test", share: bool = False) -> Statistic:
+def mean(
+    values: np.ndarray, groups: np.ndarray, split: str = "test", share: bool = False
+) -> Statistic:
     """The mean of values (N,); images where it is NaN are not judged."""
     values = values.astype(float)
     return Statistic(lambda chosen: float(np.nanmean(values[chosen])), groups, split, values, share)
@@ -180,14 +220,20 @@ def perfect_ece(answers: Answers) -> Measure:
 def class_table(
     tuned: Outputs, base: Outputs, labels: np.ndarray, domain: Domain
 ) -> dict[str, dict[str, float | None]]:
-    """Each class: its test images, precision, recall, F1, and the base's F1; None where there is nothing to judge."""
+    """Each class: its test images, precision, recall, F1, and the base's F1.
+
+    None where there is nothing to judge.
+    """
     count = len(domain.classes)
     precision, recall, f1 = metrics.class_scores(tuned.calibrated.argmax(axis=1), labels, count)
     _, _, base_f1 = metrics.class_scores(base.calibrated.argmax(axis=1), labels, count)
     columns = {"precision": precision, "recall": recall, "f1": f1, "base_f1": base_f1}
     return {
         name: {"n": int((labels == index).sum())}
-        | {title: None if np.isnan(column[index]) else float(column[index]) for title, column in columns.items()}
+        | {
+            title: None if np.isnan(column[index]) else float(column[index])
+            for title, column in columns.items()
+        }
         for index, name in enumerate(domain.class_names)
     }
 
@@ -202,8 +248,14 @@ def outside_table(outputs: Outputs) -> dict[str, dict[str, float]]:
             "confidence_p95": float(np.percentile(scores["confidence"], 95)),
             "accepted": float((scores[chosen] >= threshold).mean()),
         }
-        | {f"auroc_{name}": metrics.auroc(outputs.own_scores[name], scores[name]) for name in scores}
-        | {f"fpr95_{name}": metrics.fpr95(outputs.own_scores[name], scores[name]) for name in scores}
+        | {
+            f"auroc_{name}": metrics.auroc(outputs.own_scores[name], scores[name])
+            for name in scores
+        }
+        | {
+            f"fpr95_{name}": metrics.fpr95(outputs.own_scores[name], scores[name])
+            for name in scores
+        }
         for kind, scores in outputs.strange_scores.items()
     }
 

@@ -54,15 +54,25 @@ def map_shards(
     shards = []
     for start in range(0, len(rows), SHARD_ROWS):
         span = range(start, min(start + SHARD_ROWS, len(rows)))
-        key = hashlib.sha256("\n".join([settings, *(identity[index] for index in span)]).encode()).hexdigest()
+        key = hashlib.sha256(
+            "\n".join([settings, *(identity[index] for index in span)]).encode()
+        ).hexdigest()
         shards.append((span, cache / key[:24]))
     missing = sum(len(span) for span, folder in shards if not folder.is_dir())
     _check_room(cache, missing * bytes_per_row, description)
     state.wait_for_everyone()  # so that all have looked before one of them writes
-    mine = [shard for shard in shards[state.process_index :: state.num_processes] if not shard[1].is_dir()]
+    mine = [
+        shard
+        for shard in shards[state.process_index :: state.num_processes]
+        if not shard[1].is_dir()
+    ]
     workers = min((os.cpu_count() or 1) // state.num_processes, len(mine)) if parallel else 1
     with tqdm(
-        total=len(rows), desc=description, unit="img", leave=False, disable=not state.is_local_main_process
+        total=len(rows),
+        desc=description,
+        unit="img",
+        leave=False,
+        disable=not state.is_local_main_process,
     ) as progress:
         progress.update(len(rows) - state.num_processes * sum(len(span) for span, _ in mine))
         for done in _finished(rows, step, mine, workers):
@@ -96,18 +106,24 @@ def _check_room(cache: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(cache).free
     if needed > free:
         raise OSError(
-            f"{what} needs {needed / 1e9:.1f} GB in '{cache}', where {free / 1e9:.1f} GB are free; make room"
+            f"{what} needs {needed / 1e9:.1f} GB in '{cache}', where {free / 1e9:.1f} GB are "
+            "free; make room"
         )
 
 
-def _finished(rows: datasets.Dataset, step: Step, shards: list[tuple[range, Path]], workers: int) -> Iterator[int]:
+def _finished(
+    rows: datasets.Dataset, step: Step, shards: list[tuple[range, Path]], workers: int
+) -> Iterator[int]:
     """Works off the shards; the number of rows of each one that is done."""
     if workers <= 1:
         for span, folder in shards:
             yield _finish(rows.select(span), step, folder)
         return
     with ProcessPoolExecutor(workers, initializer=_end_with_parent) as pool:
-        futures = [pool.submit(_finish, _portable(rows.select(span)), step, folder) for span, folder in shards]
+        futures = [
+            pool.submit(_finish, _portable(rows.select(span)), step, folder)
+            for span, folder in shards
+        ]
         try:
             for future in as_completed(futures):
                 yield future.result()
@@ -118,7 +134,11 @@ def _finished(rows: datasets.Dataset, step: Step, shards: list[tuple[range, Path
 
 def _portable(rows: datasets.Dataset) -> datasets.Dataset:
     """A shard of a table in memory would carry the whole table along when it is pickled."""
-    return rows if rows.cache_files else datasets.Dataset.from_list(rows.to_list(), features=rows.features)
+    return (
+        rows
+        if rows.cache_files
+        else datasets.Dataset.from_list(rows.to_list(), features=rows.features)
+    )
 
 
 def _end_with_parent() -> None:

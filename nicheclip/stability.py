@@ -14,7 +14,9 @@ CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
     "less contrast": lambda image: ImageEnhance.Contrast(image).enhance(0.8),
     "slight blur": lambda image: image.filter(ImageFilter.GaussianBlur(min(image.size) / 200)),
     "JPEG of quality 50": lambda image: _as_jpeg(image, 50),
-    "turned by 5°": lambda image: image.rotate(5, Image.Resampling.BICUBIC, fillcolor=_mean_colour(image)),
+    "turned by 5°": lambda image: image.rotate(
+        5, Image.Resampling.BICUBIC, fillcolor=_mean_colour(image)
+    ),
 }
 
 
@@ -43,6 +45,9 @@ def prompt_answers(similarity: np.ndarray, prompt_classes: np.ndarray) -> np.nda
     of_class = [np.flatnonzero(prompt_classes == c) for c in range(prompt_classes.max() + 1)]
     most = max(map(len, of_class))
     return np.stack(
-        [similarity[:, [own[min(turn, len(own) - 1)] for own in of_class]].argmax(axis=1) for turn in range(most)],
+        [
+            similarity[:, [own[min(turn, len(own) - 1)] for own in of_class]].argmax(axis=1)
+            for turn in range(most)
+        ],
         axis=1,
     )

@@ -19,7 +19,8 @@ def trainable_names(parameter_names: Iterable[str], stage: Stage) -> list[str]:
     """The names of the parameters that train in a stage, in the model's order.
 
     Raises:
-        ValueError: if a pattern of the stage matches no parameter, or it asks for more visual blocks than there are.
+        ValueError: if a pattern of the stage matches no parameter, or it asks for more visual
+            blocks than there are.
     """
     names = list(parameter_names)
     blocks = sorted({int(name.split(".")[3]) for name in names if name.startswith(VISUAL_BLOCKS)})
@@ -34,7 +35,8 @@ def trainable_names(parameter_names: Iterable[str], stage: Stage) -> list[str]:
         if not any(fnmatchcase(name, pattern) for name in names):
             towers = sorted({name.split(".")[0] for name in names})
             raise ValueError(
-                f"stage '{stage.name}': pattern '{pattern}' matches no parameter; names begin with {', '.join(towers)}"
+                f"stage '{stage.name}': pattern '{pattern}' matches no parameter; names begin "
+                f"with {', '.join(towers)}"
             )
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
@@ -61,11 +63,14 @@ def set_trainable(model: nn.Module, stage: Stage) -> list[str]:
     return names
 
 
-def current_stage(stages: Sequence[Stage], scores: Sequence[float], patience: int) -> tuple[Stage, int] | None:
+def current_stage(
+    stages: Sequence[Stage], scores: Sequence[float], patience: int
+) -> tuple[Stage, int] | None:
     """The stage that goes on after the epochs seen so far, and how many epochs came before it; None after the last.
 
-    A stage ends after its epochs, or early, after `patience` of them without a score above all before. Since it is
-    worked out from the scores alone, an interrupted training comes to the same answer.
+    A stage ends after its epochs, or early, after `patience` of them without a score above all
+    before. Since it is worked out from the scores alone, an interrupted training comes to the same
+    answer.
 
     Args:
         scores: on validation, one an epoch, higher is better.

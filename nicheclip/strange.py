@@ -1,7 +1,8 @@
 """Pictures that a model should not answer, and how it notices them.
 
-What a real index meets: noise, textures, flat colours, pages of text, other objects, and pictures of the domain of
-which hardly anything is left. All are drawn here, so that they cost no download and are always the same.
+What a real index meets: noise, textures, flat colours, pages of text, other objects, and pictures
+of the domain of which hardly anything is left. All are drawn here, so that they cost no download
+and are always the same.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ SCORES: tuple[Score, ...] = ("confidence", "energy", "prompt_cosine", "mahalanob
 WORDS = "the of and in to a for is on that by with as was at from are an be it which this or its not stone new".split()
 
 
-def strange_pictures(kind: str, side: int, seed: int, own: Sequence[Image.Image] = ()) -> Iterator[Image.Image]:
+def strange_pictures(
+    kind: str, side: int, seed: int, own: Sequence[Image.Image] = ()
+) -> Iterator[Image.Image]:
     """`PER_KIND` RGB pictures of a kind of `KINDS`.
 
     Args:
@@ -110,7 +113,9 @@ def _object(side: int, rng: np.random.Generator) -> Image.Image:
             drawing.ellipse((x - radius, y - radius * flat, x + radius, y + radius * flat), colour)
         else:
             angles = np.sort(rng.uniform(0, math.tau, int(rng.integers(3, 9))))
-            drawing.polygon([(x + radius * math.cos(a), y + radius * math.sin(a)) for a in angles], colour)
+            drawing.polygon(
+                [(x + radius * math.cos(a), y + radius * math.sin(a)) for a in angles], colour
+            )
     return scene.filter(ImageFilter.GaussianBlur(side / 200))
 
 
@@ -121,8 +126,9 @@ def _image(pixels: np.ndarray) -> Image.Image:
 def fit_shape(image_embeds: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
     """Where the training images lie: `whitening` (D, D) and the classes' whitened means, `means` (C, D), float32.
 
-    After the whitening the images of a class spread alike in all directions; so the distance to a class's mean is
-    Mahalanobis's, with one covariance for all classes (Lee et al. 2018, arXiv:1807.03888).
+    After the whitening the images of a class spread alike in all directions; so the distance to a
+    class's mean is Mahalanobis's, with one covariance for all classes (Lee et al. 2018,
+    arXiv:1807.03888).
 
     Args:
         image_embeds: (N, D) of the train split.
@@ -136,7 +142,10 @@ def fit_shape(image_embeds: np.ndarray, labels: np.ndarray) -> dict[str, np.ndar
     round_one = np.trace(covariance) / len(covariance) * np.eye(len(covariance))
     precision = np.linalg.inv((1 - SHRINKAGE) * covariance + SHRINKAGE * round_one)
     whitening = np.linalg.cholesky((precision + precision.T) / 2)
-    return {"whitening": whitening.astype(np.float32), "means": (means @ whitening).astype(np.float32)}
+    return {
+        "whitening": whitening.astype(np.float32),
+        "means": (means @ whitening).astype(np.float32),
+    }
 
 
 def domain_scores(
@@ -144,7 +153,8 @@ def domain_scores(
 ) -> dict[Score, np.ndarray]:
     """How much a picture looks like one of the domain, higher is more: (N,) by each of `SCORES`.
 
-    The energy is Liu et al.'s (2020, arXiv:2010.03759), of the calibrated logits; the distance has a minus before it.
+    The energy is Liu et al.'s (2020, arXiv:2010.03759), of the calibrated logits; the distance has
+    a minus before it.
 
     Args:
         image_embeds: (N, D) unit length.
@@ -164,7 +174,8 @@ def domain_scores(
 class DomainBorder:
     """A picture whose `score` is below `threshold` is outside of the domain.
 
-    `auroc` says of each score how well it told the calibration images from strange pictures; the best was taken.
+    `auroc` says of each score how well it told the calibration images from strange pictures; the
+    best was taken.
     """
 
     score: Score

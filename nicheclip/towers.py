@@ -1,8 +1,9 @@
 """CLIP's towers with a forward pass that can begin where training begins, and that works out nothing twice.
 
-The visual tower is cut at places numbered in the order of the computation: `PIXELS`; 0, after the embeddings and the
-layer norm that follows them; k, after k blocks; and `pooled(tower)`, at its end. What lies before the first thing that
-trains gives the same states at every visit of a view, so they can be kept (nicheclip/feature_cache.py).
+The visual tower is cut at places numbered in the order of the computation: `PIXELS`; 0, after the
+embeddings and the layer norm that follows them; k, after k blocks; and `pooled(tower)`, at its end.
+What lies before the first thing that trains gives the same states at every visit of a view, so they
+can be kept (nicheclip/feature_cache.py).
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ from torch.nn.functional import embedding
 from transformers import CLIPModel, CLIPTextModel, CLIPVisionModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer, eager_attention_forward
+from transformers.models.clip.modeling_clip import (
+    CLIPAttention,
+    CLIPEncoderLayer,
+    eager_attention_forward,
+)
 
 PIXELS = -1
 
@@ -29,7 +34,9 @@ class VisionTower(CLIPVisionModel):
         """The pooled output (B, D)."""
         is_pixels = pixel_values.ndim == 4
         states = pixel_values if is_pixels else pixel_values.to(self.post_layernorm.weight.dtype)
-        return BaseModelOutputWithPooling(pooler_output=self.between(states, PIXELS if is_pixels else self.cut))
+        return BaseModelOutputWithPooling(
+            pooler_output=self.between(states, PIXELS if is_pixels else self.cut)
+        )
 
     def between(self, states: torch.Tensor, start: int, end: int | None = None) -> torch.Tensor:
         """The states at the cut `end` (pooled, if not given) from those at the cut `start`."""
@@ -41,20 +48,27 @@ class VisionTower(CLIPVisionModel):
         for block in blocks[start : min(end, last - 1)]:
             states = block(states, None)
         if start < last <= end:
-            states = blocks[-1](states, None) if end == last else _class_token_of_block(blocks[-1], states)
+            states = (
+                blocks[-1](states, None)
+                if end == last
+                else _class_token_of_block(blocks[-1], states)
+            )
         return self.post_layernorm(states[:, 0]) if start <= last < end else states
 
 
 class TextTower(CLIPTextModel):
     """A CLIPTextModel that takes tokens and their mask, (P, L) each, or its own pooled output (P, D) in their place.
 
-    A token's states depend on what stands before it alone: prompts that begin alike share the states of their
-    beginning, and padding has none. Nothing reads the last block's states but those of the last token.
+    A token's states depend on what stands before it alone: prompts that begin alike share the
+    states of their beginning, and padding has none. Nothing reads the last block's states but those
+    of the last token.
     """
 
     row_of_token: torch.Tensor | None = None  # (V,), of the tokens that train alone
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **unused):
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **unused
+    ):
         """The pooled output (P, D)."""
         if input_ids.is_floating_point():
             return BaseModelOutputWithPooling(pooler_output=input_ids)
@@ -74,13 +88,18 @@ class TextTower(CLIPTextModel):
         before = torch.ones(length, length, dtype=torch.bool, device=states.device).tril()
         for block in blocks:
             attention, seen = block.self_attn, block.layer_norm1(states)
-            projected = (at(project(seen)) for project in (attention.q_proj, attention.k_proj, attention.v_proj))
+            projected = (
+                at(project(seen))
+                for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
             attended = _attend(attention, *projected, seen=before[None, None])
             states = _finish(block, states, attended.flatten(0, 1).index_select(0, nodes))
         attention, seen = last.self_attn, last.layer_norm1(states)
         queries = attention.q_proj(seen[end])[:, None]  # (P, 1, D)
         keys, values = at(attention.k_proj(seen)), at(attention.v_proj(seen))
-        attended = _attend(attention, queries, keys, values, seen=attention_mask.bool()[:, None, None])
+        attended = _attend(
+            attention, queries, keys, values, seen=attention_mask.bool()[:, None, None]
+        )
         states = _finish(last, states[end], attended[:, 0])
         return BaseModelOutputWithPooling(pooler_output=self.final_layer_norm(states))
 
@@ -92,7 +111,8 @@ class TextTower(CLIPTextModel):
     def train_only(self, tokens: torch.Tensor) -> None:
         """Of the token embeddings only these (U,) train, as a parameter of their own, until `train_all`.
 
-        Others get no gradient anyhow: this way no optimiser walks through them, and they do not decay.
+        Others get no gradient anyhow: this way no optimiser walks through them, and they do not
+        decay.
         """
         weight = self.embeddings.token_embedding.weight.requires_grad_(False)
         self._tokens = tokens.to(weight.device)
@@ -120,7 +140,9 @@ class TextTower(CLIPTextModel):
             self.used_embeddings.copy_(self.embeddings.token_embedding.weight[self._tokens])
 
 
-def shared_beginnings(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def shared_beginnings(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The distinct beginnings of prompts: where each stands first, and which one each token ends.
 
     Args:
@@ -130,13 +152,16 @@ def shared_beginnings(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> 
     Returns:
         (N,) indices of the flattened tokens, and (P, L) indices of these N; 0 for padding.
     """
-    ids, live = input_ids.cpu(), attention_mask.bool().cpu()  # on a GPU each length would wait for the one before
+    # on a GPU each length would wait for the one before
+    ids, live = input_ids.cpu(), attention_mask.bool().cpu()
     nodes, place = [], torch.zeros_like(ids)
     beginning = torch.zeros(len(ids), dtype=ids.dtype)
     vocabulary, count = int(ids.max()) + 1, 0
     for length in range(ids.shape[1]):
         (prompts,) = live[:, length].nonzero(as_tuple=True)
-        distinct, of_prompt = (beginning[prompts] * vocabulary + ids[prompts, length]).unique(return_inverse=True)
+        distinct, of_prompt = (beginning[prompts] * vocabulary + ids[prompts, length]).unique(
+            return_inverse=True
+        )
         first = torch.full((len(distinct),), len(ids)).scatter_reduce(0, of_prompt, prompts, "amin")
         nodes.append(first * ids.shape[1] + length)
         place[prompts, length] = count + of_prompt
@@ -146,7 +171,10 @@ def shared_beginnings(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> 
 
 
 def begin_later(model: CLIPModel) -> tuple[VisionTower, TextTower]:
-    """Gives the towers the forward passes above; modules, parameters and their names stay as they are."""
+    """Gives the towers the forward passes above.
+
+    Modules, parameters and their names stay as they are.
+    """
     vision, text = model.vision_model, model.text_model
     vision.__class__, text.__class__ = VisionTower, TextTower
     return vision, text
@@ -191,7 +219,11 @@ def _class_token_of_block(block: CLIPEncoderLayer, states: torch.Tensor) -> torc
     """
     attention, seen = block.self_attn, block.layer_norm1(states)
     queries = attention.q_proj(seen[:, :1])
-    return _finish(block, states[:, :1], _attend(attention, queries, attention.k_proj(seen), attention.v_proj(seen)))
+    return _finish(
+        block,
+        states[:, :1],
+        _attend(attention, queries, attention.k_proj(seen), attention.v_proj(seen)),
+    )
 
 
 def _attend(
@@ -211,10 +243,18 @@ def _attend(
         each.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # (B, H, Q or T, D / H)
         for each in (queries, keys, values)
     ]
-    mask = None if seen is None else torch.zeros_like(seen, dtype=queries.dtype).masked_fill(~seen, -torch.inf)
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
+    mask = (
+        None
+        if seen is None
+        else torch.zeros_like(seen, dtype=queries.dtype).masked_fill(~seen, -torch.inf)
+    )
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(
+        attention.config._attn_implementation, eager_attention_forward
+    )
     dropout = attention.dropout if attention.training else 0.0
-    attended, _ = function(attention, *heads, mask, scaling=attention.scale, dropout=dropout, is_causal=False)
+    attended, _ = function(
+        attention, *heads, mask, scaling=attention.scale, dropout=dropout, is_causal=False
+    )
     return attended.flatten(2)
 
 

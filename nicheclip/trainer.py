@@ -43,16 +43,18 @@ from nicheclip.towers import PIXELS, begin_later, cut_before
 from nicheclip.training_args import StagedTrainingArguments
 from nicheclip.zero_shot import encode_texts
 
-OF_STEPS = (1,)  # spawn key: the prompts that a step draws are no visit's and no epoch's stream of chance
+# spawn key: the prompts that a step draws are no visit's and no epoch's stream of chance
+OF_STEPS = (1,)
 
 
 class StagedTrainer(Trainer):
     """Fine-tunes a CLIPModel stage by stage on visits of (image, prompt), and evaluates it as a zero-shot classifier.
 
-    A stage is one `Trainer.train` that resumes from the last checkpoint of the stage before it, so that steps,
-    epochs, the log and the best checkpoint run on, while frozen parameters, optimiser and schedule are its own. It
-    begins with the best weights so far, and ends early where validation does not get better. Everything random
-    depends on seed, epoch, step and sample alone, so a resumed training gives the same weights, bit by bit on CPU.
+    A stage is one `Trainer.train` that resumes from the last checkpoint of the stage before it, so
+    that steps, epochs, the log and the best checkpoint run on, while frozen parameters, optimiser
+    and schedule are its own. It begins with the best weights so far, and ends early where
+    validation does not get better. Everything random depends on seed, epoch, step and sample alone,
+    so a resumed training gives the same weights, bit by bit on CPU.
 
     Args:
         domain: whose stages, prompts and clusters are trained.
@@ -60,7 +62,8 @@ class StagedTrainer(Trainer):
         eval_dataset: the validation split.
 
     Raises:
-        ValueError: if a stage names parameters that the model does not have, or one process sees several GPUs.
+        ValueError: if a stage names parameters that the model does not have, or one process sees
+            several GPUs.
     """
 
     model: CLIPModel
@@ -81,12 +84,18 @@ class StagedTrainer(Trainer):
         self._vision, self._text = begin_later(model)
         if args.bf16 and args.device.type == "cpu":
             model.set_attn_implementation("eager")  # torch's own has a slow backward pass there
-        model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), "text_model.used_embeddings"}
+        model._keys_to_ignore_on_save = {
+            *(model._keys_to_ignore_on_save or ()),
+            "text_model.used_embeddings",
+        }
         names = [name for name, _ in model.named_parameters()]
-        self.cuts = [cut_before(self._vision, trainable_names(names, stage)) for stage in domain.stages]
+        self.cuts = [
+            cut_before(self._vision, trainable_names(names, stage)) for stage in domain.stages
+        ]
         if args.n_gpu > 1:
             raise ValueError(
-                f"one process sees {args.n_gpu} GPUs; start one a GPU: accelerate launch --num_processes {args.n_gpu}"
+                f"one process sees {args.n_gpu} GPUs; start one a GPU: accelerate launch "
+                f"--num_processes {args.n_gpu}"
             )
         if args.initial_logit_scale is not None:
             with torch.no_grad():
@@ -99,11 +108,19 @@ class StagedTrainer(Trainer):
         self.feature_cache = Path(args.feature_cache or Path(args.output_dir) / "features")
         prompts, classes = domain.prompt_bank
         self._bank = tokenize(processor, prompts)  # (P, L) each
-        self._used_tokens = tokenize(processor, [*prompts, *domain.canonical_prompts])["input_ids"].unique()  # (U,)
-        self._bank_of_class = [np.flatnonzero(np.equal(classes, c)) for c in range(len(domain.classes))]
+        # (U,)
+        self._used_tokens = tokenize(processor, [*prompts, *domain.canonical_prompts])[
+            "input_ids"
+        ].unique()
+        self._bank_of_class = [
+            np.flatnonzero(np.equal(classes, c)) for c in range(len(domain.classes))
+        ]
         self._interruption = StopOnSignal()
         self._metrics = evaluate.combine(
-            [metric(keep_in_memory=True) for metric in (Accuracy, MacroF1, ExpectedCalibrationError)]
+            [
+                metric(keep_in_memory=True)
+                for metric in (Accuracy, MacroF1, ExpectedCalibrationError)
+            ]
         )
         self.sampler = ClusterBatchSampler(
             train_dataset.labels,
@@ -131,7 +148,8 @@ class StagedTrainer(Trainer):
                 self._interruption,
             ],
         )
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch: accumulation must divide it
+        # the loss is a mean over the batch: accumulation must divide it
+        self.model_accepts_loss_kwargs = False
         if self.pop_callback(ProgressCallback):
             self.add_callback(EpochLines())
 
@@ -156,7 +174,9 @@ class StagedTrainer(Trainer):
             except KeyboardInterrupt as interrupt:  # while encoding: what is done of it is kept
                 raise TrainingInterrupted(signal.SIGINT, checkpoint) from interrupt
             with self._interruption:
-                output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                output = super().train(
+                    resume_from_checkpoint=str(checkpoint) if checkpoint else None
+                )
             checkpoint = checkpoint_at(self.args.output_dir, self.state.global_step)
             if received := self._interruption.agree(self.args):
                 raise TrainingInterrupted(received, checkpoint)
@@ -166,9 +186,18 @@ class StagedTrainer(Trainer):
 
     def _position(self) -> tuple[Stage, int] | None:
         """The stage to run, and the epochs before it; None after the last."""
-        sign, name = 1 if self.args.greater_is_better else -1, f"eval_{self.args.metric_for_best_model}"
-        scores = {round(entry["epoch"]): sign * entry[name] for entry in self.state.log_history if name in entry}
-        return current_stage(self.domain.stages, list(scores.values()), self.args.early_stopping_patience)
+        sign, name = (
+            1 if self.args.greater_is_better else -1,
+            f"eval_{self.args.metric_for_best_model}",
+        )
+        scores = {
+            round(entry["epoch"]): sign * entry[name]
+            for entry in self.state.log_history
+            if name in entry
+        }
+        return current_stage(
+            self.domain.stages, list(scores.values()), self.args.early_stopping_patience
+        )
 
     def _enter(self, stage: Stage, epochs_before: int, checkpoint: Path | None) -> None:
         self.stage = stage
@@ -181,7 +210,8 @@ class StagedTrainer(Trainer):
         self.args.num_train_epochs = epochs_before + stage.epochs
         self.args.learning_rate = stage.learning_rate
         self.args.warmup_steps = stage.warmup
-        self.model_wrapped = self.model  # wrapped anew: DDP only reduces what trained when it wrapped the model
+        # wrapped anew: DDP only reduces what trained when it wrapped the model
+        self.model_wrapped = self.model
         self.optimizer = None  # created anew: it only holds what trained when it was created
         self.lr_scheduler = None
         if checkpoint:
@@ -198,26 +228,34 @@ class StagedTrainer(Trainer):
             with torch.no_grad():
                 self._frozen_texts = self._text(**self._texts(bank)).pooler_output  # (P, D)
         self._vision.cut = cut = self.cuts[self.domain.stages.index(self.stage)]
-        # What no stage trains is encoded for all of them; where this stage's cut is later, from there on.
+        # What no stage trains is encoded for all of them; where this stage's cut is later, from
+        # there on.
         cuts = sorted({min(self.cuts), cut} - {PIXELS}) if self.args.cached_views else []
         self.train_dataset.views = self.args.cached_views if cuts else 0
-        precision = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+        precision = (
+            torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+        )
         for name, views, count in (
             ("train", self.train_dataset, self.train_dataset.views),
             ("validation", self.eval_dataset, 1),
         ):
             folder = self.feature_cache / name
-            views.features = encode_views(self._vision, views, count, cuts, folder, self.args.feature_dtype, precision)
+            views.features = encode_views(
+                self._vision, views, count, cuts, folder, self.args.feature_dtype, precision
+            )
         self.encoding_seconds += time.perf_counter() - started
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # the state, which comes next, says that the files of all are there
+        # the state, which comes next, says that the files of all are there
+        self.accelerator.wait_for_everyone()
 
     def _save_checkpoint(self, model, trial) -> None:
         """The state goes first and comes last, so that a checkpoint that has one is whole."""
         if self.args.should_save:
-            (checkpoint_at(self.args.output_dir, self.state.global_step) / TRAINER_STATE_NAME).unlink(missing_ok=True)
+            (
+                checkpoint_at(self.args.output_dir, self.state.global_step) / TRAINER_STATE_NAME
+            ).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -247,20 +285,32 @@ class StagedTrainer(Trainer):
         self.state.log_history[-1]["stage"] = self.stage.name  # type: ignore[assignment]
 
     def create_optimizer(self, model: CLIPModel | None = None) -> torch.optim.Optimizer:
-        """AdamW over what trains in this stage; biases, norms and logit_scale (`ndim <= 1`) never decay."""
+        """AdamW over what trains in this stage.
+
+        Biases, norms and logit_scale (`ndim <= 1`) never decay.
+        """
         if self.optimizer is None:
-            trained = [parameter for parameter in (model or self.model).parameters() if parameter.requires_grad]
+            trained = [
+                parameter
+                for parameter in (model or self.model).parameters()
+                if parameter.requires_grad
+            ]
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = optimizer_class(
                 [
-                    {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.args.weight_decay},
+                    {
+                        "params": [p for p in trained if p.ndim > 1],
+                        "weight_decay": self.args.weight_decay,
+                    },
                     {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
                 ],
                 **options,
             )
         return self.optimizer
 
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ):
         """The schedule of this stage alone: warm-up and decay over its own steps."""
         return super().create_scheduler(num_training_steps - self._stage_start, optimizer)
 
@@ -272,8 +322,11 @@ class StagedTrainer(Trainer):
             collate_fn=self.data_collator,
             **self._loader_options(),
         )
-        # The sampler has dealt out each batch among the processes, so that together they see one composed batch.
-        return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
+        # The sampler has dealt out each batch among the processes, so that together they see one
+        # composed batch.
+        return prepare_data_loader(
+            loader, self.args.device, num_processes=1, process_index=0, put_on_device=True
+        )
 
     def get_eval_dataloader(  # type: ignore[override]  # there is one evaluation set, without names
         self, eval_dataset: Views | None = None
@@ -296,19 +349,33 @@ class StagedTrainer(Trainer):
         }
 
     def compute_loss(
-        self, model, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch=None
+        self,
+        model,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch=None,
     ):
-        """The loss of the batch of all processes together; each distinct prompt is encoded once in a process."""
-        loss_function, labels, self._visits = LOSSES[self.args.loss], inputs["labels"], inputs["visits"]
+        """The loss of the batch of all processes together.
+
+        Each distinct prompt is encoded once in a process.
+        """
+        loss_function, labels, self._visits = (
+            LOSSES[self.args.loss],
+            inputs["labels"],
+            inputs["visits"],
+        )
         if loss_function is class_prompts:
             prompts = self._prompt_of_each_class()
         else:
             prompts, prompt_of_image = inputs["prompts"].unique(return_inverse=True)
         texts = (
-            self._texts(prompts.cpu()) if self._frozen_texts is None else {"input_ids": self._frozen_texts[prompts]}
+            self._texts(prompts.cpu())
+            if self._frozen_texts is None
+            else {"input_ids": self._frozen_texts[prompts]}
         )
         outputs = model(pixel_values=inputs["images"], **texts)
-        # Normalised and multiplied in float32: under autocast the logits would be rounded to 8 bits.
+        # Normalised and multiplied in float32: under autocast the logits would be rounded to 8
+        # bits.
         image_embeds = normalize(outputs.image_embeds.float(), dim=-1)  # (B, D)
         text_embeds = normalize(outputs.text_embeds.float(), dim=-1)
         if loss_function is not class_prompts:
@@ -323,12 +390,16 @@ class StagedTrainer(Trainer):
 
     def _clip_grad_norm(self, model) -> torch.Tensor:
         norm = super()._clip_grad_norm(model)
-        if not self.args.fp16 and not math.isfinite(norm):  # with fp16 the scaler leaves out such steps
+        # with fp16 the scaler leaves out such steps
+        if not self.args.fp16 and not math.isfinite(norm):
             self._stop_not_finite("norm of the gradient", float(norm))
         return norm
 
     def _prompt_of_each_class(self) -> torch.Tensor:
-        """One prompt of every class, (C,) indices of the bank; drawn for the step, the same in all processes."""
+        """One prompt of every class, (C,) indices of the bank.
+
+        Drawn for the step, the same in all processes.
+        """
         seeds = np.random.SeedSequence([self.args.seed, self.state.global_step], spawn_key=OF_STEPS)
         rng = np.random.default_rng(seeds)
         return torch.tensor([rng.choice(prompts) for prompts in self._bank_of_class])
@@ -336,14 +407,18 @@ class StagedTrainer(Trainer):
     def _texts(self, prompts: torch.Tensor) -> dict[str, torch.Tensor]:
         """Tokens of prompts of the bank, (P,) -> (P, L), no longer than the longest of them."""
         length = self._bank["attention_mask"][prompts].sum(dim=1).max()
-        return {name: tokens[prompts, :length].to(self.args.device) for name, tokens in self._bank.items()}
+        return {
+            name: tokens[prompts, :length].to(self.args.device)
+            for name, tokens in self._bank.items()
+        }
 
     def _stop_not_finite(self, what: str, value: float) -> None:
         rows = self.train_dataset.row_of_visit[self._visits.cpu().numpy()]
         raise FloatingPointError(
-            f"the {what} is {value} at step {self.state.global_step + 1}, in stage '{self.stage.name}'; remove "
-            f"'{self.args.output_dir}' and train afresh with a lower learning rate or a longer warm-up of this stage, "
-            "or in float32 or with --bf16 instead of --fp16. The images of the batch (of this process's part): "
+            f"the {what} is {value} at step {self.state.global_step + 1}, in stage "
+            f"'{self.stage.name}'; remove '{self.args.output_dir}' and train afresh with a lower "
+            "learning rate or a longer warm-up of this stage, or in float32 or with --bf16 "
+            "instead of --fp16. The images of the batch (of this process's part): "
             + ", ".join(dict.fromkeys(self.train_dataset.rows[rows.tolist()]["source_id"]))
         )
 
@@ -354,16 +429,25 @@ class StagedTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Loss and metrics of zero-shot classification with the canonical prompts."""
         self.model.eval()
-        self._prototypes = encode_texts(self.model, self.processing_class, self.domain.canonical_prompts)  # (C, D)
+        # (C, D)
+        self._prototypes = encode_texts(
+            self.model, self.processing_class, self.domain.canonical_prompts
+        )
         return super().evaluate(*args, **kwargs)
 
     @torch.no_grad()
-    def prediction_step(self, model, inputs, prediction_loss_only: bool, ignore_keys: list[str] | None = None):
+    def prediction_step(
+        self, model, inputs, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ):
         """Zero-shot logits (B, C) of the canonical prompts, and their cross-entropy."""
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
             image_embeds = self.model.get_image_features(inputs["images"]).pooler_output
-        logits = self.model.logit_scale.exp() * normalize(image_embeds.float(), dim=-1) @ self._prototypes.T
+        logits = (
+            self.model.logit_scale.exp()
+            * normalize(image_embeds.float(), dim=-1)
+            @ self._prototypes.T
+        )
         return cross_entropy(logits, inputs["labels"]), logits, inputs["labels"]
 
     def _compute_metrics(self, prediction) -> dict[str, float]:
@@ -377,7 +461,15 @@ class StagedTrainer(Trainer):
 
     def settings(self) -> dict[str, Any]:
         """What decides the weights, beside model and data."""
-        names = ("seed", "data_seed", "loss", "cluster_share", "cluster_draw", "classes_per_batch", "weight_decay")
+        names = (
+            "seed",
+            "data_seed",
+            "loss",
+            "cluster_share",
+            "cluster_draw",
+            "classes_per_batch",
+            "weight_decay",
+        )
         return {name: getattr(self.args, name) for name in names} | {
             "batch_size": self.args.train_batch_size * self.args.world_size,
             "gradient_accumulation_steps": self.args.gradient_accumulation_steps,

@@ -35,27 +35,37 @@ _REFUSED = {
 class StagedTrainingArguments(TrainingArguments):
     """`TrainingArguments` whose defaults are the recipe's, with what staged contrastive training needs besides.
 
-    Learning rates, epochs and warm-up belong to the stages of the domain file; setting them here is an error.
+    Learning rates, epochs and warm-up belong to the stages of the domain file; setting them here is
+    an error.
     """
 
     output_dir: str = "trainer_output"
     loss: str = field(default="multi_positive", metadata={"help": f"One of {', '.join(LOSSES)}."})
     cluster_share: float = field(
-        default=0.5, metadata={"help": "Share of each batch that comes from one cluster of confusable classes."}
+        default=0.5,
+        metadata={"help": "Share of each batch that comes from one cluster of confusable classes."},
     )
     cluster_draw: str = field(
-        default="size", metadata={"help": f"How often a cluster leads a batch, one of {', '.join(CLUSTER_DRAWS)}."}
+        default="size",
+        metadata={"help": f"How often a cluster leads a batch, one of {', '.join(CLUSTER_DRAWS)}."},
     )
     classes_per_batch: int | None = field(
         default=None,
-        metadata={"help": "About how many classes the rest of a batch comes from; default: as they are shuffled."},
+        metadata={
+            "help": "About how many classes the rest of a batch comes from; default: as they are shuffled."
+        },
     )
     early_stopping_patience: int = field(
-        default=5, metadata={"help": "End a stage after this many epochs of it without a better validation score."}
+        default=5,
+        metadata={
+            "help": "End a stage after this many epochs of it without a better validation score."
+        },
     )
     initial_logit_scale: float | None = field(
         default=None,
-        metadata={"help": "exp(logit_scale) to begin with, e.g. the recipe's 14.3; default: the base model's."},
+        metadata={
+            "help": "exp(logit_scale) to begin with, e.g. the recipe's 14.3; default: the base model's."
+        },
     )
     wise_ft: str = field(
         default="1",
@@ -68,18 +78,25 @@ class StagedTrainingArguments(TrainingArguments):
         default=4,
         metadata={
             "help": "Augmented views of each image; what the frozen part of the visual tower makes of them is kept on "
-            "disk and its visits take them in turn. 0: a new view at each visit, and nothing is kept."
+            "disk and its visits take them in turn. 0: a new view at each visit, and nothing is "
+            "kept."
         },
     )
     feature_dtype: str = field(
-        default="float16", metadata={"help": f"Of what is kept of the views, one of {', '.join(FEATURE_DTYPES)}."}
+        default="float16",
+        metadata={"help": f"Of what is kept of the views, one of {', '.join(FEATURE_DTYPES)}."},
     )
     feature_cache: str | None = field(
         default=None,
-        metadata={"help": "Where it is kept; default: RUN/cache/features, which may be removed any time."},
+        metadata={
+            "help": "Where it is kept; default: RUN/cache/features, which may be removed any time."
+        },
     )
     bf16: bool | None = field(  # type: ignore[assignment]  # unset until __post_init__
-        default=None, metadata={"help": "Mixed precision in bfloat16; default: where there is a GPU that supports it."}
+        default=None,
+        metadata={
+            "help": "Mixed precision in bfloat16; default: where there is a GPU that supports it."
+        },
     )
     gradient_accumulation_steps: int = field(
         default=1,
@@ -96,12 +113,14 @@ class StagedTrainingArguments(TrainingArguments):
     adam_beta2: float = 0.98
     adam_epsilon: float = 1e-6
     lr_scheduler_type: str = "cosine"
-    # One row an epoch in the log, on validation, and the best epoch kept (by StagedTrainer, over all stages).
+    # One row an epoch in the log, on validation, and the best epoch kept (by StagedTrainer, over
+    # all stages).
     eval_strategy: str = "epoch"
     save_strategy: str = "epoch"
     logging_strategy: str = "epoch"
     metric_for_best_model: str = field(
-        default="accuracy", metadata={"help": f"What chooses the epoch on validation, one of {', '.join(METRICS)}."}
+        default="accuracy",
+        metadata={"help": f"What chooses the epoch on validation, one of {', '.join(METRICS)}."},
     )
     save_total_limit: int = 2
     # A loss that is not finite stops the training: it must not be smoothed over in the log.
@@ -127,43 +146,59 @@ class StagedTrainingArguments(TrainingArguments):
         if self.loss not in LOSSES:
             raise ValueError(f"--loss is '{self.loss}'; expected one of {', '.join(LOSSES)}")
         if self.wise_ft != "auto" and not _is_share(self.wise_ft):
-            raise ValueError(f"--wise_ft is '{self.wise_ft}'; expected a number from 0 to 1, or auto")
+            raise ValueError(
+                f"--wise_ft is '{self.wise_ft}'; expected a number from 0 to 1, or auto"
+            )
         if self.save_strategy not in ("epoch", "steps"):
             raise ValueError(
-                f"--save_strategy is '{self.save_strategy}', but a stage starts from a checkpoint of the one before "
-                "it; use 'epoch', or 'steps' for checkpoints in the middle of an epoch as well"
+                f"--save_strategy is '{self.save_strategy}', but a stage starts from a checkpoint "
+                "of the one before it; use 'epoch', or 'steps' for checkpoints in the middle of "
+                "an epoch as well"
             )
         if self.eval_on_start or (self.eval_strategy, self.logging_strategy) != ("epoch", "epoch"):
             raise ValueError(
-                "--eval_strategy and --logging_strategy must be 'epoch', without --eval_on_start: epochs are compared"
+                "--eval_strategy and --logging_strategy must be 'epoch', without --eval_on_start: "
+                "epochs are compared"
             )
         if self.cached_views < 0:
             raise ValueError(f"--cached_views is {self.cached_views}; expected 0 (none) or more")
         if self.feature_dtype not in FEATURE_DTYPES:
-            raise ValueError(f"--feature_dtype is '{self.feature_dtype}'; expected one of {', '.join(FEATURE_DTYPES)}")
+            raise ValueError(
+                f"--feature_dtype is '{self.feature_dtype}'; expected one of "
+                f"{', '.join(FEATURE_DTYPES)}"
+            )
         for name, reason in _REFUSED.items():
             if getattr(self, name):
                 raise ValueError(f"--{name} is {getattr(self, name)}, but {reason}; leave it out")
         if self.save_total_limit == 1:
             raise ValueError(
-                "--save_total_limit is 1; expected 2 or more: the last and the best checkpoint are needed"
+                "--save_total_limit is 1; expected 2 or more: the last and the best checkpoint "
+                "are needed"
             )
         if self.early_stopping_patience < 1:
             raise ValueError(
-                f"--early_stopping_patience is {self.early_stopping_patience}; expected 1 or more, and to switch it "
-                "off as many as the longest stage has epochs"
+                f"--early_stopping_patience is {self.early_stopping_patience}; expected 1 or "
+                "more, and to switch it off as many as the longest stage has epochs"
             )
         if self.initial_logit_scale is not None and not self.initial_logit_scale > 0:
-            raise ValueError(f"--initial_logit_scale is {self.initial_logit_scale}; expected a number above 0")
+            raise ValueError(
+                f"--initial_logit_scale is {self.initial_logit_scale}; expected a number above 0"
+            )
         self.metric_for_best_model = self.metric_for_best_model.removeprefix("eval_")
         if self.metric_for_best_model not in METRICS:
             raise ValueError(
-                f"--metric_for_best_model is '{self.metric_for_best_model}'; expected one of {', '.join(METRICS)}"
+                f"--metric_for_best_model is '{self.metric_for_best_model}'; expected one of "
+                f"{', '.join(METRICS)}"
             )
         self.greater_is_better = self.metric_for_best_model not in ("ece", "loss")
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # else --bf16 asks for a GPU
+        # else --bf16 asks for a GPU
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
-            asked = self.fp16 or self.use_cpu or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
+            asked = (
+                self.fp16
+                or self.use_cpu
+                or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
+            )
             self.bf16 = not asked and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         super().__post_init__()
 

@@ -15,7 +15,10 @@ LOGGED = ("loss", "eval_accuracy", "eval_macro_f1", "eval_ece")
 
 
 def training_record(trainer: StagedTrainer) -> dict[str, Any]:
-    """One row an epoch with its stage, loss and validation metrics; batches, features and settings."""
+    """One row an epoch with its stage, loss and validation metrics.
+
+    Batches, features and settings.
+    """
     rows: dict[int, dict[str, Any]] = {}
     for entry in trainer.state.log_history:
         epoch = round(entry["epoch"])
@@ -44,8 +47,15 @@ def batch_record(trainer: StagedTrainer) -> dict[str, float]:
 
 
 def feature_record(trainer: StagedTrainer, epochs: list[dict[str, Any]]) -> dict[str, float]:
-    """What was encoded beforehand, and the visits that it served; bytes on disk, seconds in this session."""
-    frozen = {stage.name for stage, cut in zip(trainer.domain.stages, trainer.cuts, strict=True) if cut != PIXELS}
+    """What was encoded beforehand, and the visits that it served.
+
+    Bytes on disk, seconds in this session.
+    """
+    frozen = {
+        stage.name
+        for stage, cut in zip(trainer.domain.stages, trainer.cuts, strict=True)
+        if cut != PIXELS
+    }
     views = trainer.args.cached_views if frozen else 0
     served = sum(row["stage"] in frozen for row in epochs) if views else 0
     return {
@@ -70,21 +80,29 @@ def print_training(training: dict[str, Any]) -> None:
         for row in training["epochs"]
     ]
     print(format_table(["epoch", "loss", "val accuracy", "val macro F1", "stage"], rows))
-    batches, features, kept = training["batches"], training["features"], training["wise_ft"]["alpha"]
+    batches, features, kept = (
+        training["batches"],
+        training["features"],
+        training["wise_ft"]["alpha"],
+    )
     print(
-        f"* the best on validation. Of the pairs in a batch {batches['same_class_pairs']:.1%} share a class, "
-        f"{batches['hard_pairs']:.1%} are of classes in one cluster; "
-        f"the loss can't fall below {batches['loss_floor']:.3f}"
+        f"* the best on validation. Of the pairs in a batch {batches['same_class_pairs']:.1%} "
+        f"share a class, {batches['hard_pairs']:.1%} are of classes in one cluster; the loss "
+        f"can't fall below {batches['loss_floor']:.3f}"
     )
     if features["views"]:
         print(
-            f"{features['encoded']:,} views, encoded in {features['seconds']:.0f} s, took the place of "
-            f"{features['visits']:,} passes through the frozen part of the visual tower "
+            f"{features['encoded']:,} views, encoded in {features['seconds']:.0f} s, took the "
+            f"place of {features['visits']:,} passes through the frozen part of the visual tower "
             f"({features['bytes'] / 1e6:.0f} MB are kept, see --feature_cache)"
         )
     mixtures = {row["alpha"]: row for row in training["wise_ft"]["mixtures"]}
     for alpha in sorted({0.0, kept, 1.0}):
-        told = f"weights {alpha:.0%} fine-tuned: validation {mixtures[alpha]['accuracy']['value']:.1%}"
+        told = (
+            f"weights {alpha:.0%} fine-tuned: validation {mixtures[alpha]['accuracy']['value']:.1%}"
+        )
         outside = mixtures[alpha]["outside"]
-        told += f", outside the domain {outside['value']:.1%} (n = {outside['n']})" if outside else ""
+        told += (
+            f", outside the domain {outside['value']:.1%} (n = {outside['n']})" if outside else ""
+        )
         print(told + (", kept" if alpha == kept else ""))

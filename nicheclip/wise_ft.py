@@ -1,7 +1,7 @@
 """WiSE-FT: the weights between the base and the fine-tuned model (Wortsman et al. 2022, arXiv:2109.01903).
 
-alpha 0 is the base, 1 the fine-tuned model. Between them there is often a model that is as good on the domain and has
-forgotten less; which alpha that is, validation says.
+alpha 0 is the base, 1 the fine-tuned model. Between them there is often a model that is as good on
+the domain and has forgotten less; which alpha that is, validation says.
 """
 
 from __future__ import annotations
@@ -57,17 +57,21 @@ def interpolate(
         alpha: 0 gives the base, bit for bit, and 1 the fine-tuned model.
 
     Returns:
-        a state dict of its own storage, floating tensors in float32 on the base's device; others are the base's.
+        a state dict of its own storage, floating tensors in float32 on the base's device; others
+        are the base's.
 
     Raises:
         ValueError: if alpha is outside of [0, 1], or names or shapes differ.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha:g}; expected 0 (the base) to 1 (the fine-tuned model)")
-    different = sorted(set(base) ^ set(tuned)) or [name for name in base if base[name].shape != tuned[name].shape]
+    different = sorted(set(base) ^ set(tuned)) or [
+        name for name in base if base[name].shape != tuned[name].shape
+    ]
     if different:
         raise ValueError(
-            f"the base and the fine-tuned model differ in '{different[0]}'; expected the base that was fine-tuned"
+            f"the base and the fine-tuned model differ in '{different[0]}'; expected the base "
+            "that was fine-tuned"
         )
     mixed = {}
     for name, tensor in base.items():
@@ -76,7 +80,13 @@ def interpolate(
             continue
         start, end = tensor.detach().float(), tuned[name].detach().to(tensor.device, torch.float32)
         # at the ends no arithmetic: it would turn -0.0 to 0.0, and 0 times infinity to NaN
-        mixed[name] = start.clone() if alpha == 0 else end.clone() if alpha == 1 else (1 - alpha) * start + alpha * end
+        mixed[name] = (
+            start.clone()
+            if alpha == 0
+            else end.clone()
+            if alpha == 1
+            else (1 - alpha) * start + alpha * end
+        )
     return mixed
 
 
@@ -92,17 +102,19 @@ def choose_alpha(
 ) -> tuple[float, list[Interpolation]]:
     """Tries each alpha as the zero-shot classifier of the domain; neither model is changed.
 
-    Images are decoded, resized and cropped once, and kept: 3 bytes a pixel of the side that the model sees.
+    Images are decoded, resized and cropped once, and kept: 3 bytes a pixel of the side that the
+    model sees.
 
     Args:
         validation: the prepared split: image, label, group_id.
         canonical_prompts: one of each class (C,).
-        outside: rows of image and label, and the canonical prompts, of the task outside of the domain. It is measured
-            and does not choose.
+        outside: rows of image and label, and the canonical prompts, of the task outside of the
+            domain. It is measured and does not choose.
 
     Returns:
-        the alpha of the best accuracy on validation, of several the smallest, which keeps most of the base; and what
-        each alpha is worth, in the order of `alphas`. The accuracy of the chosen one flatters, as it was chosen by it.
+        the alpha of the best accuracy on validation, of several the smallest, which keeps most of
+        the base; and what each alpha is worth, in the order of `alphas`. The accuracy of the chosen
+        one flatters, as it was chosen by it.
 
     Raises:
         ValueError: as `interpolate`.
@@ -111,13 +123,19 @@ def choose_alpha(
     labels, groups = np.array(validation["label"]), np.array(validation["group_id"])
     if outside is not None:
         outside_rows, outside_prompts = outside
-        outside_images, outside_labels = _as_the_model_sees(processor, outside_rows), np.array(outside_rows["label"])
+        outside_images, outside_labels = (
+            _as_the_model_sees(processor, outside_rows),
+            np.array(outside_rows["label"]),
+        )
     start, end, model = base.state_dict(), tuned.state_dict(), copy.deepcopy(base).float().eval()
     table = []
     for alpha in tqdm(alphas, desc="WiSE-FT", unit="alpha", leave=False, disable=not progress):
         model.load_state_dict(interpolate(start, end, alpha))
         image_embeds = encode_images(model, processor, images, len(images), progress=False)
-        logits = zero_shot_logits(model, image_embeds, encode_texts(model, processor, canonical_prompts))  # (N, C)
+        # (N, C)
+        logits = zero_shot_logits(
+            model, image_embeds, encode_texts(model, processor, canonical_prompts)
+        )
         table.append(
             Interpolation(
                 alpha,
@@ -126,7 +144,12 @@ def choose_alpha(
                 None
                 if outside is None
                 else outside_accuracy(
-                    model, processor, outside_images, outside_labels, outside_prompts, progress=False
+                    model,
+                    processor,
+                    outside_images,
+                    outside_labels,
+                    outside_prompts,
+                    progress=False,
                 ),
             )
         )
@@ -149,17 +172,22 @@ def mix_with_base(
         asked: the alpha, or "auto" for the one that validation chooses.
 
     Returns:
-        for training.json: "alpha", "asked", and "mixtures", what each alpha is worth; at least the two ends.
+        for training.json: "alpha", "asked", and "mixtures", what each alpha is worth; at least the
+        two ends.
     """
     start, processor = load_clip(base)
     alphas = ALPHAS if asked == "auto" else sorted({0.0, float(asked), 1.0})
-    best, table = choose_alpha(start, tuned, processor, validation, canonical_prompts, outside, alphas)
+    best, table = choose_alpha(
+        start, tuned, processor, validation, canonical_prompts, outside, alphas
+    )
     alpha = best if asked == "auto" else float(asked)
     tuned.load_state_dict(interpolate(start.state_dict(), tuned.state_dict(), alpha))
     return {"alpha": alpha, "asked": asked, "mixtures": [row.to_dict() for row in table]}
 
 
-def _as_the_model_sees(processor: CLIPProcessor, rows: Iterable[dict[str, Any]]) -> list[Image.Image]:
+def _as_the_model_sees(
+    processor: CLIPProcessor, rows: Iterable[dict[str, Any]]
+) -> list[Image.Image]:
     """The images resized and cropped; the processor then finds nothing to do but to normalise."""
     views = []
     for row in rows:

@@ -27,10 +27,12 @@ def load_clip(base: str | Path) -> tuple[CLIPModel, CLIPProcessor]:
         processor = CLIPProcessor.from_pretrained(base)
     except OSError as error:
         raise OSError(
-            f"can't load a CLIP model from '{base}': expected a folder written by save_pretrained or a Hub id such as "
-            f"openai/clip-vit-base-patch32; check `base` in the domain file, and the network ({error})"
+            f"can't load a CLIP model from '{base}': expected a folder written by save_pretrained "
+            "or a Hub id such as openai/clip-vit-base-patch32; check `base` in the domain file, "
+            f"and the network ({error})"
         ) from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor  # type: ignore[arg-type]  # a wrapper of transformers' hides self
+    # a wrapper of transformers' hides self
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor  # type: ignore[arg-type]
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
@@ -69,22 +71,30 @@ def encode_images(
     """
     batches = []
     with tqdm(total=total, desc=description, unit="img", leave=False, disable=not progress) as bar:
-        for pixel_values in prefetched(_pixel_values(processor, batch) for batch in _batched(images, batch_size)):
+        for pixel_values in prefetched(
+            _pixel_values(processor, batch) for batch in _batched(images, batch_size)
+        ):
             with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
                 image_embeds = model.get_image_features(pixel_values.to(model.device)).pooler_output
-            batches.append(torch.nn.functional.normalize(image_embeds.float(), dim=-1).cpu().numpy())
+            batches.append(
+                torch.nn.functional.normalize(image_embeds.float(), dim=-1).cpu().numpy()
+            )
             bar.update(len(pixel_values))
     return np.concatenate(batches)
 
 
-def zero_shot_logits(model: CLIPModel, image_embeds: np.ndarray, text_embeds: torch.Tensor) -> np.ndarray:
+def zero_shot_logits(
+    model: CLIPModel, image_embeds: np.ndarray, text_embeds: torch.Tensor
+) -> np.ndarray:
     """exp(logit_scale) x cosine: (N, D) and (C, D) -> (N, C) float32."""
     return model.logit_scale.exp().item() * image_embeds @ text_embeds.cpu().numpy().T
 
 
 def _pixel_values(processor: CLIPProcessor, images: Sequence[Image.Image]) -> torch.Tensor:
     """(B, 3, S, S) as the processor makes them."""
-    return processor.image_processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
+    return processor.image_processor(
+        [image.convert("RGB") for image in images], return_tensors="pt"
+    )["pixel_values"]
 
 
 def prefetched(items: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:

@@ -1,6 +1,7 @@
 """python -m space RUN_OR_REPO_ID [--port N] [--share]
 
-Opens the app of a run directory (its RUN/hub), of a published folder, or of a repository of the Hub.
+Opens the app of a run directory (its RUN/hub), of a published folder, or of a repository of the
+Hub.
 """
 
 from __future__ import annotations
@@ -17,9 +18,13 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m space", description=__doc__.split("\n", 1)[1])
     parser.add_argument(
-        "source", metavar="RUN_OR_REPO_ID", help="a run directory, a published folder or a Hub repo id"
+        "source",
+        metavar="RUN_OR_REPO_ID",
+        help="a run directory, a published folder or a Hub repo id",
     )
-    parser.add_argument("--port", type=int, help="serve on this port (default: the first free one from 7860)")
+    parser.add_argument(
+        "--port", type=int, help="serve on this port (default: the first free one from 7860)"
+    )
     parser.add_argument("--share", action="store_true", help="also open a public gradio.live link")
     args = parser.parse_args()
     try:

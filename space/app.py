@@ -61,7 +61,9 @@ def build_app(repo_or_path: str | Path) -> gr.Blocks:
     index, settings = open_index(folder), classifier.settings
     unnoticed = read_measures(folder)["ood_accepted"]
     # Visitors' photos are deleted after an hour.
-    with gr.Blocks(title=settings["title"], analytics_enabled=False, delete_cache=(600, 3600)) as app:
+    with gr.Blocks(
+        title=settings["title"], analytics_enabled=False, delete_cache=(600, 3600)
+    ) as app:
         gr.Markdown(
             f"# {settings['title']}\nThis model knows {len(classifier.class_names)} classes and nothing else. It says "
             f"when it is not sure; of {unnoticed.n} other pictures it noticed {percent(1 - unnoticed.value)}."
@@ -86,14 +88,20 @@ def _fetch(repo_or_path: str | Path) -> Path:
         return Path(snapshot_download(str(repo_or_path), allow_patterns=patterns))
     except (OSError, HFValidationError) as error:
         absent = isinstance(error, RepositoryNotFoundError)
-        reason = "no such repository, or none that you may read" if absent else str(error).strip().splitlines()[0]
+        reason = (
+            "no such repository, or none that you may read"
+            if absent
+            else str(error).strip().splitlines()[0]
+        )
         raise FileNotFoundError(
             f"'{repo_or_path}' is no folder here and can't be fetched from the Hub either ({reason}); "
             "expected a run directory, a published folder or a repo id such as you/your-model"
         ) from error
 
 
-def _classify_tab(classifier: NicheClassifier, index: ImageIndex | None, examples: list[Path]) -> None:
+def _classify_tab(
+    classifier: NicheClassifier, index: ImageIndex | None, examples: list[Path]
+) -> None:
     def classify(photo: dict[str, Any] | None) -> tuple[str, dict[str, float] | None, Shown]:
         if photo is None:
             return EMPTY, None, []
@@ -116,12 +124,21 @@ def _classify_tab(classifier: NicheClassifier, index: ImageIndex | None, example
                 show_heading=False,
                 label=f"Calibrated probabilities, {shown} most likely classes",
             )
-    alike = pictures("The published pictures most like yours: class, split, cosine", visible=index is not None)
+    alike = pictures(
+        "The published pictures most like yours: class, split, cosine", visible=index is not None
+    )
     photo.change(
-        classify, photo, [sentence, bars, alike], preprocess=False, api_name="classify", show_progress="minimal"
+        classify,
+        photo,
+        [sentence, bars, alike],
+        preprocess=False,
+        api_name="classify",
+        show_progress="minimal",
     )
     if examples:
-        gr.Markdown("Or try a test picture, which the model was not trained on. Its true class stands below it.")
+        gr.Markdown(
+            "Or try a test picture, which the model was not trained on. Its true class stands below it."
+        )
         gallery = gr.Gallery(
             [(path, path.stem) for path in examples],
             show_label=False,

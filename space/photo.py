@@ -16,7 +16,11 @@ def photo_input(label: str, height: int) -> gr.Image:
     Gradio would decode the file itself, with an error message of its own, and re-encode it.
     """
     return gr.Image(
-        label=label, sources=["upload", "webcam", "clipboard"], height=height, buttons=[], alt_text="Your photo"
+        label=label,
+        sources=["upload", "webcam", "clipboard"],
+        height=height,
+        buttons=[],
+        alt_text="Your photo",
     )
 
 

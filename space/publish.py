@@ -41,9 +41,11 @@ def write_space(folder: Path, model_id: str, title: str, license_name: str) -> N
     }
     files = {
         "README.md": f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n\n"
-        f"The demo of [{model_id}](https://huggingface.co/{model_id}). If that model is private, give this Space a "
-        "secret `HF_TOKEN` that may read it.\n",
-        "requirements.txt": "".join(f"{name}=={version(name).partition('+')[0]}\n" for name in NEEDED),
+        f"The demo of [{model_id}](https://huggingface.co/{model_id}). If that model is private, "
+        "give this Space a secret `HF_TOKEN` that may read it.\n",
+        "requirements.txt": "".join(
+            f"{name}=={version(name).partition('+')[0]}\n" for name in NEEDED
+        ),
         "app.py": f'from space.app import LAUNCH, build_app\n\nbuild_app("{model_id}").launch(**LAUNCH)\n',
     }
     for name, content in files.items():

@@ -10,7 +10,12 @@ import gradio as gr
 from nicheclip.results import LOWER_IS_BETTER, METRIC_TITLES, Measure, read_json
 
 NBSP = "\N{NO-BREAK SPACE}"
-VERDICTS = {"pass": f"✓{NBSP}pass", "fail": f"✗{NBSP}fail", "undecided": f"?{NBSP}undecided", "": ""}
+VERDICTS = {
+    "pass": f"✓{NBSP}pass",
+    "fail": f"✗{NBSP}fail",
+    "undecided": f"?{NBSP}undecided",
+    "": "",
+}
 # Alternative texts, for those who can't see the figures.
 FIGURES = {
     "scorecard": "Each metric with a gate, base zero-shot and fine-tuned; the same numbers stand in the table",
@@ -27,7 +32,9 @@ def read_measures(folder: Path) -> dict[str, Measure]:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    return read_json(folder / "scorecard.json", "build the folder again with `python -m model_card RUN`")
+    return read_json(
+        folder / "scorecard.json", "build the folder again with `python -m model_card RUN`"
+    )
 
 
 def scorecard_tab(folder: Path) -> None:
@@ -37,14 +44,19 @@ def scorecard_tab(folder: Path) -> None:
     undecided = sum(gate["verdict"] == "undecided" for gate in gates.values())
     accuracy, coverage = measures["accuracy"], measures["coverage"]
     right = (
-        f", and {percent(measures['selective_accuracy'].value)} of its answers were right" if coverage.value else ""
+        f", and {percent(measures['selective_accuracy'].value)} of its answers were right"
+        if coverage.value
+        else ""
     )
     gr.Markdown(
-        f"**{passed} of {len(gates)} gates passed, {undecided} undecided.** "
-        f"On {accuracy.n} {accuracy.split} pictures that took no part in training, choice of the epoch, or "
-        f"calibration. The model answered {percent(coverage.value)} of them{right}; for the others it said “not sure”."
+        f"**{passed} of {len(gates)} gates passed, {undecided} undecided.** On {accuracy.n} "
+        f"{accuracy.split} pictures that took no part in training, choice of the epoch, or "
+        f"calibration. The model answered {percent(coverage.value)} of them{right}; for the "
+        "others it said “not sure”."
     )
-    figures = sorted((folder / "figures").glob("*.png"), key=lambda path: (path.stem != "scorecard", path.stem))
+    figures = sorted(
+        (folder / "figures").glob("*.png"), key=lambda path: (path.stem != "scorecard", path.stem)
+    )
     for path in figures[:1]:
         _figure(path)
     gr.Markdown(score_table(measures, gates), elem_classes="scores")
@@ -54,7 +66,9 @@ def scorecard_tab(folder: Path) -> None:
 
 def _figure(path: Path) -> None:
     alt_text = FIGURES.get(path.stem, path.stem)
-    gr.Image(str(path), show_label=False, alt_text=alt_text, interactive=False, buttons=["fullscreen"])
+    gr.Image(
+        str(path), show_label=False, alt_text=alt_text, interactive=False, buttons=["fullscreen"]
+    )
 
 
 def score_table(measures: dict[str, Measure], gates: dict[str, dict[str, str]]) -> str:
@@ -63,20 +77,26 @@ def score_table(measures: dict[str, Measure], gates: dict[str, dict[str, str]]) 
         f"| Metric | Base zero-shot | Linear probe | Fine-tuned [95{NBSP}%] | Gate | Verdict | n |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name in sorted(measures, key=lambda name: (name not in gates, list(METRIC_TITLES).index(name))):
+    for name in sorted(
+        measures, key=lambda name: (name not in gates, list(METRIC_TITLES).index(name))
+    ):
         measure, gate = measures[name], gates.get(name, {"target": "", "verdict": ""})
         probe = f"{measure.probe.value:.3f}" if measure.probe else ""
         label = METRIC_TITLES[name] + (f"{NBSP}↓" if name in LOWER_IS_BETTER else "")
         base = f"{measure.base.value:.3f}" if measure.base else ""
-        verdict = VERDICTS[gate["verdict"]] + (f" (needs {gate['more']:,} more images)" if gate.get("more") else "")
+        verdict = VERDICTS[gate["verdict"]] + (
+            f" (needs {gate['more']:,} more images)" if gate.get("more") else ""
+        )
         n = f"{measure.n} {measure.split}"
         rows.append(
-            f"| {label} | {base} | {probe} | **{measure.value:.3f}** [{measure.low:.3f},{NBSP}{measure.high:.3f}] "
-            f"| {gate['target'].replace(' ', NBSP)} | {verdict} | {n} |"
+            f"| {label} | {base} | {probe} | **{measure.value:.3f}** "
+            f"[{measure.low:.3f},{NBSP}{measure.high:.3f}] | {gate['target'].replace(' ', NBSP)} "
+            f"| {verdict} | {n} |"
         )
     legend = (
-        "↓ lower is better. Base zero-shot: the model before fine-tuning. Linear probe: logistic regression on the "
-        "base's image_embeds. All on the same pictures. Undecided: the interval holds the gate's target."
+        "↓ lower is better. Base zero-shot: the model before fine-tuning. Linear probe: logistic "
+        "regression on the base's image_embeds. All on the same pictures. Undecided: the interval "
+        "holds the gate's target."
     )
     return "\n".join([*rows, "", legend])
 

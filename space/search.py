@@ -32,7 +32,9 @@ def search_tab(classifier: NicheClassifier, index: ImageIndex) -> None:
         words = words.strip()
         if not words:
             return NOTHING_ASKED, []
-        return f"The {min(FOUND, len(index))} pictures most like “{words}”:", nearest(classifier.text_embeds([words]))
+        return f"The {min(FOUND, len(index))} pictures most like “{words}”:", nearest(
+            classifier.text_embeds([words])
+        )
 
     def by_photo(photo: dict[str, Any] | None) -> tuple[str, Shown]:
         if photo is None:
@@ -48,8 +50,8 @@ def search_tab(classifier: NicheClassifier, index: ImageIndex) -> None:
         return captioned(index.nearest(embeds.cpu().numpy(), FOUND)[0])
 
     gr.Markdown(
-        f"Looks through {len(index)} published pictures with the fine-tuned model. It orders them by likeness and "
-        "always finds something, whether or not what you describe is there."
+        f"Looks through {len(index)} published pictures with the fine-tuned model. It orders them "
+        "by likeness and always finds something, whether or not what you describe is there."
     )
     with gr.Row():
         with gr.Column(scale=2):
@@ -66,13 +68,20 @@ def search_tab(classifier: NicheClassifier, index: ImageIndex) -> None:
     gallery = pictures("Found: class, split, cosine")
     words.submit(by_words, words, [told, gallery], api_name="search", show_progress="minimal")
     photo.change(
-        by_photo, photo, [told, gallery], preprocess=False, api_name="search_by_photo", show_progress="minimal"
+        by_photo,
+        photo,
+        [told, gallery],
+        preprocess=False,
+        api_name="search_by_photo",
+        show_progress="minimal",
     )
 
 
 def pictures(label: str, **options: Any) -> gr.Gallery:
     """Where `captioned` pictures are shown; nothing is seen of it while there are none."""
-    return gr.Gallery(label=label, height="auto", elem_classes="found", interactive=False, buttons=[], **options)
+    return gr.Gallery(
+        label=label, height="auto", elem_classes="found", interactive=False, buttons=[], **options
+    )
 
 
 @cache
@@ -83,7 +92,8 @@ def _folder() -> Path:
 def captioned(found: list[Found]) -> Shown:
     """Each picture, as a file, with its class, its split, how alike it is, and whose it is.
 
-    As files, written once: Gradio would write a PIL image anew for each visitor, under the feet of those who load it.
+    As files, written once: Gradio would write a PIL image anew for each visitor, under the feet of
+    those who load it.
     """
     folder, shown = _folder(), []
     for each in found:

@@ -1,7 +1,8 @@
 """A small server that answers as Wikimedia Commons does: the MediaWiki API at /w/api.php, thumbnails at /thumb/.
 
-Categories and files live in memory; the thumbnails are real JPEG, PNG and WebP. What differs from Commons: a batch
-of a category holds three files, and one answer describes at most two of them, so that each way to continue is used.
+Categories and files live in memory; the thumbnails are real JPEG, PNG and WebP. What differs from
+Commons: a batch of a category holds three files, and one answer describes at most two of them, so
+that each way to continue is used.
 """
 
 from __future__ import annotations
@@ -65,9 +66,11 @@ class CommonsServer(ThreadingHTTPServer):
     """`with CommonsServer(categories, files, subcategories) as commons:` has its API at `commons.api`.
 
     Attributes:
-        fail_next: faults as (part of the address, fault); each spoils the next request that it fits.
+        fail_next: faults as (part of the address, fault); each spoils the next request that it
+            fits.
         fail_always: the same, but they stay.
-        hold_after: after so many thumbnails, further requests for thumbnails wait for `release`, and get no answer.
+        hold_after: after so many thumbnails, further requests for thumbnails wait for `release`,
+            and get no answer.
         requests: all that came in. served: how often each thumbnail was sent whole.
         most_at_once: for "api" and "thumb", how many requests were answered at the same time.
     """
@@ -96,7 +99,9 @@ class CommonsServer(ThreadingHTTPServer):
         self.lock = threading.Lock()
 
     def __enter__(self) -> CommonsServer:
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *_) -> None:
@@ -118,7 +123,8 @@ class CommonsServer(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    wbufsize = -1  # header and body in one packet: apart, each answer would wait for the client's acknowledgement
+    # header and body in one packet: apart, each answer would wait for the client's acknowledgement
+    wbufsize = -1
     server: CommonsServer
 
     def do_GET(self) -> None:
@@ -154,7 +160,10 @@ class Handler(BaseHTTPRequestHandler):
         return None
 
     def answer(
-        self, content: bytes | dict, fault: Fault | None, kind: str = "application/json; charset=utf-8"
+        self,
+        content: bytes | dict,
+        fault: Fault | None,
+        kind: str = "application/json; charset=utf-8",
     ) -> None:
         fault = fault or Fault()
         if fault.api_error:
@@ -176,9 +185,9 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         _, _, width, title = path.split("/")
         with server.lock:
-            hold = server.hold_after is not None and sum(server.served.values()) + server.active["thumb"] > (
-                server.hold_after
-            )
+            hold = server.hold_after is not None and sum(server.served.values()) + server.active[
+                "thumb"
+            ] > (server.hold_after)
             server.held += hold
         if hold:
             server.release.wait()
@@ -194,12 +203,21 @@ class Handler(BaseHTTPRequestHandler):
                 server.served[title] += 1
 
     def query(self, parameters: dict[str, str]) -> dict[str, Any]:
-        if (parameters.get("action"), parameters.get("format"), parameters.get("formatversion")) != (
+        if (
+            parameters.get("action"),
+            parameters.get("format"),
+            parameters.get("formatversion"),
+        ) != (
             "query",
             "json",
             "2",
         ):
-            return {"error": {"code": "badvalue", "info": "this server only knows queries, as JSON, version 2"}}
+            return {
+                "error": {
+                    "code": "badvalue",
+                    "info": "this server only knows queries, as JSON, version 2",
+                }
+            }
         if parameters.get("prop") == "categoryinfo":
             return {
                 "batchcomplete": True,
@@ -215,8 +233,19 @@ class Handler(BaseHTTPRequestHandler):
         subcategories = len(self.server.subcategories.get(name, []))
         if name not in self.server.categories:
             return {"ns": 14, "title": title, "missing": True}
-        size = {"size": files + subcategories, "pages": 0, "files": files, "subcats": subcategories, "hidden": False}
-        return {"pageid": 1, "ns": 14, "title": title, **({"categoryinfo": size} if size["size"] else {})}
+        size = {
+            "size": files + subcategories,
+            "pages": 0,
+            "files": files,
+            "subcats": subcategories,
+            "hidden": False,
+        }
+        return {
+            "pageid": 1,
+            "ns": 14,
+            "title": title,
+            **({"categoryinfo": size} if size["size"] else {}),
+        }
 
     def subcategories(self, parameters: dict[str, str]) -> dict[str, Any]:
         names = self.server.subcategories.get(parameters["cmtitle"].removeprefix("Category:"), [])
@@ -245,7 +274,11 @@ class Handler(BaseHTTPRequestHandler):
         answer: dict[str, Any] = {"query": {"pages": pages}}
         here = {"gcmcontinue": str(start)} if start else {}
         if first + DESCRIBED < len(at):
-            answer["continue"] = {**here, "iicontinue": at[first + DESCRIBED], "continue": "gcmcontinue||"}
+            answer["continue"] = {
+                **here,
+                "iicontinue": at[first + DESCRIBED],
+                "continue": "gcmcontinue||",
+            }
             return answer
         answer["batchcomplete"] = True
         if start + BATCH < len(titles):
@@ -258,7 +291,9 @@ class Handler(BaseHTTPRequestHandler):
         texts = {"LicenseShortName": photo.license, "Artist": photo.artist, **photo.more}
         if photo.license and photo.license.startswith("CC BY"):
             texts["License"] = photo.license.lower().replace(" ", "-")
-            texts["LicenseUrl"] = f"https://creativecommons.org/licenses/{photo.license[3:].lower().replace(' ', '/')}"
+            texts["LicenseUrl"] = (
+                f"https://creativecommons.org/licenses/{photo.license[3:].lower().replace(' ', '/')}"
+            )
         return {
             "size": 100_000,
             "width": photo.width,
@@ -268,7 +303,10 @@ class Handler(BaseHTTPRequestHandler):
             "descriptionurl": f"https://commons.wikimedia.org/wiki/File:{quote(title.replace(' ', '_'))}",
             "sha1": hashlib.sha1(title.encode()).hexdigest(),
             "mime": photo.mime,
-            "extmetadata": {name: {"value": text, "source": "x"} for name, text in texts.items() if text} or [],
+            "extmetadata": {
+                name: {"value": text, "source": "x"} for name, text in texts.items() if text
+            }
+            or [],
         }
 
 

@@ -1,7 +1,7 @@
 """A small server that speaks the Hub's HTTP API, so that the real huggingface_hub client can be tested.
 
-Repositories live in memory. What differs from the Hub: large files go through git-LFS and never through Xet, there is
-one branch, and ranges are ignored (the client then starts again).
+Repositories live in memory. What differs from the Hub: large files go through git-LFS and never
+through Xet, there is one branch, and ranges are ignored (the client then starts again).
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class Commit:
     files: dict[str, File]
 
 
-FIRST = Commit("0" * 40, "initial commit", {".gitattributes": File(b"*.safetensors filter=lfs\n", lfs=False)})
+FIRST = Commit(
+    "0" * 40, "initial commit", {".gitattributes": File(b"*.safetensors filter=lfs\n", lfs=False)}
+)
 
 
 @dataclass
@@ -69,11 +71,13 @@ class HubServer(ThreadingHTTPServer):
 
     Attributes:
         rights: what a token may do, "write" or "read"; any other token is refused.
-        repositories: by repository id, with "datasets/" or "spaces/" before it, each with its log of commits.
+        repositories: by repository id, with "datasets/" or "spaces/" before it, each with its log
+            of commits.
         uploads: sha256 of the large files that were uploaded, each time.
         lfs_suffixes: of the files that have to be uploaded through git-LFS.
-        fail_next: faults as (method, part of the path, status); each spoils the next request that it fits.
-            A status of None drops the connection without an answer, after half of what was to be received.
+        fail_next: faults as (method, part of the path, status); each spoils the next request that
+            it fits. A status of None drops the connection without an answer, after half of what was
+            to be received.
     """
 
     daemon_threads = True
@@ -90,7 +94,9 @@ class HubServer(ThreadingHTTPServer):
         self.lock = threading.Lock()
 
     def __enter__(self) -> HubServer:
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *_) -> None:
@@ -106,14 +112,19 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path).replace("/api/models/", "/api/", 1)
         length = int(self.headers.get("Content-Length", 0))
         with self.server.lock:
-            faults = [each for each in self.server.fail_next if each[0] == self.command and each[1] in path]
+            faults = [
+                each
+                for each in self.server.fail_next
+                if each[0] == self.command and each[1] in path
+            ]
             if faults:
                 self.server.fail_next.remove(faults[0])
         if faults and faults[0][2] is None:
             self.rfile.read(length // 2)
             self.close_connection = True
             return
-        # The body is read before anything is answered: what is left of it would be taken for the next request.
+        # The body is read before anything is answered: what is left of it would be taken for the
+        # next request.
         self.body = self.rfile.read(length)
         try:
             if faults:
@@ -124,7 +135,9 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(404, f"Sorry, we can't find {self.command} {path}")
         except Refusal as refusal:
             code = {"X-Error-Code": refusal.code} if refusal.code else {}
-            self.send({"error": str(refusal)}, refusal.status, {"X-Error-Message": str(refusal), **code})
+            self.send(
+                {"error": str(refusal)}, refusal.status, {"X-Error-Message": str(refusal), **code}
+            )
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_any
 
@@ -151,7 +164,10 @@ class Handler(BaseHTTPRequestHandler):
     def demand_write(self) -> None:
         right = self.right()
         if right != "write":
-            raise Refusal(403 if right else 401, "pass a token with write access" if right else "Invalid credentials")
+            raise Refusal(
+                403 if right else 401,
+                "pass a token with write access" if right else "Invalid credentials",
+            )
 
     def repository(self, repo_id: str) -> Repository:
         right, repository = self.right(), self.server.repositories.get(repo_id)
@@ -227,21 +243,44 @@ class Handler(BaseHTTPRequestHandler):
                     raise Refusal(400, f"Cannot commit {key} {value['path']}")
             oid = hashlib.sha1(b"%d" % len(repository.commits) + self.body).hexdigest()
             repository.commits.append(Commit(oid, header["value"]["summary"], files))
-        self.send({"success": True, "commitOid": oid, "commitUrl": f"{self.server.url}/{repo_id}/commit/{oid}"})
+        self.send(
+            {
+                "success": True,
+                "commitOid": oid,
+                "commitUrl": f"{self.server.url}/{repo_id}/commit/{oid}",
+            }
+        )
 
     def info(self, repo_id: str, revision: str | None) -> None:
         repository = self.repository(repo_id)
         commit = repository.at(revision or "main")
         siblings = [{"rfilename": path} for path in commit.files]
         repo_id = repo_id.removeprefix("datasets/").removeprefix("spaces/")
-        self.send({"id": repo_id, "sha": commit.oid, "private": repository.private, "tags": [], "siblings": siblings})
+        self.send(
+            {
+                "id": repo_id,
+                "sha": commit.oid,
+                "private": repository.private,
+                "tags": [],
+                "siblings": siblings,
+            }
+        )
 
     def commits(self, repo_id: str, revision: str) -> None:
         self.repository(repo_id).at(revision)
         log = reversed(self.repository(repo_id).commits)
         date, authors = "2026-01-01T00:00:00.000Z", [{"user": USER, "avatar": ""}]
         self.send(
-            [{"id": each.oid, "title": each.summary, "message": "", "date": date, "authors": authors} for each in log]
+            [
+                {
+                    "id": each.oid,
+                    "title": each.summary,
+                    "message": "",
+                    "date": date,
+                    "authors": authors,
+                }
+                for each in log
+            ]
         )
 
     def tree(self, repo_id: str, revision: str, folder: str | None) -> None:
@@ -249,7 +288,9 @@ class Handler(BaseHTTPRequestHandler):
         for path, file in self.repository(repo_id).at(revision).files.items():
             if folder is None or path.startswith(f"{folder}/"):
                 size = len(file.content)
-                lfs = {"lfs": {"oid": file.oid, "size": size, "pointerSize": 134}} if file.lfs else {}
+                lfs = (
+                    {"lfs": {"oid": file.oid, "size": size, "pointerSize": 134}} if file.lfs else {}
+                )
                 entries.append({"type": "file", "path": path, "size": size, "oid": file.oid, **lfs})
         if folder is not None and not entries:
             raise Refusal(404, f"{folder} does not exist on {revision}", "EntryNotFound")

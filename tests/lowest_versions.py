@@ -1,7 +1,7 @@
 """python tests/lowest_versions.py > FILE
 
-Prints the lowest versions that pyproject.toml allows, as constraints for pip. But for torch: the early builds bring
-gigabytes of CUDA along, so it stays at the version of constraints.txt.
+Prints the lowest versions that pyproject.toml allows, as constraints for pip. But for torch: the
+early builds bring gigabytes of CUDA along, so it stays at the version of constraints.txt.
 """
 
 from __future__ import annotations
@@ -18,4 +18,10 @@ if __name__ == "__main__":
         name, _, lowest = requirement.partition(">=")
         if lowest and name != "torch":
             print(f"{name}=={lowest}")
-    print(*(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch==")))
+    print(
+        *(
+            line
+            for line in (ROOT / "constraints.txt").read_text().splitlines()
+            if line.startswith("torch==")
+        )
+    )

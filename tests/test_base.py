@@ -17,13 +17,19 @@ PER_CLASS = 50
 
 @pytest.fixture(scope="module")
 def drawings() -> list:
-    return [draw(style, np.random.default_rng([77, index]), 96) for style in STYLES for index in range(PER_CLASS)]
+    return [
+        draw(style, np.random.default_rng([77, index]), 96)
+        for style in STYLES
+        for index in range(PER_CLASS)
+    ]
 
 
 def test_zero_shot_accuracy_lies_in_its_band(drawings):
     model, processor = load_clip(FACADES / "base")
     prototypes = encode_texts(model, processor, Domain.load(FACADES).canonical_prompts).numpy()
-    predicted = (encode_images(model, processor, drawings, len(drawings)) @ prototypes.T).argmax(axis=1)
+    predicted = (encode_images(model, processor, drawings, len(drawings)) @ prototypes.T).argmax(
+        axis=1
+    )
     accuracy = (predicted == np.repeat(np.arange(len(STYLES)), PER_CLASS)).mean()
     assert 0.45 <= accuracy <= 0.70
 
@@ -39,20 +45,32 @@ def test_styles_and_domain_agree():
 
 
 def test_padding_does_not_change_a_prompt():
-    model, processor = CLIPModel.from_pretrained(FACADES / "base"), CLIPProcessor.from_pretrained(FACADES / "base")
+    model, processor = (
+        CLIPModel.from_pretrained(FACADES / "base"),
+        CLIPProcessor.from_pretrained(FACADES / "base"),
+    )
     model = model.float().eval()
-    prompts = ["a drawing of a gothic building", "something soaring, narrow and pointed, quite unlike ANY café №7"]
+    prompts = [
+        "a drawing of a gothic building",
+        "something soaring, narrow and pointed, quite unlike ANY café №7",
+    ]
     with torch.inference_mode():
-        together = model.get_text_features(**processor.tokenizer(prompts, padding=True, return_tensors="pt"))
+        together = model.get_text_features(
+            **processor.tokenizer(prompts, padding=True, return_tensors="pt")
+        )
         alone = model.get_text_features(**processor.tokenizer(prompts[:1], return_tensors="pt"))
         full = model.get_text_features(
             **processor.tokenizer(prompts, padding="max_length", max_length=77, return_tensors="pt")
         )
-    torch.testing.assert_close(together.pooler_output[:1], alone.pooler_output, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        together.pooler_output[:1], alone.pooler_output, atol=1e-5, rtol=1e-4
+    )
     torch.testing.assert_close(together.pooler_output, full.pooler_output, atol=1e-5, rtol=1e-4)
 
 
 def test_the_stock_pipeline_takes_it(drawings):
     classify = pipeline("zero-shot-image-classification", model=str(FACADES / "base"))
-    answer = classify(drawings[0], candidate_labels=list(STYLES), hypothesis_template="a drawing of a {} building")
+    answer = classify(
+        drawings[0], candidate_labels=list(STYLES), hypothesis_template="a drawing of a {} building"
+    )
     assert sum(entry["score"] for entry in answer) == pytest.approx(1, abs=1e-3)

@@ -56,7 +56,9 @@ def test_an_uploaded_photo_gets_its_answer_its_bars_and_pictures_like_it(page: P
     bars = page.locator("[data-testid$='confidence-set']")
     expect(bars.first).to_be_visible()
     assert words(page) == re.sub(r"\*\*", "", answer(expected)).replace("\N{NO-BREAK SPACE}", " ")
-    assert [bar.inner_text().split("\n")[0] for bar in bars.all()] == list(expected.probabilities)[:5]
+    assert [bar.inner_text().split("\n")[0] for bar in bars.all()] == list(expected.probabilities)[
+        :5
+    ]
     expect(page.locator(".found .thumbnail-item").filter(visible=True)).to_have_count(6)
 
 
@@ -91,8 +93,11 @@ def test_nothing_is_wider_than_the_page(page: Page):
 
 
 def test_controls_have_names_for_a_screen_reader(page: Page):
-    for control in page.locator("button, input:not([type=file]), textarea").filter(visible=True).all():
+    for control in (
+        page.locator("button, input:not([type=file]), textarea").filter(visible=True).all()
+    ):
         name = control.evaluate(
-            "e => e.ariaLabel || e.title || e.innerText || (e.labels && e.labels[0]?.innerText) || ''"
+            "e => e.ariaLabel || e.title || e.innerText || (e.labels && e.labels[0]?.innerText) "
+            "|| ''"
         )
         assert name.strip(), control.evaluate("e => e.outerHTML")

@@ -43,7 +43,8 @@ def test_the_proposal_can_be_pasted_and_is_compared(without_exam, domain):
     raw = yaml.safe_load((without_exam / "domain.yaml").read_text(encoding="utf-8"))
     assert Domain.model_validate(raw | proposed).clusters == proposed["clusters"]
     both, own = re.search(r"(\d+) of the domain file's (\d+) pairs", notes).groups()
-    assert int(both) > 6 and own == "12"  # the tiny sample still finds most of the painter's clusters
+    # the tiny sample still finds most of the painter's clusters
+    assert int(both) > 6 and own == "12"
 
     page = (without_exam / "clusters.html").read_text(encoding="utf-8")
     assert "data:image/jpeg" in page and "taken for" in page
@@ -93,7 +94,9 @@ def test_planted_blocks_are_found():
     assert sorted(sum(smaller, [])) == list(range(12))
 
 
-@pytest.mark.parametrize("affinity", [noise(12, seed=1), np.zeros((12, 12)), np.ones((2, 2)) - np.eye(2)])
+@pytest.mark.parametrize(
+    "affinity", [noise(12, seed=1), np.zeros((12, 12)), np.ones((2, 2)) - np.eye(2)]
+)
 def test_without_a_pair_that_stands_out_every_class_is_alone(affinity):
     assert propose(affinity) == [[index] for index in range(len(affinity))]
 

@@ -30,7 +30,9 @@ FILES = {
     "Small.webp": Photo(mime="image/webp", license="FAL", width=200),
     "Old plate.jpg": Photo(license="Public domain", artist=None),
     "Given away.jpg": Photo(license="CC0", artist=UNKNOWN),
-    "Credited.jpg": Photo(license="CC BY 2.0", artist=None, more={"Attribution": "City\n<b>Archive</b>"}),
+    "Credited.jpg": Photo(
+        license="CC BY 2.0", artist=None, more={"Attribution": "City\n<b>Archive</b>"}
+    ),
     "Nameless.jpg": Photo(license="CC BY 2.0", artist=UNKNOWN),
     "Not for sale.jpg": Photo(license="CC BY-NC-SA 2.0"),
     "Unchanged.jpg": Photo(license="CC BY-ND 2.0"),
@@ -61,7 +63,12 @@ SUBCATEGORIES = {
     "Gothic in France": ["Gothic architecture", "Portals"],
     "Portals": ["Tympana"],
 }
-OPTIONS = {"categories": {"Gothic": ["gothic_architecture"], "Baroque": ["Baroque architecture", "Peer church"]}}
+OPTIONS = {
+    "categories": {
+        "Gothic": ["gothic_architecture"],
+        "Baroque": ["Baroque architecture", "Peer church"],
+    }
+}
 KEPT = {
     "Gothic": [*list(FILES)[:7], "Deep.jpg"],
     "Baroque": ["Angel.jpg", "Balcony.jpg", *PEERS],
@@ -91,7 +98,9 @@ def kept(folder: Path) -> dict[str, list[str]]:
 
 
 def reasons(folder: Path) -> dict[tuple[str, str], str]:
-    return {(row["class_name"], row["title"]): row["reason"] for row in rows(folder / "skipped.jsonl")}
+    return {
+        (row["class_name"], row["title"]): row["reason"] for row in rows(folder / "skipped.jsonl")
+    }
 
 
 def test_every_listed_file_is_kept_or_skipped_with_a_reason(commons, tmp_path):
@@ -138,9 +147,18 @@ def test_the_attribution_names_title_author_licence_and_source(commons, tmp_path
         "sha1": sha1,
         "page_id": 1000,
     }
-    authors = {title: by_title[title]["author"] for title in ("Old plate.jpg", "Given away.jpg", "Credited.jpg")}
-    assert authors == {"Old plate.jpg": "unknown", "Given away.jpg": "unknown", "Credited.jpg": "City Archive"}
-    assert by_title["Old plate.jpg"]["attribution"].startswith("Old plate.jpg, unknown, Public domain, https://")
+    authors = {
+        title: by_title[title]["author"]
+        for title in ("Old plate.jpg", "Given away.jpg", "Credited.jpg")
+    }
+    assert authors == {
+        "Old plate.jpg": "unknown",
+        "Given away.jpg": "unknown",
+        "Credited.jpg": "City Archive",
+    }
+    assert by_title["Old plate.jpg"]["attribution"].startswith(
+        "Old plate.jpg, unknown, Public domain, https://"
+    )
     assert by_title["Scan.tif"]["file_name"].endswith(".jpg")
     assert by_title["Small.webp"]["file_name"].endswith(".webp")
     assert by_title["Собор.png"]["file_name"].startswith("Gothic/1002_500px_")
@@ -156,7 +174,11 @@ def test_faults_that_pass_are_waited_out_and_others_are_named(commons, tmp_path)
         ("Peer 1.jpg", Fault(500)),
         ("Peer 2.jpg", Fault(503, busy)),
     ]
-    commons.fail_always = [("Deep.jpg", TRUNCATED), ("Peer 3.jpg", Fault(404)), ("Peer 4.jpg", Fault(body=b"<html>"))]
+    commons.fail_always = [
+        ("Deep.jpg", TRUNCATED),
+        ("Peer 3.jpg", Fault(404)),
+        ("Peer 4.jpg", Fault(body=b"<html>")),
+    ]
     folder = download(commons, tmp_path)
 
     found = reasons(folder)
@@ -166,7 +188,9 @@ def test_faults_that_pass_are_waited_out_and_others_are_named(commons, tmp_path)
     assert found["Baroque", "Peer 4.jpg"].startswith("what came is no image: cannot identify")
     assert kept(folder) == {
         "Gothic": sorted(KEPT["Gothic"][:-1]),
-        "Baroque": sorted(title for title in KEPT["Baroque"] if title not in ("Peer 3.jpg", "Peer 4.jpg")),
+        "Baroque": sorted(
+            title for title in KEPT["Baroque"] if title not in ("Peer 3.jpg", "Peer 4.jpg")
+        ),
     }
     assert len(commons.to("Deep.jpg")) == 6
 
@@ -178,25 +202,37 @@ def test_faults_that_pass_are_waited_out_and_others_are_named(commons, tmp_path)
     assert waited("list=categorymembers") >= 1
     assert waited("Peer 2.jpg") >= 1
     assert waited("Angel.jpg") >= 1  # a date has whole seconds
-    after = [request for request in commons.to("/thumb/") if request.began > commons.to("Peer 2.jpg")[0].began + 0.1]
-    assert min(request.began for request in after) >= commons.to("Peer 2.jpg")[0].began + 1  # the other thread as well
+    after = [
+        request
+        for request in commons.to("/thumb/")
+        if request.began > commons.to("Peer 2.jpg")[0].began + 0.1
+    ]
+    # the other thread as well
+    assert min(request.began for request in after) >= commons.to("Peer 2.jpg")[0].began + 1
 
     commons.fail_always.clear()
     served = commons.served.copy()
-    assert kept(download(commons, tmp_path)) == {name: sorted(titles) for name, titles in KEPT.items()}
+    assert kept(download(commons, tmp_path)) == {
+        name: sorted(titles) for name, titles in KEPT.items()
+    }
     assert set(commons.served - served) == {"Deep.jpg", "Peer 3.jpg", "Peer 4.jpg"}
 
 
 def test_commons_is_asked_politely(commons, tmp_path):
     download(commons, tmp_path)
     assert all(
-        request.agent.startswith("NicheCLIP/") and f"({CONTACT})" in request.agent for request in commons.requests
+        request.agent.startswith("NicheCLIP/") and f"({CONTACT})" in request.agent
+        for request in commons.requests
     )
     assert all(request.parameters["maxlag"] == "5" for request in commons.to("api.php"))
     assert commons.most_at_once["api"] == 1
     assert commons.most_at_once["thumb"] == 2
     assert max(commons.served.values()) == 1
-    visited = [request.parameters["gcmtitle"] for request in commons.to("generator") if "continue" not in request.path]
+    visited = [
+        request.parameters["gcmtitle"]
+        for request in commons.to("generator")
+        if "continue" not in request.path
+    ]
     assert len(visited) == len(set(visited))
     assert "Category:Tympana" not in visited
 
@@ -235,7 +271,8 @@ def test_a_killed_run_and_an_interrupted_one_go_on_where_they_stopped(commons, t
             download(commons, folder)
     finally:
         signal.signal(signal.SIGINT, former)
-    assert asked == [len(commons.to("/thumb/"))]  # no further try for what the server broke off after the interrupt
+    # no further try for what the server broke off after the interrupt
+    assert asked == [len(commons.to("/thumb/"))]
     assert sum(commons.served.values()) == len(rows(folder / "metadata.jsonl")) == 9
     assert list(reasons(folder).values()).count("not downloaded yet: the run was stopped") == 9
 
@@ -258,13 +295,21 @@ def test_a_finished_run_asks_nothing_again_and_other_options_replace_it(commons,
     download(commons, tmp_path, width=330, images_per_class=3)
     names = {row["file_name"] for row in rows(tmp_path / "metadata.jsonl")}
     assert len(names) == 6
-    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("[!.]*/*")} == {*names, "Gothic/mine.jpg"}
-    assert set(request.parameters["iiurlwidth"] for request in commons.to("generator")) == {"500", "330"}
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("[!.]*/*")} == {
+        *names,
+        "Gothic/mine.jpg",
+    }
+    assert set(request.parameters["iiurlwidth"] for request in commons.to("generator")) == {
+        "500",
+        "330",
+    }
 
 
 def test_a_class_takes_from_its_categories_in_turn(commons, tmp_path):
     categories = {"Gothic": ["Gothic architecture"], "Baroque": ["Portals", "Peer church"]}
-    folder = download(commons, tmp_path, categories=categories, depth=0, per_category=4, images_per_class=4)
+    folder = download(
+        commons, tmp_path, categories=categories, depth=0, per_category=4, images_per_class=4
+    )
     assert kept(folder)["Baroque"] == ["Deep.jpg", "Peer 0.jpg", "Peer 1.jpg", "Peer 2.jpg"]
     found = reasons(folder)
     assert found["Baroque", "Peer 3.jpg"] == "its class has 4 others already (images_per_class)"
@@ -274,14 +319,22 @@ def test_a_class_takes_from_its_categories_in_turn(commons, tmp_path):
 
 def test_a_class_that_has_enough_is_not_walked_further(commons, tmp_path):
     download(commons, tmp_path, images_per_class=3)
-    assert not [request for request in commons.to("generator") if "Gothic in France" in request.parameters["gcmtitle"]]
+    assert not [
+        request
+        for request in commons.to("generator")
+        if "Gothic in France" in request.parameters["gcmtitle"]
+    ]
 
 
 def test_a_file_that_cannot_be_scaled_spoils_its_category_only(commons, tmp_path):
     commons.fail_always = [("iicontinue=Both.jpg", Fault(api_error="urlparamnormal"))]
     folder = download(commons, tmp_path)
     assert kept(folder)["Baroque"] == PEERS
-    found = {title for (_, title), reason in reasons(folder).items() if reason.startswith("not listed to the end")}
+    found = {
+        title
+        for (_, title), reason in reasons(folder).items()
+        if reason.startswith("not listed to the end")
+    }
     assert found == {"Angel.jpg", "Balcony.jpg", "Both.jpg", "Category:Baroque architecture"}
 
 
@@ -311,7 +364,10 @@ def test_a_contact_is_owed(commons, tmp_path, contact):
             "'Gotic' is no class of the domain; did you mean 'G",
         ),
         ({"categories": {"Gothic": ["x"]}}, "'Baroque' has no list of categories; add one"),
-        ({"categories": {"Gothic": ["x"], "Baroque": "x"}}, "'Baroque' has no list of categories; add one"),
+        (
+            {"categories": {"Gothic": ["x"], "Baroque": "x"}},
+            "'Baroque' has no list of categories; add one",
+        ),
     ],
 )
 def test_wrong_options_name_the_remedy(commons, tmp_path, options, words):

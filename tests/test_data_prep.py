@@ -50,23 +50,36 @@ def test_held_out_splits_hold_every_drawing_untouched(prepared):
         for row in splits[name]:
             content = files[row["source_id"]].read_bytes()
             assert row["sha256"] == hashlib.sha256(content).hexdigest()
-            assert np.array_equal(np.asarray(row["image"]), np.asarray(Image.open(io.BytesIO(content))))
+            assert np.array_equal(
+                np.asarray(row["image"]), np.asarray(Image.open(io.BytesIO(content)))
+            )
 
 
 def test_every_image_read_is_accounted_for(prepared, report):
     files = sum(path.is_file() for path in (prepared / "images").rglob("*.jpg"))
     counts = report["counts"]
     assert counts["read"] == files
-    assert files == sum(counts["kept"].values()) + sum(counts["quarantined"].values()) + counts["dropped_by_filter"]
+    assert (
+        files
+        == sum(counts["kept"].values())
+        + sum(counts["quarantined"].values())
+        + counts["dropped_by_filter"]
+    )
     named = {entry["source_id"] for entry in [*report["quarantined"], *report["suspects"]]}
     assert len(named) == len(report["quarantined"]) + len(report["suspects"])
 
 
 def test_planted_faults_are_found(report, truth):
-    unreadable = {entry["source_id"] for entry in report["quarantined"] if entry["reason"].startswith("unreadable")}
+    unreadable = {
+        entry["source_id"]
+        for entry in report["quarantined"]
+        if entry["reason"].startswith("unreadable")
+    }
     assert truth["unreadable"] and unreadable == set(truth["unreadable"])
     assert report["planted_faults"]["leaks"]["planted"] > 0
-    assert report["planted_faults"]["leaks"]["found"] == report["planted_faults"]["leaks"]["planted"]
+    assert (
+        report["planted_faults"]["leaks"]["found"] == report["planted_faults"]["leaks"]["planted"]
+    )
 
 
 def test_only_train_is_filtered(report):
@@ -77,7 +90,9 @@ def test_only_train_is_filtered(report):
 
 def test_an_epoch_visits_each_class_as_often_and_each_image_at_least_once(prepared, domain):
     train = load_prepared(prepared)["train"]
-    visits = TrainingVisits(train, domain.prompt_bank[1], domain.augmentation, load_clip(domain.base)[1], seed=0)
+    visits = TrainingVisits(
+        train, domain.prompt_bank[1], domain.augmentation, load_clip(domain.base)[1], seed=0
+    )
     per_class = np.bincount(visits.labels)
     own = np.bincount(train["label"])
     assert (per_class == np.maximum(domain.samples_per_class, own)).all()
@@ -87,7 +102,9 @@ def test_an_epoch_visits_each_class_as_often_and_each_image_at_least_once(prepar
 
 def test_each_visit_draws_its_own_view_and_prompt(prepared, domain):
     train = load_prepared(prepared)["train"]
-    visits = TrainingVisits(train, domain.prompt_bank[1], domain.augmentation, load_clip(domain.base)[1], seed=0)
+    visits = TrainingVisits(
+        train, domain.prompt_bank[1], domain.augmentation, load_clip(domain.base)[1], seed=0
+    )
     row = int(np.argmax(train["repeats"]))
     same_image = np.flatnonzero(visits.row_of_visit == row)[:2]
     first, second = (np.asarray(visits[int(visit)]["images"]) for visit in same_image)
@@ -113,7 +130,9 @@ def photo_folders(folder: Path, per_class: int = 12) -> Path:
     for number, style in enumerate(STYLES[:2]):
         (folder / style).mkdir(parents=True)
         for index in range(per_class):
-            draw(style, np.random.default_rng([number, index]), size=160).save(folder / style / f"{index} (1)%2C.png")
+            draw(style, np.random.default_rng([number, index]), size=160).save(
+                folder / style / f"{index} (1)%2C.png"
+            )
     return folder
 
 
@@ -134,12 +153,16 @@ def test_folders_without_splits_are_dealt_out_by_group(tmp_path, two_styles):
     folder = photo_folders(tmp_path / "photos")
     copy = Image.open(folder / STYLES[0] / "0 (1)%2C.png").crop((1, 1, 158, 159)).resize((150, 150))
     copy.save(folder / STYLES[0] / "recompressed.jpg", quality=60)
-    (folder / STYLES[1] / "same.png").write_bytes((folder / STYLES[1] / "1 (1)%2C.png").read_bytes())
+    (folder / STYLES[1] / "same.png").write_bytes(
+        (folder / STYLES[1] / "1 (1)%2C.png").read_bytes()
+    )
     (folder / STYLES[0] / "notes.txt").write_text("no image")
     report = prepare(two_styles, tmp_path / "run", images=folder)
     assert report["counts"]["quarantined"] == {"unreadable": 1, "exact duplicate": 1}
     splits = load_prepared(tmp_path / "run")
-    home = {row["source_id"]: (name, row["group_id"]) for name, rows in splits.items() for row in rows}
+    home = {
+        row["source_id"]: (name, row["group_id"]) for name, rows in splits.items() for row in rows
+    }
     assert home[f"{STYLES[0]}/recompressed.jpg"] == home[f"{STYLES[0]}/0 (1)%2C.png"]
     groups = [set(rows["group_id"]) for rows in splits.values()]
     assert sum(map(len, groups)) == len(set.union(*groups)), "no group is in two splits"
@@ -148,7 +171,9 @@ def test_folders_without_splits_are_dealt_out_by_group(tmp_path, two_styles):
 
 def test_the_same_file_under_two_labels_is_a_conflict(tmp_path, two_styles):
     folder = photo_folders(tmp_path / "photos")
-    (folder / STYLES[1] / "same.png").write_bytes((folder / STYLES[0] / "3 (1)%2C.png").read_bytes())
+    (folder / STYLES[1] / "same.png").write_bytes(
+        (folder / STYLES[0] / "3 (1)%2C.png").read_bytes()
+    )
     report = prepare(two_styles, tmp_path / "run", images=folder)
     assert report["counts"]["quarantined"] == {"conflict": 2}
 
@@ -187,12 +212,17 @@ def test_classes_may_hold_folders(tmp_path, two_styles):
 
 def test_a_split_without_images_of_a_class_is_refused(tmp_path, two_styles):
     with pytest.raises(ValueError, match="the train split has no image of"):
-        prepare(two_styles, tmp_path / "run", images=photo_folders(tmp_path / "photos", per_class=6))
+        prepare(
+            two_styles, tmp_path / "run", images=photo_folders(tmp_path / "photos", per_class=6)
+        )
 
 
 def prints(pictures: list[Image.Image], domain: Domain) -> Fingerprints:
     model, processor = load_clip(domain.base)
-    encoded = [verify_image({"bytes": as_file(picture), "path": None}, stored_short_side=96) for picture in pictures]
+    encoded = [
+        verify_image({"bytes": as_file(picture), "path": None}, stored_short_side=96)
+        for picture in pictures
+    ]
     return Fingerprints.make(
         [entry["phash"] for entry in encoded],
         [entry["mirrored_phash"] for entry in encoded],
@@ -211,11 +241,18 @@ def as_file(picture: Image.Image, **options) -> bytes:
 @pytest.fixture(scope="module")
 def drawings_and_copies(domain: Domain) -> Fingerprints:
     """96 drawings, then cropped copies of the first 24."""
-    drawings = [draw(style, np.random.default_rng(index), 96) for index, style in enumerate(STYLES * 8)]
-    return prints([*drawings, *(picture.crop((2, 1, 94, 95)).resize((96, 96)) for picture in drawings[:24])], domain)
+    drawings = [
+        draw(style, np.random.default_rng(index), 96) for index, style in enumerate(STYLES * 8)
+    ]
+    return prints(
+        [*drawings, *(picture.crop((2, 1, 94, 95)).resize((96, 96)) for picture in drawings[:24])],
+        domain,
+    )
 
 
-def test_cropped_and_recompressed_copies_are_one_group_and_other_drawings_are_not(drawings_and_copies):
+def test_cropped_and_recompressed_copies_are_one_group_and_other_drawings_are_not(
+    drawings_and_copies,
+):
     groups = connected_groups(drawings_and_copies.near_duplicates(), 120)
     assert len(set(groups[:96])) == 96
     assert (groups[96:] == groups[:24]).sum() >= 23
@@ -223,7 +260,9 @@ def test_cropped_and_recompressed_copies_are_one_group_and_other_drawings_are_no
 
 def test_a_mirrored_picture_is_the_same_picture(domain):
     """Training flips half of its views, so a mirrored test image in train is a test image in train."""
-    drawings = [draw(style, np.random.default_rng(index), 96) for index, style in enumerate(STYLES * 4)]
+    drawings = [
+        draw(style, np.random.default_rng(index), 96) for index, style in enumerate(STYLES * 4)
+    ]
     found = prints([*drawings, *(ImageOps.mirror(drawing) for drawing in drawings[:12])], domain)
     groups = connected_groups(found.near_duplicates(), 60)
     assert (groups[48:] == groups[:12]).all()
@@ -247,7 +286,9 @@ def test_the_search_finds_what_comparing_all_pairs_finds():
         order = [0, 1] if index % 2 else [1, 0]  # a copy, or the mirror image
         bits[:, 2 * index + 1] = bits[order, 2 * index]
         bits[:, 2 * index + 1, rng.choice(144, 32 if index % 2 else 24, replace=False)] ^= 1
-    prints = Fingerprints(np.packbits(bits, axis=2), np.ones((8000, 1), dtype=np.float32), (0.0, 0.0, 2.0))
+    prints = Fingerprints(
+        np.packbits(bits, axis=2), np.ones((8000, 1), dtype=np.float32), (0.0, 0.0, 2.0)
+    )
     pairs = {tuple(pair) for pair in prints.near_duplicates().tolist()}
     assert pairs <= {(2 * index, 2 * index + 1) for index in range(1000)}
     assert len(pairs) >= 980  # MISSED is 1 %
@@ -259,7 +300,9 @@ def test_the_search_finds_what_comparing_all_pairs_finds():
 def test_an_exact_copy_is_never_lost_among_many():
     """A thousand pictures with one hash are one group, without comparing all pairs."""
     hashes = np.tile(np.arange(18, dtype=np.uint8), (2, 1000, 1))
-    groups = connected_groups(Fingerprints(hashes, np.ones((1000, 1)), (0.9, 0.9, 0.9)).near_duplicates(), 1000)
+    groups = connected_groups(
+        Fingerprints(hashes, np.ones((1000, 1)), (0.9, 0.9, 0.9)).near_duplicates(), 1000
+    )
     assert len(set(groups)) == 1
 
 
@@ -273,7 +316,9 @@ def test_the_filter_never_deletes_a_class_that_the_base_model_does_not_know(mode
     assert verdict.classes[0] == {"images": 100, "wanted": 0, "suspect": 0}
     assert verdict.classes[1]["suspect"] <= 30
     assert verdict.classes[1]["wanted"] == (89 if mode == "zero_shot" else 10)
-    assert own[verdict.suspect].max() < own[(labels == 1) & ~verdict.suspect].min(), "the least likely go first"
+    assert own[verdict.suspect].max() < own[(labels == 1) & ~verdict.suspect].min(), (
+        "the least likely go first"
+    )
     assert set(verdict.suspected_labels[labels == 1]) == {0}
     assert not judge(probabilities, labels, QualityFilter(mode="none")).suspect.any()
 
@@ -327,7 +372,9 @@ def test_splits_are_stratified_and_do_not_depend_on_the_order():
     splits = Splits(validation=0.1, calibration=20, test=0.25)
     assigned = split_of(labels, groups, splits)
     for label, size in ((0, 380), (1, 980)):  # the shares are of what the count leaves
-        counts = Counter(assigned[group] for group, own in zip(groups, labels, strict=True) if own == label)
+        counts = Counter(
+            assigned[group] for group, own in zip(groups, labels, strict=True) if own == label
+        )
         assert counts["calibration"] == 20
         assert abs(counts["test"] - 0.25 * size) < 3 * np.sqrt(size * 0.25 * 0.75)
         assert abs(counts["validation"] - 0.1 * size) < 3 * np.sqrt(size * 0.1 * 0.9)
@@ -339,12 +386,17 @@ def test_added_images_move_no_earlier_one():
     labels = np.repeat([0, 1], [60, 140])
     groups = [f"group {index}" for index in range(200)]
     shares, counts = Splits(), Splits(validation=5, calibration=5, test=10)
-    added = [*groups, *(f"later {index}" for index in range(40))], np.append(labels, np.arange(40) % 2)
+    added = (
+        [*groups, *(f"later {index}" for index in range(40))],
+        np.append(labels, np.arange(40) % 2),
+    )
     before, after = split_of(labels, groups, shares), split_of(added[1], added[0], shares)
     assert all(after[group] == before[group] for group in groups)
     before, after = split_of(labels, groups, counts), split_of(added[1], added[0], counts)
     moved = [group for group in groups if after[group] != before[group]]
-    assert len(moved) <= 12, "a count is exact, so an added image may push one out, and no more than one"
+    assert len(moved) <= 12, (
+        "a count is exact, so an added image may push one out, and no more than one"
+    )
 
 
 def test_every_class_gets_an_image_in_every_split():
@@ -364,4 +416,5 @@ def test_augmentation_can_be_switched_off_and_never_leaves_the_square():
     for seed in range(20):
         assert augment(wide, 64, Augmentation(), np.random.default_rng(seed)).size == (64, 64)
     plain = np.asarray(augment(image, 96, off, np.random.default_rng(3)), dtype=int)
-    assert np.abs(plain - np.asarray(image, dtype=int)).mean() < 12  # only the aspect ratio is drawn
+    # only the aspect ratio is drawn
+    assert np.abs(plain - np.asarray(image, dtype=int)).mean() < 12

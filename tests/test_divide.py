@@ -18,7 +18,9 @@ class World:
 
     def __init__(self, domain: Domain, per_split: int = 3):
         names = domain.class_names[:2]
-        self.domain = domain.model_copy(update={"classes": {name: domain.classes[name] for name in names}})
+        self.domain = domain.model_copy(
+            update={"classes": {name: domain.classes[name] for name in names}}
+        )
         self.rng = np.random.default_rng(0)
         self.rows: list[tuple[str, str, str, str | None]] = []
         self.bits: list[np.ndarray] = []
@@ -27,7 +29,14 @@ class World:
                 for _ in range(per_split):
                     self.add(name, split)
 
-    def add(self, class_name: str, split: str | None, near: int | None = None, distance: int = 0, same_file=False):
+    def add(
+        self,
+        class_name: str,
+        split: str | None,
+        near: int | None = None,
+        distance: int = 0,
+        same_file=False,
+    ):
         """A picture, or a copy of picture number `near`; gives its number."""
         bits = self.rng.integers(0, 2, 144, dtype=np.uint8)
         if near is not None:
@@ -42,11 +51,17 @@ class World:
     def prints(self, cosine: float = 1.0) -> Fingerprints:
         plain = np.packbits(np.array(self.bits), axis=1)
         mirrored = self.rng.integers(0, 256, plain.shape, dtype=np.uint8)
-        return Fingerprints(np.stack([plain, mirrored]), np.full((len(plain), 1), cosine), (0.5, 0.5, 2.0))
+        return Fingerprints(
+            np.stack([plain, mirrored]), np.full((len(plain), 1), cosine), (0.5, 0.5, 2.0)
+        )
 
     def divide(self, decisions=None):
-        source_ids, class_names, sha256, given = (list(column) for column in zip(*self.rows, strict=True))
-        catalogue = Catalogue(source_ids, class_names, self.domain.indices(class_names), sha256, given)
+        source_ids, class_names, sha256, given = (
+            list(column) for column in zip(*self.rows, strict=True)
+        )
+        catalogue = Catalogue(
+            source_ids, class_names, self.domain.indices(class_names), sha256, given
+        )
         return divide(catalogue, self.prints(), self.domain, decisions or {})
 
 
@@ -69,7 +84,13 @@ def test_a_train_copy_of_an_exam_picture_is_a_leak_and_names_it(world):
 def test_the_test_split_loses_nothing_to_the_others(world, split, same_file, other_label):
     """Whatever lies elsewhere and looks like a test image: the copy goes, and the exam stays whole."""
     own, other = world.domain.class_names
-    copy = world.add(other if other_label else own, split, near=0, distance=0 if same_file else 8, same_file=same_file)
+    copy = world.add(
+        other if other_label else own,
+        split,
+        near=0,
+        distance=0 if same_file else 8,
+        same_file=same_file,
+    )
     found = world.divide()
     if same_file and other_label:  # one file under two labels tells nothing, not even in an exam
         assert {0, copy} == set(found.reasons)
@@ -94,7 +115,9 @@ def test_chains_that_the_search_misses_are_joined_by_the_audit(domain, monkeypat
     world.rows = [(source_id, name, sha256, None) for source_id, name, sha256, _ in world.rows]
     for number in range(60):
         world.add(world.rows[number][1], None, near=number, distance=12)
-    monkeypatch.setattr(Fingerprints, "near_duplicates", lambda self, seed: np.empty((0, 2), dtype=np.int64))
+    monkeypatch.setattr(
+        Fingerprints, "near_duplicates", lambda self, seed: np.empty((0, 2), dtype=np.int64)
+    )
     found = world.divide()
     crossing = [number for number in range(60) if found.parts[number] != found.parts[240 + number]]
     assert crossing == [], "the search found nothing, so all was left to the audit"

@@ -26,18 +26,24 @@ from tests.test_push import client, linked
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Those with a command, but the one that needs what is no dependency.
-BENCHMARKS = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text()}
+BENCHMARKS = {
+    path.stem for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text()
+}
 BENCHMARKS -= {"augmentation"}
 
 
 def blocks(name: str, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL)
+    return re.findall(
+        rf"```{language}\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL
+    )
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_and_files_of_the_project_exist(document):
     text = document.read_text(encoding="utf-8")
-    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    links = [
+        link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link
+    ]
     assert [link for link in links if link and not (document.parent / link).exists()] == []
     rooms = "nicheclip|data_prep|model_card|space|benchmarks|tests|domains|docs"
     files = re.findall(rf"\b(?:{rooms})/[\w/.]+\.\w+", text)
@@ -48,7 +54,9 @@ def test_links_and_files_of_the_project_exist(document):
 def test_the_list_of_files_is_whole_and_in_the_order_of_the_layers():
     from tests.test_layers import ORDER
 
-    listed = re.findall(r"^    (\w+)\.py   ", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    listed = re.findall(
+        r"^    (\w+)\.py   ", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
     assert [name for name in listed if name != "prepare"] == ORDER[:-1]
 
 
@@ -57,12 +65,18 @@ def known_options() -> set[str]:
     """The options of all commands: ours, and those of the launchers."""
     said = [*launch_command_parser()._option_string_actions, get_args_parser().format_help()]
     mains = [calibrate.main, clusters.main, new_domain.main]
-    mains += [import_module(f"{name}.__main__").main for name in ("data_prep", "model_card", "space")]
+    mains += [
+        import_module(f"{name}.__main__").main for name in ("data_prep", "model_card", "space")
+    ]
     mains += [import_module(f"benchmarks.{name}").main for name in BENCHMARKS]
-    mains.append(lambda: train.parse_arguments(Domain.load(train.DEFAULT_DOMAIN), Path("run"), ["--help"]))
+    mains.append(
+        lambda: train.parse_arguments(Domain.load(train.DEFAULT_DOMAIN), Path("run"), ["--help"])
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["command", "--help"])
-        patch.setattr("argparse.ArgumentParser._print_message", lambda _, text, file=None: said.append(text))
+        patch.setattr(
+            "argparse.ArgumentParser._print_message", lambda _, text, file=None: said.append(text)
+        )
         for main in mains:
             with pytest.raises(SystemExit):
                 main()
@@ -86,13 +100,21 @@ def test_a_model_is_published_and_used_as_the_documents_say(run, tmp_path):
         (commands,) = blocks("docs/publishing.md", "bash")
         for command in commands.splitlines():
             _, *arguments = shlex.split(command)
-            ended = client(hub, tmp_path / "home", *arguments, xet=False, folder=tmp_path, path=ROOT)
+            ended = client(
+                hub, tmp_path / "home", *arguments, xet=False, folder=tmp_path, path=ROOT
+            )
             assert ended.returncode == 0, f"{command}\n{ended.stderr[-3000:]}"
-        assert hub.repositories.keys() == {"you/your-model", "spaces/you/your-demo", "datasets/you/your-data"}
+        assert hub.repositories.keys() == {
+            "you/your-model",
+            "spaces/you/your-demo",
+            "datasets/you/your-data",
+        }
         usages = blocks("README.md", "python")
         assert len(usages) == 2
         for usage in usages:
-            used = client(hub, tmp_path / "fresh", "-c", usage, xet=False, folder=tmp_path, path=ROOT)
+            used = client(
+                hub, tmp_path / "fresh", "-c", usage, xet=False, folder=tmp_path, path=ROOT
+            )
             assert used.returncode == 0, used.stderr
             assert used.stdout.strip()
 
@@ -102,7 +124,10 @@ def test_training_is_launched_as_the_documents_say(prepared, tmp_path):
     (commands,) = blocks("docs/scaling.md", "bash")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     (tmp_path / "train.py").symlink_to(ROOT / "train.py")
-    modules = {"accelerate": "accelerate.commands.accelerate_cli", "torchrun": "torch.distributed.run"}
+    modules = {
+        "accelerate": "accelerate.commands.accelerate_cli",
+        "torchrun": "torch.distributed.run",
+    }
     for command in commands.splitlines():
         shutil.rmtree(tmp_path / "runs", ignore_errors=True)
         shutil.copytree(prepared, tmp_path / "runs" / "birds")
@@ -110,7 +135,10 @@ def test_training_is_launched_as_the_documents_say(prepared, tmp_path):
         ranks = ["0", "1"] if "--node_rank" in arguments else ["0"]
         launched = []
         for rank in ranks:
-            own = [rank if option == "--node_rank" else word for option, word in pairwise(["", *arguments])]
+            own = [
+                rank if option == "--node_rank" else word
+                for option, word in pairwise(["", *arguments])
+            ]
             launched.append(
                 subprocess.Popen(
                     [sys.executable, "-m", modules[launcher], *own],
@@ -121,7 +149,10 @@ def test_training_is_launched_as_the_documents_say(prepared, tmp_path):
             said, _ = process.communicate(timeout=240)
             assert process.returncode == 0, f"{command}\n{said[-3000:]}"
         processes = 2 if len(ranks) == 2 or "2" in arguments else 1
-        assert f'"processes": {processes}' in (tmp_path / "runs" / "birds" / "training.json").read_text()
+        assert (
+            f'"processes": {processes}'
+            in (tmp_path / "runs" / "birds" / "training.json").read_text()
+        )
 
 
 @pytest.mark.slow

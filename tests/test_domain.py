@@ -17,7 +17,10 @@ def minimal() -> dict:
         "title": "Birds",
         "description": "Two birds.",
         "base": "openai/clip-vit-base-patch32",
-        "classes": {"wren": ["a photo of a wren", "a small brown bird"], "robin": ["a photo of a robin"]},
+        "classes": {
+            "wren": ["a photo of a wren", "a small brown bird"],
+            "robin": ["a photo of a robin"],
+        },
         "clusters": {"garden": ["wren", "robin"]},
         "stages": [{"name": "text", "epochs": 1, "learning_rate": 1e-5, "train": ["text_model.*"]}],
         "gates": {"accuracy": 0.9},
@@ -26,7 +29,9 @@ def minimal() -> dict:
 
 def load(tmp_path: Path, raw: dict | str) -> Domain:
     path = tmp_path / "domain.yaml"
-    path.write_text(raw if isinstance(raw, str) else yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
+    path.write_text(
+        raw if isinstance(raw, str) else yaml.safe_dump(raw, sort_keys=False), encoding="utf-8"
+    )
     return Domain.load(path)
 
 
@@ -60,7 +65,11 @@ def broken(**changes) -> dict:
 
 
 def outside(**changes) -> dict:
-    task = {"title": "Pets", "source": {"path": "pets"}, "classes": {"cat": ["a cat"], "dog": ["a dog"]}}
+    task = {
+        "title": "Pets",
+        "source": {"path": "pets"},
+        "classes": {"cat": ["a cat"], "dog": ["a dog"]},
+    }
     return broken(outside=task | changes)
 
 
@@ -76,11 +85,23 @@ def test_an_outside_task_is_optional_and_survives_saving(tmp_path):
     ("raw", "words"),
     [
         (broken(clusters={"garden": ["wren"]}), ["clusters", "'robin' in no cluster"]),
-        (broken(clusters={"a": ["wren", "robin"], "b": ["robin"]}), ["'robin' is in 'a' and in 'b'", "keep"]),
-        (broken(clusters={"garden": ["wren", "robbin"]}), ["'robbin' is no class", "did you mean 'robin'"]),
-        (broken(classes={"wren": ["a wren"], "robin": ["  "]}), ["classes.robin.0", "expected some text", "'  '"]),
+        (
+            broken(clusters={"a": ["wren", "robin"], "b": ["robin"]}),
+            ["'robin' is in 'a' and in 'b'", "keep"],
+        ),
+        (
+            broken(clusters={"garden": ["wren", "robbin"]}),
+            ["'robbin' is no class", "did you mean 'robin'"],
+        ),
+        (
+            broken(classes={"wren": ["a wren"], "robin": ["  "]}),
+            ["classes.robin.0", "expected some text", "'  '"],
+        ),
         (broken(classes={"wren": ["a wren"], "robin": []}), ["class 'robin' has no prompt"]),
-        (broken(classes={"wren": ["a bird"], "robin": ["a bird"]}), ["'a bird' is in both", "reword"]),
+        (
+            broken(classes={"wren": ["a bird"], "robin": ["a bird"]}),
+            ["'a bird' is in both", "reword"],
+        ),
         (broken(classes={"wren": ["a"], "Wren": ["b"]}), ["duplicate class", "'Wren'"]),
         (broken(classes={"wren": ["a wren"]}), ["at least two"]),
         (broken(learning_rate=1), ["unknown key 'learning_rate'"]),
@@ -88,24 +109,45 @@ def test_an_outside_task_is_optional_and_survives_saving(tmp_path):
         (broken(splits={"test": 0.9, "validation": 0.2}), ["splits", "leaves nothing to train on"]),
         (broken(splits={"test": 2.5}), ["splits.test", "2.5", "whole number"]),
         (broken(stages=[]), ["stages"]),
-        (broken(stages=[{"name": "s", "epochs": 1, "learning_rate": -1, "train": ["x"]}]), ["learning_rate", "-1"]),
+        (
+            broken(stages=[{"name": "s", "epochs": 1, "learning_rate": -1, "train": ["x"]}]),
+            ["learning_rate", "-1"],
+        ),
         (
             broken(stages=[{"name": "s", "epochs": 1, "lr": 1, "train": ["x"]}]),
             ["unknown key 'stages.0.lr'", "missing"],
         ),
         (broken(name="Big Birds"), ["name", "lower-case", "'Big Birds'"]),
-        (broken(augmentation={"crop_scale": [0.9, 0.5]}), ["augmentation.crop_scale", "smallest <= largest"]),
+        (
+            broken(augmentation={"crop_scale": [0.9, 0.5]}),
+            ["augmentation.crop_scale", "smallest <= largest"],
+        ),
         (outside(classes={"cat": ["a cat"]}), ["outside.classes", "at least two"]),
         (outside(classes={"cat": ["a cat"], "dog": []}), ["class 'dog' has no prompt"]),
-        (outside(classes={"cat": ["a cat"], "dog": [" "]}), ["outside.classes.dog.0", "expected some text"]),
+        (
+            outside(classes={"cat": ["a cat"], "dog": [" "]}),
+            ["outside.classes.dog.0", "expected some text"],
+        ),
         (outside(titel="Pets"), ["unknown key 'outside.titel'", "did you mean 'title'"]),
-        (outside(source={"pth": "pets"}), ["unknown key 'outside.source.pth'", "did you mean 'path'"]),
-        (outside(source={"kind": "facades"}), ["outside.source.kind", "'folder', 'dataset' or 'shapes'", "'facades'"]),
+        (
+            outside(source={"pth": "pets"}),
+            ["unknown key 'outside.source.pth'", "did you mean 'path'"],
+        ),
+        (
+            outside(source={"kind": "facades"}),
+            ["outside.source.kind", "'folder', 'dataset' or 'shapes'", "'facades'"],
+        ),
         (outside(source={"kind": "commons"}), ["outside.source.kind", "'commons'"]),
         (outside(source={"kind": "folder"}), ["outside.source", "no path; give the class folders"]),
-        (outside(source={"kind": "shapes", "options": {"n": 3}}), ["outside.source", "remove them"]),
+        (
+            outside(source={"kind": "shapes", "options": {"n": 3}}),
+            ["outside.source", "remove them"],
+        ),
         (outside(images_per_class=0), ["outside.images_per_class", "0"]),
-        (broken(outside={"title": "Pets"}), ["missing key 'outside.source'", "missing key 'outside.classes'"]),
+        (
+            broken(outside={"title": "Pets"}),
+            ["missing key 'outside.source'", "missing key 'outside.classes'"],
+        ),
         (broken(source={"kind": "shapes"}), ["source.kind", "'shapes'"]),
         ("classes: [", ["not valid YAML"]),
         ("just words", ["holds a str"]),
@@ -133,14 +175,20 @@ def test_the_base_may_lie_beside_the_file(tmp_path):
 def extending(folder: Path, child: dict | str, basis: dict | None = None) -> Path:
     """A domain file that extends another one, in a folder of its own."""
     (folder / "basis").mkdir(exist_ok=True)
-    (folder / "basis" / "birds.yaml").write_text(yaml.safe_dump(basis or minimal()), encoding="utf-8")
+    (folder / "basis" / "birds.yaml").write_text(
+        yaml.safe_dump(basis or minimal()), encoding="utf-8"
+    )
     path = folder / "child.yaml"
     path.write_text(yaml.safe_dump({"extends": "basis/birds.yaml"} | child), encoding="utf-8")
     return path
 
 
 def test_an_extending_file_replaces_whole_keys(tmp_path):
-    basis = minimal() | {"training": {"loss": "info_nce", "seed": 3}, "splits": {"test": 0.3}, "samples_per_class": 7}
+    basis = minimal() | {
+        "training": {"loss": "info_nce", "seed": 3},
+        "splits": {"test": 0.3},
+        "samples_per_class": 7,
+    }
     child = {"name": "birds-2", "training": {"loss": "multi_positive"}, "splits": None}
     domain = Domain.load(extending(tmp_path, child, basis))
     assert (domain.name, domain.title, domain.samples_per_class) == ("birds-2", "Birds", 7)
@@ -180,15 +228,26 @@ def test_a_wrong_extension_is_explained(tmp_path, child, basis, words):
 
 
 def test_the_article_is_a_variant_of_architecture():
-    ours, article = (Domain.load(ROOT / "domains" / "architecture" / name) for name in ("domain.yaml", "article.yaml"))
-    changed = {key for key, value in article.model_dump().items() if value != ours.model_dump()[key]}
+    ours, article = (
+        Domain.load(ROOT / "domains" / "architecture" / name)
+        for name in ("domain.yaml", "article.yaml")
+    )
+    changed = {
+        key for key, value in article.model_dump().items() if value != ours.model_dump()[key]
+    }
     assert {"name", "title", "quality_filter", "training"} <= changed
     assert changed <= {"name", "title", "quality_filter", "training", "stages"}
-    assert [(stage.epochs, stage.learning_rate) for stage in article.stages] == [(5, 5e-6), (10, 5e-7)]
+    assert [(stage.epochs, stage.learning_rate) for stage in article.stages] == [
+        (5, 5e-6),
+        (10, 5e-7),
+    ]
     assert article.training["loss"] == "info_nce"
 
 
 def test_a_hard_negative_gate_needs_a_cluster_of_two(tmp_path):
-    raw = minimal() | {"clusters": {"a": ["wren"], "b": ["robin"]}, "gates": {"hard_negative_pass_rate": 0.8}}
+    raw = minimal() | {
+        "clusters": {"a": ["wren"], "b": ["robin"]},
+        "gates": {"hard_negative_pass_rate": 0.8},
+    }
     with pytest.raises(DomainError, match="nothing is a hard negative; remove the gate"):
         load(tmp_path, raw)

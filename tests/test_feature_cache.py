@@ -49,12 +49,18 @@ def visits(prepared, domain) -> TrainingVisits:
     return TrainingVisits(rows, domain.prompt_bank[1], domain.augmentation, processor, seed=3)
 
 
-def staged(domain: Domain, visits: TrainingVisits, stage: Stage, folder: Path, **options) -> StagedTrainer:
+def staged(
+    domain: Domain, visits: TrainingVisits, stage: Stage, folder: Path, **options
+) -> StagedTrainer:
     """A trainer that has entered its only stage."""
     model, processor = load_clip(domain.base)
-    args = StagedTrainingArguments(output_dir=str(folder), use_cpu=True, disable_tqdm=True, **options)
+    args = StagedTrainingArguments(
+        output_dir=str(folder), use_cpu=True, disable_tqdm=True, **options
+    )
     domain = domain.model_copy(update={"stages": [stage]})
-    trainer = StagedTrainer(model, args, domain, processor, visits, Views(visits.rows.select(range(5)), processor))
+    trainer = StagedTrainer(
+        model, args, domain, processor, visits, Views(visits.rows.select(range(5)), processor)
+    )
     trainer._enter(stage, 0, None)
     return trainer
 
@@ -71,7 +77,9 @@ def gradients(model: CLIPModel, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     return found
 
 
-def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+def assert_equal(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float
+) -> None:
     """Every gradient, relative to the largest of all."""
     assert found.keys() == expected.keys()
     largest = max(gradient.abs().max() for gradient in expected.values())
@@ -80,7 +88,9 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         assert error < tolerance, f"{name}: {error:.1e}"
 
 
-def plain_step(domain: Domain, batch: dict, chosen: Stage, dtype: torch.dtype) -> tuple[torch.Tensor, dict]:
+def plain_step(
+    domain: Domain, batch: dict, chosen: Stage, dtype: torch.dtype
+) -> tuple[torch.Tensor, dict]:
     """CLIPModel's own forward pass: all images from pixels, each with its own prompt of 77 tokens."""
     model, processor = load_clip(domain.base)
     model.to(dtype)
@@ -89,10 +99,14 @@ def plain_step(domain: Domain, batch: dict, chosen: Stage, dtype: torch.dtype) -
         parameter.requires_grad_(name in names)
     prompts = [domain.prompt_bank[0][prompt] for prompt in batch["prompts"]]
     length = model.config.text_config.max_position_embeddings
-    tokens = processor.tokenizer(prompts, padding="max_length", max_length=length, return_tensors="pt")
+    tokens = processor.tokenizer(
+        prompts, padding="max_length", max_length=length, return_tensors="pt"
+    )
     outputs = model(pixel_values=batch["images"].to(dtype), **tokens)
     logits = model.logit_scale.exp() * outputs.image_embeds @ outputs.text_embeds.T
-    loss = multi_positive(logits.float() if dtype is torch.float32 else logits, batch["labels"], 0.1)
+    loss = multi_positive(
+        logits.float() if dtype is torch.float32 else logits, batch["labels"], 0.1
+    )
     return loss, gradients(model, loss)
 
 
@@ -141,7 +155,9 @@ def test_in_double_precision_the_towers_agree_to_ten_digits(name, domain, visits
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 5e-3)])
-@pytest.mark.parametrize("name", ["0 blocks", "1 block", "2 blocks", "all blocks", "the last layer norm"])
+@pytest.mark.parametrize(
+    "name", ["0 blocks", "1 block", "2 blocks", "all blocks", "the last layer norm"]
+)
 def test_kept_views_train_as_their_pixels_do(name, dtype, tolerance, domain, visits, tmp_path):
     trainer = staged(domain, visits, STAGES[name], tmp_path, cached_views=2, feature_dtype=dtype)
     chosen = list(range(0, 48, 4))
@@ -150,7 +166,10 @@ def test_kept_views_train_as_their_pixels_do(name, dtype, tolerance, domain, vis
     pixels = trainer.data_collator([visits[index] for index in chosen])
     assert kept["images"].ndim in (2, 3)
     assert pixels["images"].ndim == 4
-    losses = {key: trainer.compute_loss(trainer.model, batch) for key, batch in (("k", kept), ("p", pixels))}
+    losses = {
+        key: trainer.compute_loss(trainer.model, batch)
+        for key, batch in (("k", kept), ("p", pixels))
+    }
     assert losses["k"].item() == pytest.approx(losses["p"].item(), abs=tolerance)
     found = {key: gradients(trainer.model, loss) for key, loss in losses.items()}
     assert_equal(found["k"], found["p"], tolerance)
@@ -180,7 +199,9 @@ def test_visits_take_the_views_in_turn(domain, visits):
             visits[visit]
     for row, views in seen.items():
         assert len(views) == 3 * visits.repeats[row]
-        assert np.ptp(np.bincount(views, minlength=3)) == 0, "in three epochs each view comes equally often"
+        assert np.ptp(np.bincount(views, minlength=3)) == 0, (
+            "in three epochs each view comes equally often"
+        )
 
 
 def encoded(tower, visits, cache: Path, **options) -> set[str]:
@@ -196,10 +217,14 @@ def test_a_shard_is_known_by_everything_it_depends_on(domain, prepared, visits, 
     cache = tmp_path / "cache"
     first = encoded(tower, visits, cache)
     assert encoded(tower, visits, cache) == first
-    other_seed = TrainingVisits(visits.rows, domain.prompt_bank[1], domain.augmentation, processor, seed=4)
+    other_seed = TrainingVisits(
+        visits.rows, domain.prompt_bank[1], domain.augmentation, processor, seed=4
+    )
     harder = domain.augmentation.model_copy(update={"hue": 0.3})
     augmented = TrainingVisits(visits.rows, domain.prompt_bank[1], harder, processor, seed=3)
-    fewer = TrainingVisits(visits.rows.select(range(9)), domain.prompt_bank[1], domain.augmentation, processor, seed=3)
+    fewer = TrainingVisits(
+        visits.rows.select(range(9)), domain.prompt_bank[1], domain.augmentation, processor, seed=3
+    )
     for changed in (other_seed, augmented, fewer):
         now = encoded(tower, changed, cache)
         assert not now & first, "a stale shard must not be read, nor lie about"
@@ -230,7 +255,9 @@ def test_an_interrupted_encoding_goes_on(domain, visits, tmp_path, monkeypatch):
             return super().view(row, view)
 
     _, processor = load_clip(domain.base)
-    stopped = Interrupted(visits.rows, domain.prompt_bank[1], domain.augmentation, processor, seed=3)
+    stopped = Interrupted(
+        visits.rows, domain.prompt_bank[1], domain.augmentation, processor, seed=3
+    )
     with pytest.raises(KeyboardInterrupt):
         encode_views(tower, stopped, 1, [2], tmp_path / "cut")
     stopped.drawn, stopped.last = 0, 10_000
@@ -240,12 +267,16 @@ def test_an_interrupted_encoding_goes_on(domain, visits, tmp_path, monkeypatch):
         np.testing.assert_array_equal(resumed(row, 0), whole(row, 0))
 
 
-def test_a_disk_that_is_too_small_is_told_before_anything_is_written(domain, visits, tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
+    domain, visits, tmp_path, monkeypatch
+):
     model, _ = load_clip(domain.base)
     begin_later(model)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shards.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(OSError, match=r"--cached_views 2.* needs 0\.0 GB in .* where 0\.0 GB are free"):
+    with pytest.raises(
+        OSError, match=r"--cached_views 2.* needs 0\.0 GB in .* where 0\.0 GB are free"
+    ):
         encode_views(model.vision_model, visits, 2, [2], tmp_path / "full")
     assert not list((tmp_path / "full").glob("*/*"))
 
@@ -262,7 +293,16 @@ def test_states_that_the_kept_precision_can_not_hold_are_an_error(domain, visits
 def test_stages_in_any_order_resume_to_the_same_weights(prepared, domain, tmp_path):
     """Visual first: the text stage's features depend on what the visual stage has learned."""
     run = fresh(prepared, tmp_path / "whole", stages=domain.stages[::-1])
-    keep = ["--save_strategy", "steps", "--save_steps", "4", "--save_total_limit", "99", "--cached_views", "2"]
+    keep = [
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "4",
+        "--save_total_limit",
+        "99",
+        "--cached_views",
+        "2",
+    ]
     train.train([str(run), *keep])
     steps = [int(path.name.split("-")[1]) for path in checkpoints(run)]
     for step in (14, 16):  # at the boundary, and in the text stage

@@ -44,7 +44,12 @@ def copy(prepared: Path, tmp_path: Path) -> Path:
 def limited(arguments: list[str], limit: Callable[[], None]) -> subprocess.CompletedProcess[str]:
     """A command of the project under a limit that is set in its process before it starts."""
     return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, preexec_fn=limit, capture_output=True, text=True, timeout=240
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        preexec_fn=limit,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
 
 
@@ -55,19 +60,24 @@ def last_line(done: subprocess.CompletedProcess[str]) -> str:
     return done.stderr.strip().splitlines()[-1]
 
 
-def test_a_second_command_is_told_who_is_at_work_and_a_dead_one_is_not_in_the_way(copy, domain, tmp_path):
+def test_a_second_command_is_told_who_is_at_work_and_a_dead_one_is_not_in_the_way(
+    copy, domain, tmp_path
+):
     script = (
         "import pathlib, sys, time, nicheclip.run\n"
         "with nicheclip.run.alone(pathlib.Path(sys.argv[1])):\n"
         "    print(flush=True)\n"
         "    time.sleep(99)\n"
     )
-    holder = subprocess.Popen([sys.executable, "-c", script, str(copy)], cwd=ROOT, stdout=subprocess.PIPE)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", script, str(copy)], cwd=ROOT, stdout=subprocess.PIPE
+    )
     holder.stdout.readline()
     before = contents(copy)
     for attempt in (lambda: prepare(domain, copy), lambda: train.train([str(copy)])):
         with pytest.raises(
-            BlockingIOError, match=rf"(?s)process {holder.pid} \(python -c .* is at work on '.*copy'; wait"
+            BlockingIOError,
+            match=rf"(?s)process {holder.pid} \(python -c .* is at work on '.*copy'; wait",
         ):
             attempt()
     assert contents(copy) == before
@@ -122,7 +132,10 @@ def test_killed_at_random_moments_data_prep_ends_with_the_same_result(prepared, 
 
     def start(run: Path) -> subprocess.Popen:
         process = subprocess.Popen(
-            [sys.executable, *command(prepared, run)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [sys.executable, *command(prepared, run)],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         while not (run / LOCK).exists():
             assert process.poll() is None
@@ -140,7 +153,9 @@ def test_killed_at_random_moments_data_prep_ends_with_the_same_result(prepared, 
         killed += process.wait() == -signal.SIGKILL
         if (run / "data").exists():
             load_prepared(run)
-        subprocess.run([sys.executable, *command(prepared, run)], cwd=ROOT, check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, *command(prepared, run)], cwd=ROOT, check=True, capture_output=True
+        )
         assert contents(run) == contents(whole), f"kill {kill}"
         assert not list(run.rglob("*.tmp")), f"kill {kill}"
     assert killed >= KILLS - 2, "the others had ended before"
@@ -187,7 +202,9 @@ def test_training_says_what_is_wrong_with_the_run_files(copy, name, how, remedy)
     ],
 )
 def test_calibration_says_what_is_wrong_with_the_run_files(run, tmp_path, name, how, remedy):
-    copy = shutil.copytree(run, tmp_path / "copy", ignore=shutil.ignore_patterns("images", "cache", "checkpoints"))
+    copy = shutil.copytree(
+        run, tmp_path / "copy", ignore=shutil.ignore_patterns("images", "cache", "checkpoints")
+    )
     damage(copy / name, how)
     with pytest.raises((ValueError, OSError), match=f"(?s){remedy}"):
         calibrate(copy)
@@ -197,19 +214,25 @@ def test_a_model_that_an_older_version_has_published_is_refused(run, tmp_path):
     hub = shutil.copytree(run / "hub", tmp_path / "hub")
     settings = read_json(hub / "nicheclip.json", "") | {"format_version": 1}
     (hub / "nicheclip.json").write_text(json.dumps(settings), encoding="utf-8")
-    with pytest.raises(ValueError, match="is of format 1, this NicheCLIP reads .*publish the model anew"):
+    with pytest.raises(
+        ValueError, match="is of format 1, this NicheCLIP reads .*publish the model anew"
+    ):
         NicheClassifier.from_pretrained(hub)
 
 
 def test_a_class_added_after_data_prep_is_told(copy, monkeypatch, tmp_path):
     raw = yaml.safe_load((copy / "domain.yaml").read_text(encoding="utf-8"))
-    raw["classes"]["brutalism"], raw["clusters"]["late"] = ["a drawing of a brutalist building"], ["brutalism"]
+    raw["classes"]["brutalism"], raw["clusters"]["late"] = (
+        ["a drawing of a brutalist building"],
+        ["brutalism"],
+    )
     (tmp_path / "more.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
     (tmp_path / "runs").mkdir()
     copy.rename(tmp_path / "runs" / "facades")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        DomainError, match="prepared for 12 classes .* has 13 classes .* run `python -m data_prep` again"
+        DomainError,
+        match="prepared for 12 classes .* has 13 classes .* run `python -m data_prep` again",
     ):
         train.train(["more.yaml"])
 

@@ -32,7 +32,10 @@ def fresh(prepared: Path, run: Path) -> Path:
 
 
 def last_step(run: Path) -> int:
-    return max((int(path.name.split("-")[1]) for path in (run / "checkpoints").glob("checkpoint-*")), default=0)
+    return max(
+        (int(path.name.split("-")[1]) for path in (run / "checkpoints").glob("checkpoint-*")),
+        default=0,
+    )
 
 
 @pytest.mark.slow
@@ -44,9 +47,15 @@ def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_weights(prep
     expected = (whole / "model" / "model.safetensors").read_bytes()
     rng = np.random.default_rng(0)
     for kill in range(KILLS):
-        run, step = fresh(prepared, tmp_path / f"killed-{kill}"), rng.integers(2 * kill, 2 * kill + 2)
+        run, step = (
+            fresh(prepared, tmp_path / f"killed-{kill}"),
+            rng.integers(2 * kill, 2 * kill + 2),
+        )
         process = subprocess.Popen(
-            [*command, str(run), *EVERY_STEP], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [*command, str(run), *EVERY_STEP],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         while last_step(run) < step or not (run / "checkpoints" / "begun.json").exists():
             assert process.poll() is None, "it ended before it could be killed"
@@ -58,7 +67,9 @@ def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_weights(prep
             [*command, str(run), *EVERY_STEP, "--resume_from_checkpoint", "True"],
             cwd=ROOT, check=True, capture_output=True,
         )  # fmt: skip
-        assert (run / "model" / "model.safetensors").read_bytes() == expected, f"killed after step {step}"
+        assert (run / "model" / "model.safetensors").read_bytes() == expected, (
+            f"killed after step {step}"
+        )
         shutil.rmtree(run)
 
 
@@ -68,20 +79,23 @@ def test_two_processes_see_each_batch_once_and_learn_as_one(prepared, tmp_path):
     alone, together = fresh(prepared, tmp_path / "alone"), fresh(prepared, tmp_path / "together")
     script = tmp_path / "watched.py"  # train.py, which writes down who visits what
     script.write_text(
-        "import json, os, sys, train\n"
-        "from nicheclip.data import TrainingVisits\n"
-        "seen, visit = [], TrainingVisits.__getitem__\n"
-        "def watched(self, index):\n"
-        "    seen.append([self.epoch, int(index)])\n"
-        "    return visit(self, index)\n"
-        "TrainingVisits.__getitem__ = watched\n"
-        "train.main()\n"
-        f"json.dump(seen, open(os.path.join({str(tmp_path)!r}, 'rank' + os.environ.get('RANK', '') + '.json'), 'w'))\n"
+        "import json, os, sys, train\nfrom nicheclip.data import TrainingVisits\nseen, visit = "
+        "[], TrainingVisits.__getitem__\ndef watched(self, index):\n    seen.append([self.epoch, "
+        "int(index)])\n    return visit(self, index)\nTrainingVisits.__getitem__ = "
+        f"watched\ntrain.main()\njson.dump(seen, open(os.path.join({str(tmp_path)!r}, 'rank' + "
+        "os.environ.get('RANK', '') + '.json'), 'w'))\n"
     )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    launch = ["accelerate.commands.launch", "--num_processes", "2", "--cpu", "--main_process_port", port]
+    launch = [
+        "accelerate.commands.launch",
+        "--num_processes",
+        "2",
+        "--cpu",
+        "--main_process_port",
+        port,
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for command in (
         [str(script), str(alone)],
@@ -92,14 +106,18 @@ def test_two_processes_see_each_batch_once_and_learn_as_one(prepared, tmp_path):
             cwd=ROOT, check=True, capture_output=True, timeout=240, env=environment,
         )  # fmt: skip
 
-    one, first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in ("", "0", "1"))
+    one, first, second = (
+        json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in ("", "0", "1")
+    )
     domain, labels = Domain.load(prepared), load_prepared(prepared)["train"]
     visited = np.repeat(labels["label"][:], labels["repeats"][:])
     sampler = ClusterBatchSampler(visited, domain.class_clusters, 24, seed=42)
     for epoch in range(3):
         sampler.set_epoch(epoch)
         promised = np.array(list(sampler.global_batches()))
-        of_ranks = [np.array([i for e, i in seen if e == epoch]).reshape(-1, 12) for seen in (first, second)]
+        of_ranks = [
+            np.array([i for e, i in seen if e == epoch]).reshape(-1, 12) for seen in (first, second)
+        ]
         assert (np.hstack(of_ranks) == promised).all()
         assert [i for e, i in one if e == epoch] == promised.ravel().tolist()
         assert set(promised.ravel()) == set(range(len(visited)))

@@ -56,12 +56,22 @@ def imported(path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "nicheclip").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "nicheclip").glob("*.py")), ids=lambda path: path.stem
+)
 def test_imports_point_downwards(path):
     below = ORDER[: ORDER.index(path.stem)]
     for name in imported(path):
         root, _, module = name.partition(".")
-        assert root not in ("data_prep", "model_card", "space", "train", "calibrate", "domains", "benchmarks"), name
+        assert root not in (
+            "data_prep",
+            "model_card",
+            "space",
+            "train",
+            "calibrate",
+            "domains",
+            "benchmarks",
+        ), name
         if root == "nicheclip":
             assert module in below, f"{path.name} imports {name}, which is not below it"
 
@@ -69,6 +79,14 @@ def test_imports_point_downwards(path):
 def test_the_classifier_needs_little():
     """The Space carries classifier.py along, so it must not pull in the rest."""
     roots = {name.partition(".")[0] for name in imported(ROOT / "nicheclip" / "classifier.py")}
-    third_party = roots - {"__future__", "collections", "dataclasses", "io", "json", "math", "pathlib"}
+    third_party = roots - {
+        "__future__",
+        "collections",
+        "dataclasses",
+        "io",
+        "json",
+        "math",
+        "pathlib",
+    }
     needed = {"torch", "transformers", "safetensors", "huggingface_hub", "PIL", "numpy"}
     assert third_party == needed | {"onnxruntime"}  # the last only for an ONNX backend

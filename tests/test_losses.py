@@ -23,11 +23,16 @@ def random_logits(rows: int, columns: int) -> torch.Tensor:
 
 
 def test_losses_by_hand_where_both_images_are_of_one_class():
-    logits = torch.tensor([[1.0, 0.0], [0.0, 1.0]]) * np.log(3)  # probabilities 3/4 and 1/4 in both directions
+    # probabilities 3/4 and 1/4 in both directions
+    logits = torch.tensor([[1.0, 0.0], [0.0, 1.0]]) * np.log(3)
     labels = torch.tensor([0, 0])
     assert info_nce(logits, labels).item() == pytest.approx(-np.log(3 / 4))
-    assert info_nce(logits, labels, 0.2).item() == pytest.approx(-0.9 * np.log(3 / 4) - 0.1 * np.log(1 / 4))
-    assert multi_positive(logits, labels).item() == pytest.approx(-(np.log(3 / 4) + np.log(1 / 4)) / 2)
+    assert info_nce(logits, labels, 0.2).item() == pytest.approx(
+        -0.9 * np.log(3 / 4) - 0.1 * np.log(1 / 4)
+    )
+    assert multi_positive(logits, labels).item() == pytest.approx(
+        -(np.log(3 / 4) + np.log(1 / 4)) / 2
+    )
 
 
 def test_info_nce_and_multi_positive_agree_when_no_class_comes_twice_and_differ_when_one_does():
@@ -42,13 +47,16 @@ def test_info_nce_and_multi_positive_agree_when_no_class_comes_twice_and_differ_
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_info_nce_pushes_same_class_pairs_apart_and_multi_positive_pulls_them_together(label_smoothing):
+def test_info_nce_pushes_same_class_pairs_apart_and_multi_positive_pulls_them_together(
+    label_smoothing,
+):
     labels = torch.tensor([0, 0, 1, 1])
     others_alike = (labels[:, None] == labels[None, :]) & ~torch.eye(4, dtype=torch.bool)
     for loss, sign in ((info_nce, 1), (multi_positive, -1)):
         logits = torch.zeros(4, 4, requires_grad=True)
         loss(logits, labels, label_smoothing).backward()
-        assert (logits.grad[others_alike].sign() == sign).all()  # descent moves against the gradient
+        # descent moves against the gradient
+        assert (logits.grad[others_alike].sign() == sign).all()
 
 
 def test_multi_positive_rests_where_same_class_pairs_are_alike():
@@ -71,7 +79,9 @@ def lowest(loss: str, labels: np.ndarray, label_smoothing: float, num_classes: i
     """What descent reaches on logits that are free, but the same for all prompts of a class."""
     free = torch.zeros(len(labels), num_classes, dtype=torch.float64, requires_grad=True)
     labels = torch.from_numpy(labels)
-    optimizer = torch.optim.LBFGS([free], max_iter=300, line_search_fn="strong_wolfe", tolerance_grad=1e-9)
+    optimizer = torch.optim.LBFGS(
+        [free], max_iter=300, line_search_fn="strong_wolfe", tolerance_grad=1e-9
+    )
 
     def step() -> torch.Tensor:
         optimizer.zero_grad()
@@ -84,7 +94,9 @@ def lowest(loss: str, labels: np.ndarray, label_smoothing: float, num_classes: i
     return step().item()
 
 
-@pytest.mark.parametrize("labels", [[0, 0, 0, 1, 2, 2, 3, 1], [0, 1, 2, 3], [2, 2, 2]], ids=["mixed", "all", "one"])
+@pytest.mark.parametrize(
+    "labels", [[0, 0, 0, 1, 2, 2, 3, 1], [0, 1, 2, 3], [2, 2, 2]], ids=["mixed", "all", "one"]
+)
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_descent_reaches_the_floor_and_no_lower(loss, label_smoothing, labels):
@@ -96,7 +108,9 @@ def test_descent_reaches_the_floor_and_no_lower(loss, label_smoothing, labels):
 def test_floors_by_hand():
     assert loss_floor(np.arange(4), "info_nce", 0.0, 4) == 0
     assert loss_floor(np.zeros(4), "info_nce", 0.1, 4) == pytest.approx(np.log(4))
-    assert loss_floor(np.array([0, 0, 1]), "multi_positive", 0.0, 2) == pytest.approx(2 / 3 * np.log(2))
+    assert loss_floor(np.array([0, 0, 1]), "multi_positive", 0.0, 2) == pytest.approx(
+        2 / 3 * np.log(2)
+    )
     assert loss_floor(np.array([0, 1]), "class_prompts", 0.2, 2) == pytest.approx(
         -0.9 * np.log(0.9) - 0.1 * np.log(0.1)
     )
@@ -121,13 +135,25 @@ def test_a_single_process_gathers_nothing():
 def of_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     out = tmp_path_factory.mktemp("two") / "gradients.safetensors"
     script = Path(__file__).with_name("two_processes.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, out]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        script,
+        out,
+    ]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([str(part) for part in launch], env=env, stderr=subprocess.PIPE, text=True) as launched:
+    with subprocess.Popen(
+        [str(part) for part in launch], env=env, stderr=subprocess.PIPE, text=True
+    ) as launched:
         try:
             _, errors = launched.communicate(timeout=120)
         finally:
-            launched.terminate()  # a launcher that is terminated takes its processes along, a killed one leaves them
+            # a launcher that is terminated takes its processes along, a killed one leaves them
+            launched.terminate()
     assert launched.returncode == 0, errors[-3000:]
     return load_file(out)
 

@@ -45,7 +45,12 @@ def encoded(image: Image.Image, format: str, **options) -> bytes:
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+    )
 
 
 def png(width: int, height: int, *chunks: bytes, depth: int = 8, colour: int = 2) -> bytes:
@@ -63,7 +68,9 @@ def damaged(rng: random.Random, content: bytes, bytes_changed: int) -> bytes:
 def corpus(seed: int = 0) -> dict[str, bytes]:
     """Content by file name; the same for the same seed."""
     rng = random.Random(seed)
-    pictures = (draw(style, np.random.default_rng([seed, n]), 96) for n in range(10**6) for style in STYLES)
+    pictures = (
+        draw(style, np.random.default_rng([seed, n]), 96) for n in range(10**6) for style in STYLES
+    )
     files = {}
     for format, suffix in FORMATS.items():
         for n in range(CUTS):
@@ -77,7 +84,9 @@ def corpus(seed: int = 0) -> dict[str, bytes]:
             f"head-{suffix[1:]}{suffix}": damaged(rng, content[:64], 16) + content[64:],
             f"tail-{suffix[1:]}{suffix}": content + rng.randbytes(5000),
             f"magic-{suffix[1:]}{suffix}": content[:12],
-            f"wrong-{suffix[1:]}{rng.choice(list(FORMATS.values()))}": encoded(next(pictures), format),
+            f"wrong-{suffix[1:]}{rng.choice(list(FORMATS.values()))}": encoded(
+                next(pictures), format
+            ),
             f"noname-{suffix[1:]}": encoded(next(pictures), format),
         }
     return files | {name: content for name, content in odd(rng, pictures)}
@@ -90,9 +99,14 @@ def odd(rng: random.Random, pictures: Iterator[Image.Image]) -> Iterator[tuple[s
         yield f"bomb-{side}.png", png(side, side, chunk(b"IDAT", noise))
     yield (
         "bomb.gif",
-        b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0) + b",\0\0\0\0\xff\xff\xff\xff\0\x08\x01\0\0;",
+        b"GIF89a"
+        + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0)
+        + b",\0\0\0\0\xff\xff\xff\xff\0\x08\x01\0\0;",
     )
-    yield "bomb.bmp", (bmp := encoded(next(pictures), "BMP"))[:18] + struct.pack("<ii", 60000, 60000) + bmp[26:]
+    yield (
+        "bomb.bmp",
+        (bmp := encoded(next(pictures), "BMP"))[:18] + struct.pack("<ii", 60000, 60000) + bmp[26:],
+    )
     yield "negative.bmp", bmp[:18] + struct.pack("<ii", -96, -96) + bmp[26:]
     yield "bomb.ppm", b"P6 60000 60000 255\n" + rng.randbytes(100)
     zeros = zlib.compress(bytes(64 * 2**20), 9)
@@ -128,9 +142,17 @@ def odd(rng: random.Random, pictures: Iterator[Image.Image]) -> Iterator[tuple[s
     yield "exif-huge.jpg", jpeg[:2] + 50 * segment + jpeg[2:]
     yield (
         "exif-noise.jpg",
-        jpeg[:2] + b"\xff\xe1" + struct.pack(">H", 108) + b"Exif\0\0" + rng.randbytes(100) + jpeg[2:],
+        jpeg[:2]
+        + b"\xff\xe1"
+        + struct.pack(">H", 108)
+        + b"Exif\0\0"
+        + rng.randbytes(100)
+        + jpeg[2:],
     )
-    yield "exif-endless.jpg", jpeg[:2] + b"\xff\xe1\xff\xff" + b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + jpeg[2:]
+    yield (
+        "exif-endless.jpg",
+        jpeg[:2] + b"\xff\xe1\xff\xff" + b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + jpeg[2:],
+    )
     yield "profile-noise.jpg", encoded(next(pictures), "JPEG", icc_profile=rng.randbytes(3000))
     text = PngImagePlugin.PngInfo()
     text.add_text("comment", "x" * 10**6)
@@ -145,7 +167,10 @@ def odd(rng: random.Random, pictures: Iterator[Image.Image]) -> Iterator[tuple[s
         if mode == "I;16":
             image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
         yield name, encoded(image if mode == "I;16" else image.convert(mode), format)
-    yield "palette-alpha.png", encoded(next(pictures).convert("P"), "PNG", transparency=bytes(range(256)))
+    yield (
+        "palette-alpha.png",
+        encoded(next(pictures).convert("P"), "PNG", transparency=bytes(range(256))),
+    )
     for format in ("GIF", "PNG", "WEBP", "TIFF"):
         frames = [next(pictures) for _ in range(3)]
         content = encoded(frames[0], format, save_all=True, append_images=frames[1:])
@@ -162,7 +187,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, style in enumerate(STYLES[:2]):
         (folder / style).mkdir()
         for index in range(16):
-            draw(style, np.random.default_rng([7, number, index]), 96).save(folder / style / f"sound-{index}.png")
+            draw(style, np.random.default_rng([7, number, index]), 96).save(
+                folder / style / f"sound-{index}.png"
+            )
     for number, (name, content) in enumerate(corpus().items()):
         (folder / STYLES[number % 2] / name).write_bytes(content)
     return folder
@@ -183,18 +210,31 @@ def test_data_prep_keeps_each_file_or_says_why_not(folder, malformed, domain: Do
         "outside": None,
     }
     (tmp_path / "odd.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
-    command = [sys.executable, "-m", "data_prep", str(tmp_path / "odd.yaml"), "--run", str(tmp_path / "run")]
+    command = [
+        sys.executable,
+        "-m",
+        "data_prep",
+        str(tmp_path / "odd.yaml"),
+        "--run",
+        str(tmp_path / "run"),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10 * SECONDS)
     assert done.returncode == 0, done.stderr[-2000:]
 
     report = json.loads((tmp_path / "run" / "data" / "report.json").read_text())
     reasons = {entry["source_id"]: entry["reason"] for entry in report["quarantined"]}
-    kept = {source_id for split in load_prepared(tmp_path / "run").values() for source_id in split["source_id"]}
+    kept = {
+        source_id
+        for split in load_prepared(tmp_path / "run").values()
+        for source_id in split["source_id"]
+    }
     dropped = {entry["source_id"] for entry in report["suspects"] if entry["outcome"] == "dropped"}
     files = {path.relative_to(folder).as_posix() for path in folder.glob("*/*")}
     assert report["counts"]["read"] == len(files) == len(reasons) + len(kept) + len(dropped)
     assert set(reasons) | kept | dropped == files
-    assert all(reason.partition(": ")[2] for reason in reasons.values()), "a reason says what is wrong"
+    assert all(reason.partition(": ")[2] for reason in reasons.values()), (
+        "a reason says what is wrong"
+    )
     for split in load_prepared(tmp_path / "run").values():
         for row in split:
             assert row["image"].mode == "RGB" and min(row["image"].size) >= domain.smallest_side
@@ -206,8 +246,12 @@ def test_the_classifier_refuses_a_file_or_gives_probabilities(malformed, run: Pa
     with ThreadPoolExecutor(1) as pool:
         for path in malformed:
             try:
-                probabilities = pool.submit(classifier.probabilities, [path]).result(timeout=SECONDS)
-                assert np.isfinite(probabilities).all() and probabilities.sum() == pytest.approx(1, abs=1e-4)
+                probabilities = pool.submit(classifier.probabilities, [path]).result(
+                    timeout=SECONDS
+                )
+                assert np.isfinite(probabilities).all() and probabilities.sum() == pytest.approx(
+                    1, abs=1e-4
+                )
             except REFUSALS:
                 refused.append(path)
             except Exception as error:
@@ -224,7 +268,9 @@ def test_the_app_has_an_answer_to_every_file(malformed, run: Path):
     surprises, unread = {}, 0
     for path in malformed:
         try:
-            sentence, bars, _ = client.submit(handle_file(path), api_name="/classify").result(timeout=SECONDS)
+            sentence, bars, _ = client.submit(handle_file(path), api_name="/classify").result(
+                timeout=SECONDS
+            )
         except Exception as error:
             surprises[path.name] = repr(error)
             continue

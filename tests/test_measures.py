@@ -51,20 +51,30 @@ def test_metrics_agree_with_scikit_learn(sample):
     def computed(metric: type[evaluate.Metric], **options) -> dict:
         return metric().compute(predictions=probabilities, references=labels, **options)
 
-    assert computed(metrics.Accuracy)["accuracy"] == pytest.approx(accuracy_score(labels, predicted))
+    assert computed(metrics.Accuracy)["accuracy"] == pytest.approx(
+        accuracy_score(labels, predicted)
+    )
     balanced = balanced_accuracy_score(labels, predicted)
     assert computed(metrics.BalancedAccuracy)["balanced_accuracy"] == pytest.approx(balanced)
-    assert computed(metrics.MacroF1)["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
+    assert computed(metrics.MacroF1)["macro_f1"] == pytest.approx(
+        f1_score(labels, predicted, average="macro")
+    )
     top = top_k_accuracy_score(labels, probabilities, k=3)
     assert computed(metrics.TopK, k=3)["top_3_accuracy"] == pytest.approx(top)
-    assert computed(metrics.NegativeLogLikelihood)["nll"] == pytest.approx(log_loss(labels, probabilities), rel=1e-5)
+    assert computed(metrics.NegativeLogLikelihood)["nll"] == pytest.approx(
+        log_loss(labels, probabilities), rel=1e-5
+    )
     assert nll(logits, labels) == pytest.approx(log_loss(labels, probabilities))
     brier = np.mean([brier_score_loss(labels == c, probabilities[:, c]) for c in range(5)]) * 5
     assert computed(metrics.Brier)["brier"] == pytest.approx(brier, rel=1e-5)
     precision, recall, f1, _ = precision_recall_fscore_support(labels, predicted)
     scores = computed(metrics.ClassScores)
-    assert np.allclose([scores["precision"], scores["recall"], scores["f1"]], [precision, recall, f1])
-    assert (metrics.confusion_matrix(predicted, labels, 5) == confusion_matrix(labels, predicted)).all()
+    assert np.allclose(
+        [scores["precision"], scores["recall"], scores["f1"]], [precision, recall, f1]
+    )
+    assert (
+        metrics.confusion_matrix(predicted, labels, 5) == confusion_matrix(labels, predicted)
+    ).all()
 
 
 def test_a_class_that_is_never_answered_has_no_precision_and_one_without_images_no_recall():
@@ -89,7 +99,8 @@ def test_image_retrieval_agrees_with_scikit_learn_and_passes_over_near_duplicate
     embeds = rng.normal(size=(30, 4))
     embeds /= np.linalg.norm(embeds, axis=1, keepdims=True)
     labels, groups = rng.integers(0, 3, 30), np.arange(30)
-    groups[1], labels[1], embeds[1] = groups[0], labels[0], embeds[0] * (1 + 1e-9)  # the same picture twice
+    # the same picture twice
+    groups[1], labels[1], embeds[1] = groups[0], labels[0], embeds[0] * (1 + 1e-9)
     rank, precision = metrics.image_retrieval(embeds, labels, groups)
     for query in range(30):
         others = groups != groups[query]
@@ -104,9 +115,14 @@ def test_image_retrieval_agrees_with_scikit_learn_and_passes_over_near_duplicate
 
 
 def test_prompts_of_other_classes_by_hand():
-    # Classes 0 and 1 are one cluster, class 2 is another; two prompts of class 0, one of the others.
+    # Classes 0 and 1 are one cluster, class 2 is another; two prompts of class 0, one of the
+    # others.
     similarity = [[0.1, 0.4, 0.3, 0.9], [0.6, 0.2, 0.5, 0.1], [0.1, 0.2, 0.3, 0.4]]
-    of_prompts = {"predictions": similarity, "references": [0, 1, 2], "prompt_classes": np.array([0, 0, 1, 2])}
+    of_prompts = {
+        "predictions": similarity,
+        "references": [0, 1, 2],
+        "prompt_classes": np.array([0, 0, 1, 2]),
+    }
     hard = metrics.HardNegatives().compute(**of_prompts, class_clusters=np.array([0, 0, 1]))
     assert hard["hard_negative_pass_rate"] == 0.5  # the third image's class is alone in its cluster
     assert hard["hard_negative_margin"] == pytest.approx((0.1 - 0.1) / 2, abs=1e-6)
@@ -120,7 +136,9 @@ def test_risk_and_coverage_by_hand():
     confidence, right = np.array([0.7, 0.9, 0.6, 0.8]), np.array([True, True, True, False])
     assert metrics.aurc(confidence, right) == pytest.approx((0 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
     probabilities = np.stack([confidence, 1 - confidence], axis=1)
-    found = metrics.RiskCoverage().compute(predictions=probabilities, references=[0, 0, 0, 1], threshold=0.75)
+    found = metrics.RiskCoverage().compute(
+        predictions=probabilities, references=[0, 0, 0, 1], threshold=0.75
+    )
     assert found["aurc"] == pytest.approx(metrics.aurc(confidence, right))
     assert (found["coverage"], found["selective_accuracy"]) == (0.5, 0.5)
 
@@ -136,7 +154,9 @@ def test_ece_by_hand():
     labels = np.array([0, 1, 0, 0])
     # bin of 0.95: two images, half right; bin of 0.6: right; bin of 0.55: wrong
     expected = 0.5 * abs(0.95 - 0.5) + 0.25 * abs(0.6 - 1) + 0.25 * abs(0.55 - 0)
-    computed = metrics.ExpectedCalibrationError().compute(predictions=probabilities, references=labels)["ece"]
+    computed = metrics.ExpectedCalibrationError().compute(
+        predictions=probabilities, references=labels
+    )["ece"]
     assert computed == pytest.approx(expected, abs=1e-6)
 
 
@@ -144,7 +164,11 @@ def test_hard_negatives_and_semantic_rank_by_hand():
     # classes 0 and 1 share a cluster, class 2 is alone; two prompts a class
     prompt_classes, class_clusters = np.array([0, 0, 1, 1, 2, 2]), np.array([0, 0, 1])
     similarity = np.array(
-        [[0.1, 0.5, 0.4, 0.2, 0.9, 0.0], [0.3, 0.2, 0.1, 0.25, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.1, 0.2]]
+        [
+            [0.1, 0.5, 0.4, 0.2, 0.9, 0.0],
+            [0.3, 0.2, 0.1, 0.25, 0.0, 0.0],
+            [0.0, 0.0, 0.0, 0.0, 0.1, 0.2],
+        ]
     )
     labels = np.array([0, 1, 2])
     margin = metrics.hard_negative_margin(similarity, prompt_classes, labels, class_clusters)
@@ -168,7 +192,9 @@ def test_ece_agrees_with_torchmetrics(sample):
 def test_equal_mass_bins_hold_equally_many_images():
     rng = np.random.default_rng(0)
     confidence = rng.beta(8, 1, 301)
-    mean_confidence, _, counts = metrics.reliability(confidence, rng.random(301) < confidence, equal_mass=True)
+    mean_confidence, _, counts = metrics.reliability(
+        confidence, rng.random(301) < confidence, equal_mass=True
+    )
     assert counts.max() - counts.min() <= 1
     assert (np.diff(mean_confidence) > 0).all()
 
@@ -181,7 +207,9 @@ def test_a_perfect_model_lies_within_its_own_ece():
         low, high = np.percentile(metrics.ece_of_perfect(confidence, draws=300), [2.5, 97.5])
         found = metrics.expected_calibration_error(confidence, rng.random(400) < confidence)
         inside += low <= found <= high
-        overconfident = metrics.expected_calibration_error(confidence, rng.random(400) < confidence - 0.25)
+        overconfident = metrics.expected_calibration_error(
+            confidence, rng.random(400) < confidence - 0.25
+        )
         assert overconfident > high
     assert inside >= 52  # of 60, at 95 %
 
@@ -201,7 +229,9 @@ def test_a_known_temperature_is_recovered(temperature):
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_a_known_temperature_is_recovered_by_the_ece_as_well(temperature):
-    assert fit_temperature(*known(temperature), objective="ece") == pytest.approx(temperature, rel=0.05)
+    assert fit_temperature(*known(temperature), objective="ece") == pytest.approx(
+        temperature, rel=0.05
+    )
 
 
 def test_the_temperature_is_that_of_a_fine_grid():
@@ -237,7 +267,9 @@ def test_where_hardly_anything_is_wrong_the_temperature_comes_with_a_warning():
     labels[:3] = (labels[:3] + 1) % 4
     assert "3 errors among 40 images" in calibrate_temperature(logits, labels, groups).warning
     with pytest.raises(ValueError, match="all 40 are wrong"):
-        calibrate_temperature(logits, (labels + 1) % 4 if (labels[3:] == 0).any() else labels, groups)
+        calibrate_temperature(
+            logits, (labels + 1) % 4 if (labels[3:] == 0).any() else labels, groups
+        )
 
 
 @pytest.mark.parametrize("coverage", [0.8, 0.9, 0.95])
@@ -250,7 +282,9 @@ def test_prediction_sets_hold_the_label_as_often_as_stated(coverage):
         order = rng.permutation(20_000)
         fitted = fit_conformal(probabilities[order[:1000]], labels[order[:1000]], coverage)
         rest = order[1000:]
-        found.append(prediction_sets(probabilities[rest], fitted)[np.arange(len(rest)), labels[rest]].mean())
+        found.append(
+            prediction_sets(probabilities[rest], fitted)[np.arange(len(rest)), labels[rest]].mean()
+        )
     assert np.mean(found) == pytest.approx(coverage, abs=0.006)
 
 
@@ -262,7 +296,8 @@ def test_prediction_sets_are_never_empty_and_grow_with_doubt():
     assert sets.sum(axis=1).tolist() == sorted(sets.sum(axis=1))
     found = metrics.PredictionSets().compute(predictions=sets.astype(float), references=[0, 1, 2])
     assert found["mean_size"] == sets.sum(axis=1).mean()
-    few = fit_conformal(probabilities, np.array([0, 1, 1]), coverage=0.9)  # of three images none is the 90 % quantile
+    # of three images none is the 90 % quantile
+    few = fit_conformal(probabilities, np.array([0, 1, 1]), coverage=0.9)
     assert prediction_sets(probabilities, few).all()
 
 
@@ -273,7 +308,8 @@ def test_abstention_answers_as_often_as_the_aim_allows():
     labels[:20] = 1  # the 20 least confident are wrong
     chosen = fit_abstention(softmax(logits, axis=1), labels, selective_accuracy=0.9)
     assert chosen.target_reached
-    assert chosen.coverage == pytest.approx(0.88)  # 80 right among 88 answers, 80 / 89 would be below 0.9
+    # 80 right among 88 answers, 80 / 89 would be below 0.9
+    assert chosen.coverage == pytest.approx(0.88)
     assert chosen.selective_accuracy >= 0.9
     assert chosen.threshold == pytest.approx(confidence[12])
 
@@ -287,7 +323,9 @@ def test_abstention_says_when_the_aim_is_out_of_reach():
 
 def test_abstention_can_aim_at_a_coverage():
     confidence = np.linspace(0.51, 0.99, 100)
-    chosen = fit_abstention(np.stack([confidence, 1 - confidence], axis=1), np.zeros(100, int), 0.9, coverage=0.3)
+    chosen = fit_abstention(
+        np.stack([confidence, 1 - confidence], axis=1), np.zeros(100, int), 0.9, coverage=0.3
+    )
     assert (chosen.aim, chosen.target, chosen.coverage) == ("coverage", 0.3, 0.3)
     assert chosen.threshold == pytest.approx(confidence[70])
 
@@ -329,8 +367,13 @@ def test_a_measure_survives_json():
         ("ece", 0.05, 0.15, 0.10, "undecided"),
     ],
 )
-def test_gates_know_which_way_is_better_and_when_they_do_not_know(metric, low, high, target, verdict):
-    assert judge_gate(metric, Measure((low + high) / 2, low, high, 100, "test"), target).verdict == verdict
+def test_gates_know_which_way_is_better_and_when_they_do_not_know(
+    metric, low, high, target, verdict
+):
+    assert (
+        judge_gate(metric, Measure((low + high) / 2, low, high, 100, "test"), target).verdict
+        == verdict
+    )
 
 
 def test_an_undecided_gate_says_how_many_images_would_decide_it():
@@ -341,7 +384,10 @@ def test_an_undecided_gate_says_how_many_images_would_decide_it():
     assert gate.more == 372
     for copies, verdict in ((2, "undecided"), (4, "fail")):  # 400 and 800 images
         more = np.tile(hits, copies)
-        assert judge_gate("accuracy", proportion(more, np.arange(len(more)), "test"), 0.82).verdict == verdict
+        assert (
+            judge_gate("accuracy", proportion(more, np.arange(len(more)), "test"), 0.82).verdict
+            == verdict
+        )
     assert judge_gate("accuracy", Measure(0.9, 0.8, 0.95, 50, "test"), 0.9).more is None
 
 

@@ -43,8 +43,13 @@ def test_classes_prompts_and_source_come_from_the_folders(tmp_path):
     counts = {"House_Sparrow": 24, "willow-tit": 25, "001.Auk": 26, "no": 24, "A-": 24, "été": 30}
     folder = photos(tmp_path / "photos", counts)
     domain = write(folder, "--base", BASE)
-    assert sorted(domain.class_names) == sorted(["001.Auk", "A-", "House Sparrow", "no", "willow tit", "été"])
-    assert domain.classes["001.Auk"][:2] == ["a photo of an Auk", "a photo of an Auk, a kind of bird"]
+    assert sorted(domain.class_names) == sorted(
+        ["001.Auk", "A-", "House Sparrow", "no", "willow tit", "été"]
+    )
+    assert domain.classes["001.Auk"][:2] == [
+        "a photo of an Auk",
+        "a photo of an Auk, a kind of bird",
+    ]
     assert domain.classes["willow tit"][0] == "a photo of a willow tit"
     assert all(len(prompts) == 5 for prompts in domain.classes.values())
     assert (domain.source.kind, domain.source.path) == ("folder", str(folder))
@@ -57,12 +62,17 @@ def test_classes_prompts_and_source_come_from_the_folders(tmp_path):
 def test_adjectives_get_their_noun(tmp_path):
     folder = photos(tmp_path / "photos", {"Gothic": 24, "Art_Deco": 24})
     prompts = write(folder, "--base", BASE, "--noun", "building", name="styles").classes
-    assert [own[0] for own in prompts.values()] == ["a photo of an Art Deco building", "a photo of a Gothic building"]
+    assert [own[0] for own in prompts.values()] == [
+        "a photo of an Art Deco building",
+        "a photo of a Gothic building",
+    ]
 
 
 @pytest.mark.parametrize(("middle", "samples"), [(5, 24), (60, 60), (900, 280)])
 def test_visits_and_epochs_fit_the_size_of_the_data(tmp_path, middle, samples):
-    domain = write(photos(tmp_path / "photos", {"a": 4, "b": middle, "c": middle + 1}), "--base", BASE)
+    domain = write(
+        photos(tmp_path / "photos", {"a": 4, "b": middle, "c": middle + 1}), "--base", BASE
+    )
     assert domain.samples_per_class == samples
     steps = domain.stages[0].epochs * samples * 3 / domain.training["per_device_train_batch_size"]
     assert 15 <= steps <= 600
@@ -71,13 +81,19 @@ def test_visits_and_epochs_fit_the_size_of_the_data(tmp_path, middle, samples):
 
 def test_a_wide_base_trains_slowly_and_sees_more_pixels(tmp_path):
     folder = photos(tmp_path / "photos", {"a": 4, "b": 4})
-    small, large = write(folder, "--base", BASE), write(folder, "--base", "openai/clip-vit-base-patch32")
+    small, large = (
+        write(folder, "--base", BASE),
+        write(folder, "--base", "openai/clip-vit-base-patch32"),
+    )
     assert large.stages[0].learning_rate == 5e-6 < small.stages[0].learning_rate
     assert (small.stored_short_side, large.stored_short_side) == (96 * 9 // 7, 288)
 
 
 def test_clusters_are_what_the_base_finds_alike_or_share_a_word(tmp_path):
-    """The façades' base knows from its texts alone which styles are alike; one that is not here knows nothing."""
+    """The façades' base knows from its texts alone which styles are alike.
+
+    One that is not here knows nothing.
+    """
     folder = photos(tmp_path / "photos", dict.fromkeys(STYLES, 4))
     domain, facades = write(folder, "--base", BASE, name="buildings"), Domain.load(FACADES)
     together = [set(members) for members in domain.clusters.values() if len(members) > 1]
@@ -89,7 +105,9 @@ def test_clusters_are_what_the_base_finds_alike_or_share_a_word(tmp_path):
     assert sorted(map(sorted, domain.clusters.values())) == [
         ["blue tit", "coal tit"], ["mistle thrush", "song thrush"], ["wren"]
     ]  # fmt: skip
-    domain = write(photos(tmp_path / "more", dict.fromkeys("abcdef", 4)), "--base", "nobody/nowhere")
+    domain = write(
+        photos(tmp_path / "more", dict.fromkeys("abcdef", 4)), "--base", "nobody/nowhere"
+    )
     assert list(domain.clusters) == ["all"]
 
 
@@ -115,7 +133,10 @@ def test_folders_that_give_the_splits(tmp_path, capsys):
     for split in ("train", "test"):
         photos(tmp_path / "photos" / split, {"wren": 20, "robin": 20})
     assert write(tmp_path / "photos", "--base", "nobody/nowhere").class_names == ["robin", "wren"]
-    assert "splits given by folders: test, train; data_prep fills the others" in capsys.readouterr().out
+    assert (
+        "splits given by folders: test, train; data_prep fills the others"
+        in capsys.readouterr().out
+    )
     found = look_into(photos(tmp_path / "exams", {"test": 5, "essay": 5}))
     assert (found.images, found.splits) == ({"test": 5, "essay": 5}, set())
 
@@ -126,7 +147,11 @@ def test_folders_that_give_the_splits(tmp_path, capsys):
         ({"wren": 5}, [], "only the class 'wren' .* at least two"),
         ({}, [], "no class folder with images"),
         ({"willow-tit": 5, "Willow_Tit": 5}, [], "'Willow_Tit' and 'willow-tit' name one class"),
-        ({"wren": 5, "robin": 5}, ["--name", "Big Birds"], "domain.yaml can't be used:\n.*lower-case"),
+        (
+            {"wren": 5, "robin": 5},
+            ["--name", "Big Birds"],
+            "domain.yaml can't be used:\n.*lower-case",
+        ),
     ],
 )
 def test_what_can_not_become_a_domain_is_explained(tmp_path, counts, options, message):
@@ -146,14 +171,18 @@ def test_nothing_is_overwritten_unless_forced(tmp_path):
     main([*arguments, "--force"])
     assert Domain.load(out).name == "birds"
     with pytest.raises(
-        SystemExit, match="no folder at '.*nowhere'; expected one that holds a folder of images a class"
+        SystemExit,
+        match="no folder at '.*nowhere'; expected one that holds a folder of images a class",
     ):
         main([str(tmp_path / "nowhere"), "--name", "birds"])
 
 
 @pytest.mark.slow
 def test_the_commands_of_the_document_lead_from_a_folder_to_a_scorecard_and_an_open_app(tmp_path):
-    """As they stand in docs/your_own_niche.md; only the base is the embedded one, which needs no download."""
+    """As they stand in docs/your_own_niche.md.
+
+    Only the base is the embedded one, which needs no download.
+    """
     for number, style in enumerate(STYLES[:5]):
         (tmp_path / "photos" / style.replace(" ", "_")).mkdir(parents=True)
         for index in range(24):
@@ -169,7 +198,15 @@ def test_the_commands_of_the_document_lead_from_a_folder_to_a_scorecard_and_an_o
     for command in commands:
         words = shlex.split(command)
         if words[0] == "accelerate":
-            words = ["python", "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu", *words[2:]]
+            words = [
+                "python",
+                "-m",
+                "accelerate.commands.launch",
+                "--num_processes",
+                "1",
+                "--cpu",
+                *words[2:],
+            ]
         if "data_prep.new_domain" in words:
             words += ["--base", BASE]
         words[0] = sys.executable
@@ -181,12 +218,17 @@ def test_the_commands_of_the_document_lead_from_a_folder_to_a_scorecard_and_an_o
     scorecard = read_json(tmp_path / "runs" / "birds" / "scorecard.json", "")
     assert scorecard["metrics"]["accuracy"]["n"] > 10
     assert (tmp_path / "runs" / "birds" / "hub" / "README.md").is_file()
-    assert yaml.safe_load((tmp_path / "domains" / "birds" / "domain.yaml").read_text())["name"] == "birds"
+    assert (
+        yaml.safe_load((tmp_path / "domains" / "birds" / "domain.yaml").read_text())["name"]
+        == "birds"
+    )
 
 
 def opens(words: list[str], folder: Path) -> None:
     """The app says where it listens."""
-    app = subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    app = subprocess.Popen(
+        words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     try:
         until = time.monotonic() + 120
         while "Running on local URL" not in (line := app.stdout.readline()):

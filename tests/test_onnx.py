@@ -1,4 +1,7 @@
-"""The visual tower as ONNX says what torch's says, or is not published; and what a classifier takes and refuses."""
+"""The visual tower as ONNX says what torch's says, or is not published.
+
+And what a classifier takes and refuses.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,8 @@ def published(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("onnx") / "hub"
     shutil.copytree(run / "hub", folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("model_card.onnx_export.MAX_ECE_GROWTH", 0.1)  # of 120 images the ECE moves by 0.02 by chance
+        # of 120 images the ECE moves by 0.02 by chance
+        patch.setattr("model_card.onnx_export.MAX_ECE_GROWTH", 0.1)
         add_onnx(run, folder)
     return folder
 
@@ -35,19 +39,29 @@ def images(run: Path) -> list[Image.Image]:
 
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_onnx_gives_what_torch_gives_for_any_number_of_images(published, images, count):
-    exact, onnx = (NicheClassifier.from_pretrained(published, backend=name) for name in ("torch", "onnx"))
+    exact, onnx = (
+        NicheClassifier.from_pretrained(published, backend=name) for name in ("torch", "onnx")
+    )
     np.testing.assert_allclose(
-        onnx.image_embeds(images[:count]), exact.image_embeds(images[:count]), atol=MAX_FP32_DIFFERENCE
+        onnx.image_embeds(images[:count]),
+        exact.image_embeds(images[:count]),
+        atol=MAX_FP32_DIFFERENCE,
     )
     for one, other in zip(onnx(images[:count]), exact(images[:count]), strict=True):
-        assert (one.label, one.prediction_set, one.outside) == (other.label, other.prediction_set, other.outside)
+        assert (one.label, one.prediction_set, one.outside) == (
+            other.label,
+            other.prediction_set,
+            other.outside,
+        )
         assert one.probabilities == pytest.approx(other.probabilities, abs=1e-4)
     with pytest.raises(ValueError, match="no text tower"):
         onnx.text_embeds(["a house"])
 
 
 def test_int8_is_smaller_and_nearly_the_same(published, images):
-    exact, int8 = (NicheClassifier.from_pretrained(published, backend=name) for name in ("torch", "onnx-int8"))
+    exact, int8 = (
+        NicheClassifier.from_pretrained(published, backend=name) for name in ("torch", "onnx-int8")
+    )
     sizes = {name: (published / file).stat().st_size for name, file in ONNX_FILES.items()}
     assert sizes["onnx-int8"] < 0.5 * sizes["onnx"]
     cosine = (exact.image_embeds(images) * int8.image_embeds(images)).sum(dim=1)
@@ -61,8 +75,11 @@ def test_an_int8_tower_that_drifts_is_left_out_with_the_reason(run, tmp_path):
     folder = tmp_path / "hub"
     shutil.copytree(run / "hub", folder)
     weights = load_file(folder / "model.safetensors")
-    # One channel a thousand times larger than the others, taken back in the next layer: eight bits hold nothing else.
-    for name in [name for name in weights if name.startswith("vision_model") and "layer_norm2.weight" in name]:
+    # One channel a thousand times larger than the others, taken back in the next layer: eight bits
+    # hold nothing else.
+    for name in [
+        name for name in weights if name.startswith("vision_model") and "layer_norm2.weight" in name
+    ]:
         weights[name][0] *= 1000
         weights[name.replace("weight", "bias")][0] *= 1000
         weights[name.replace("layer_norm2", "mlp.fc1")][:, 0] /= 1000
@@ -71,7 +88,10 @@ def test_an_int8_tower_that_drifts_is_left_out_with_the_reason(run, tmp_path):
     assert not report["int8"]["published"]
     assert "mean cosine" in " ".join(report["int8"]["reasons"])
     assert report["fp32"]["max_difference"] <= MAX_FP32_DIFFERENCE
-    assert [path.name for path in sorted((folder / "onnx").iterdir())] == ["report.json", "vision_model.onnx"]
+    assert [path.name for path in sorted((folder / "onnx").iterdir())] == [
+        "report.json",
+        "vision_model.onnx",
+    ]
     with pytest.raises(FileNotFoundError, match="leaves INT8 out where that costs too much"):
         NicheClassifier.from_pretrained(folder, backend="onnx-int8")
 
@@ -92,7 +112,9 @@ def test_paths_pictures_arrays_and_bytes_are_the_same_image(run, tmp_path):
     embeds = classifier.image_embeds(kinds)
     torch.testing.assert_close(embeds, embeds[:1].expand_as(embeds))
     grey = np.asarray(picture.convert("L"))
-    torch.testing.assert_close(classifier.image_embeds([grey]), classifier.image_embeds([Image.fromarray(grey)]))
+    torch.testing.assert_close(
+        classifier.image_embeds([grey]), classifier.image_embeds([Image.fromarray(grey)])
+    )
     for one in kinds:
         with pytest.raises(TypeError, match=r"classifier\(\[image\]\)"):
             classifier(one)
@@ -127,7 +149,9 @@ def test_what_is_no_image_is_refused(run, image, error, words):
     ],
 )
 def test_settings_that_do_not_fit_are_named(run, tmp_path, change, words):
-    shutil.copytree(run / "hub", tmp_path / "hub", ignore=shutil.ignore_patterns("index", "figures"))
+    shutil.copytree(
+        run / "hub", tmp_path / "hub", ignore=shutil.ignore_patterns("index", "figures")
+    )
     path = tmp_path / "hub" / "nicheclip.json"
     settings = json.loads(path.read_text())
     path.write_text("{" if change is None else json.dumps(settings | change))

@@ -1,4 +1,7 @@
-"""What must hold for any domain file, batch, division into splits and calibration; the examples are hypothesis'."""
+"""What must hold for any domain file, batch, division into splits and calibration.
+
+The examples are hypothesis'.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +40,9 @@ settings.register_profile(
 )
 settings.load_profile("modest")
 
-WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12).filter(
-    str.strip
-)
+WORDS = st.text(
+    st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12
+).filter(str.strip)
 SHARES = st.floats(0, 1, allow_nan=False)
 
 
@@ -71,17 +74,25 @@ def domains(draw: st.DrawFn) -> dict:
         "base": draw(st.sampled_from(["openai/clip-vit-base-patch32", "a-model"])),
         "classes": classes,
         "stages": draw(st.lists(stage, min_size=1, max_size=3)),
-        "gates": draw(st.dictionaries(st.sampled_from(["accuracy", "macro_f1", "ece", "nll"]), SHARES)),
+        "gates": draw(
+            st.dictionaries(st.sampled_from(["accuracy", "macro_f1", "ece", "nll"]), SHARES)
+        ),
         **draw(
             st.fixed_dictionaries(
                 {},
                 optional={
                     "clusters": st.just(dict(clusters)),
-                    "splits": st.fixed_dictionaries({}, optional={name: st.floats(0.01, 0.3) for name in HELD_OUT}),
+                    "splits": st.fixed_dictionaries(
+                        {}, optional={name: st.floats(0.01, 0.3) for name in HELD_OUT}
+                    ),
                     "samples_per_class": st.integers(1, 500),
                     "selective_accuracy": st.floats(0.01, 0.99),
-                    "quality_filter": st.fixed_dictionaries({"mode": st.sampled_from(["linear_probe", "none"])}),
-                    "training": st.dictionaries(WORDS, st.one_of(st.integers(), SHARES, WORDS), max_size=3),
+                    "quality_filter": st.fixed_dictionaries(
+                        {"mode": st.sampled_from(["linear_probe", "none"])}
+                    ),
+                    "training": st.dictionaries(
+                        WORDS, st.one_of(st.integers(), SHARES, WORDS), max_size=3
+                    ),
                 },
             )
         ),
@@ -94,7 +105,9 @@ def test_any_valid_domain_survives_being_written(raw, tmp_path):
     path.write_text(yaml.safe_dump(raw, sort_keys=False, allow_unicode=True), encoding="utf-8")
     domain = Domain.load(path)
     assert domain.class_names == list(raw["classes"])
-    assert sorted(name for members in domain.clusters.values() for name in members) == sorted(raw["classes"])
+    assert sorted(name for members in domain.clusters.values() for name in members) == sorted(
+        raw["classes"]
+    )
     domain.save(tmp_path / "copy.yaml")
     assert Domain.load(tmp_path / "copy.yaml") == domain
 
@@ -106,9 +119,13 @@ def loads_or_tells(path: Path) -> None:
         assert str(path.name) in str(error)
 
 
-SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.dates())
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.dates()
+)
 ANYTHING = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(SCALARS, inner, max_size=3), max_leaves=6
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(SCALARS, inner, max_size=3),
+    max_leaves=6,
 )
 KEYS = st.sampled_from(sorted(Domain.model_fields) + ["extends"])
 
@@ -123,7 +140,11 @@ def test_wrong_values_give_a_domain_error_and_no_other(changes, tmp_path):
 
 @settings(max_examples=250)
 @given(
-    damage=st.lists(st.tuples(st.integers(0, 600), st.binary(max_size=3), st.integers(0, 5)), min_size=1, max_size=4)
+    damage=st.lists(
+        st.tuples(st.integers(0, 600), st.binary(max_size=3), st.integers(0, 5)),
+        min_size=1,
+        max_size=4,
+    )
 )
 def test_a_damaged_file_gives_a_domain_error_and_no_other(damage, tmp_path):
     content = yaml.safe_dump(minimal()).encode()
@@ -141,7 +162,9 @@ def test_a_damaged_file_gives_a_domain_error_and_no_other(damage, tmp_path):
 @example(text="a: !!timestamp x\n", place=0)
 @example(text="a: " + 3000 * "[", place=0)
 @example(text="a: " + 5000 * "9" + "\n", place=0)
-def test_what_yaml_can_write_and_python_not_gives_a_domain_error_and_no_other(text, place, tmp_path):
+def test_what_yaml_can_write_and_python_not_gives_a_domain_error_and_no_other(
+    text, place, tmp_path
+):
     content = yaml.safe_dump(minimal())
     path = tmp_path / "domain.yaml"
     path.write_text(content[:place] + text + content[place:], encoding="utf-8")
@@ -164,7 +187,9 @@ def samplings(draw: st.DrawFn) -> dict:
 
 
 @given(arguments=samplings(), epoch=st.integers(0, 5), num_processes=st.sampled_from([1, 2, 4]))
-def test_batches_are_full_led_by_one_cluster_leave_nobody_out_and_are_shared(arguments, epoch, num_processes):
+def test_batches_are_full_led_by_one_cluster_leave_nobody_out_and_are_shared(
+    arguments, epoch, num_processes
+):
     ranks = [
         ClusterBatchSampler(**arguments, num_processes=num_processes, process_index=rank)
         for rank in range(num_processes)
@@ -185,7 +210,9 @@ def test_batches_are_full_led_by_one_cluster_leave_nobody_out_and_are_shared(arg
 @st.composite
 def collections(draw: st.DrawFn) -> tuple[list[int], list[str]]:
     """Labels and group names of images; a group may hold images of two classes."""
-    sizes = draw(st.lists(st.lists(st.integers(1, 4), min_size=4, max_size=25), min_size=1, max_size=5))
+    sizes = draw(
+        st.lists(st.lists(st.integers(1, 4), min_size=4, max_size=25), min_size=1, max_size=5)
+    )
     labels, groups = [], []
     for label, own in enumerate(sizes):
         for number, size in enumerate(own):
@@ -198,7 +225,9 @@ def collections(draw: st.DrawFn) -> tuple[list[int], list[str]]:
 @given(images=collections(), shares=st.tuples(*[st.floats(0.02, 0.32)] * 3))
 def test_a_group_is_in_one_split_and_every_class_in_every_one(images, shares):
     labels, groups = images
-    assigned = assign_splits(np.array(labels), groups, Splits(**dict(zip(HELD_OUT, shares, strict=True))))
+    assigned = assign_splits(
+        np.array(labels), groups, Splits(**dict(zip(HELD_OUT, shares, strict=True)))
+    )
     homes = defaultdict(set)
     for group, split in zip(groups, assigned, strict=True):
         homes[group].add(split)
@@ -208,11 +237,17 @@ def test_a_group_is_in_one_split_and_every_class_in_every_one(images, shares):
         assert own == {"train", *HELD_OUT}, "each class has four groups or more"
 
 
-@given(counts=st.tuples(*[st.integers(1, 12)] * 3), per_class=st.integers(40, 90), added=st.integers(0, 20))
+@given(
+    counts=st.tuples(*[st.integers(1, 12)] * 3),
+    per_class=st.integers(40, 90),
+    added=st.integers(0, 20),
+)
 def test_counts_are_met_and_shares_do_not_move_earlier_images(counts, per_class, added):
     groups = [f"image {number}" for number in range(2 * (per_class + added))]
     labels = np.arange(len(groups)) % 2
-    by_count = np.array(assign_splits(labels, groups, Splits(**dict(zip(HELD_OUT, counts, strict=True)))))
+    by_count = np.array(
+        assign_splits(labels, groups, Splits(**dict(zip(HELD_OUT, counts, strict=True))))
+    )
     for label in (0, 1):
         for name, count in zip(HELD_OUT, counts, strict=True):
             assert (by_count[labels == label] == name).sum() == count
@@ -227,7 +262,9 @@ def test_counts_are_met_and_shares_do_not_move_earlier_images(counts, per_class,
 def answers(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
     """Logits (N, C) whose softmax tells the truth about labels (N,) that are drawn from it."""
     rng = np.random.default_rng(draw(st.integers(0, 10**6)))
-    logits = rng.normal(0, draw(st.floats(0.5, 4)), (draw(st.integers(30, 300)), draw(st.integers(2, 8))))
+    logits = rng.normal(
+        0, draw(st.floats(0.5, 4)), (draw(st.integers(30, 300)), draw(st.integers(2, 8)))
+    )
     falling = softmax(logits, axis=1).cumsum(axis=1)
     labels = (rng.random((len(logits), 1)) > falling).sum(axis=1).clip(max=logits.shape[1] - 1)
     return logits, labels
@@ -242,7 +279,8 @@ def test_the_temperature_follows_the_logits_and_is_the_best(answer, factor):
     assume(0.1 < value < 10)
     assert fit_temperature(factor * logits, labels) == pytest.approx(factor * value, rel=1e-3)
     assert all(
-        nll(logits / value, labels) <= nll(logits / other, labels) + 1e-9 for other in (1, value / 2, 2 * value)
+        nll(logits / value, labels) <= nll(logits / other, labels) + 1e-9
+        for other in (1, value / 2, 2 * value)
     )
     groups = np.arange(len(labels))
     fitted = calibrate_temperature(logits, labels, groups, resamples=5)
@@ -260,7 +298,9 @@ def test_a_known_temperature_is_recovered():
 
 
 @given(answer=answers(), coverages=st.tuples(st.floats(0.01, 0.99), st.floats(0.01, 0.99)))
-def test_prediction_sets_are_never_empty_grow_with_their_coverage_and_hold_the_label(answer, coverages):
+def test_prediction_sets_are_never_empty_grow_with_their_coverage_and_hold_the_label(
+    answer, coverages
+):
     logits, labels = answer
     probabilities = softmax(logits, axis=1)
     small, large = (

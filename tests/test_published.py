@@ -44,7 +44,9 @@ with torch.inference_mode():
 
 @pytest.fixture(scope="module")
 def predictions(run: Path) -> Dataset:
-    return Dataset.from_parquet(str(run / "predictions.parquet"), cache_dir=str(run.parent / "cache"))
+    return Dataset.from_parquet(
+        str(run / "predictions.parquet"), cache_dir=str(run.parent / "cache")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -60,37 +62,56 @@ def test_stock_clip_in_a_new_process_gives_the_scorecards_probabilities(run, pre
 
 def test_the_classifier_gives_the_scorecards_probabilities(run, predictions, test_images):
     classifier = NicheClassifier.from_pretrained(run / "hub")
-    assert classifier.probabilities(test_images) == pytest.approx(np.array(predictions["probabilities"]), abs=1e-5)
+    assert classifier.probabilities(test_images) == pytest.approx(
+        np.array(predictions["probabilities"]), abs=1e-5
+    )
 
 
 def test_the_classifier_abstains_below_its_threshold(run, test_images):
     classifier = NicheClassifier.from_pretrained(run / "hub")
     for prediction in classifier(test_images):
         assert sum(prediction.probabilities.values()) == pytest.approx(1, abs=1e-5)
-        assert list(prediction.probabilities.values()) == sorted(prediction.probabilities.values(), reverse=True)
-        assert (prediction.label is None) == (prediction.outside or prediction.confidence < classifier.threshold)
+        assert list(prediction.probabilities.values()) == sorted(
+            prediction.probabilities.values(), reverse=True
+        )
+        assert (prediction.label is None) == (
+            prediction.outside or prediction.confidence < classifier.threshold
+        )
         assert prediction.best in prediction.prediction_set
     with pytest.raises(TypeError, match=r"classifier\(\[image\]\)"):
         classifier(test_images[0])
 
 
-def test_the_classifier_gives_the_scorecards_prediction_sets_and_border(run, predictions, test_images):
+def test_the_classifier_gives_the_scorecards_prediction_sets_and_border(
+    run, predictions, test_images
+):
     classifier = NicheClassifier.from_pretrained(run / "hub")
     measured = json.loads((run / "scorecard.json").read_text())["metrics"]
     given = classifier(test_images)
-    assert [set(each.prediction_set) for each in given] == [set(names) for names in predictions["prediction_set"]]
-    covered = [label in each.prediction_set for label, each in zip(predictions["label"], given, strict=True)]
+    assert [set(each.prediction_set) for each in given] == [
+        set(names) for names in predictions["prediction_set"]
+    ]
+    covered = [
+        label in each.prediction_set
+        for label, each in zip(predictions["label"], given, strict=True)
+    ]
     assert measured["conformal_coverage"]["value"] == pytest.approx(np.mean(covered))
     border = classifier.settings["border"]["threshold"]
-    assert [each.outside for each in given] == [score < border for score in predictions["domain_score"]]
-    assert measured["in_domain_accepted"]["value"] == pytest.approx(1 - np.mean([each.outside for each in given]))
+    assert [each.outside for each in given] == [
+        score < border for score in predictions["domain_score"]
+    ]
+    assert measured["in_domain_accepted"]["value"] == pytest.approx(
+        1 - np.mean([each.outside for each in given])
+    )
 
 
 def test_the_prompt_bank_is_published_with_its_embeddings(run, predictions):
     embeds = load_file(run / "hub" / "prototypes.safetensors")
     prompts = json.loads((run / "hub" / "nicheclip.json").read_text())["prompts"]
     counts = [len(of_class) for of_class in prompts.values()]
-    assert embeds["prompt_classes"].tolist() == [index for index, count in enumerate(counts) for _ in range(count)]
+    assert embeds["prompt_classes"].tolist() == [
+        index for index, count in enumerate(counts) for _ in range(count)
+    ]
     classifier = NicheClassifier.from_pretrained(run / "hub")
     texts = [prompt for of_class in prompts.values() for prompt in of_class]
     np.testing.assert_allclose(embeds["prompt_embeds"], classifier.text_embeds(texts), atol=1e-5)
@@ -101,7 +122,9 @@ def test_the_prompt_bank_is_published_with_its_embeddings(run, predictions):
 def test_temperature_is_folded_into_logit_scale(run):
     calibration = json.loads((run / "calibration.json").read_text())
     scale = load_file(run / "hub" / "model.safetensors")["logit_scale"].item()
-    assert scale == pytest.approx(calibration["trained_logit_scale"] - np.log(calibration["temperature"]), abs=1e-5)
+    assert scale == pytest.approx(
+        calibration["trained_logit_scale"] - np.log(calibration["temperature"]), abs=1e-5
+    )
     assert scale == pytest.approx(calibration["calibrated_logit_scale"], abs=1e-5)
     assert calibration["nll_after"] <= calibration["nll_before"]
 
@@ -114,7 +137,9 @@ def test_the_scorecard_is_of_one_shape_and_judges_six_gates(run, predictions):
         assert measure["low"] <= measure["value"] <= measure["high"]
         if name != "ece_of_perfect":
             assert measure["base"].keys() == measure["difference"].keys() == plain
-            assert measure["difference"]["value"] == pytest.approx(measure["value"] - measure["base"]["value"])
+            assert measure["difference"]["value"] == pytest.approx(
+                measure["value"] - measure["base"]["value"]
+            )
     assert scorecard["metrics"]["accuracy"]["probe"].keys() == plain
     assert len(scorecard["gates"]) == 6
     for gate in scorecard["gates"].values():
@@ -122,16 +147,25 @@ def test_the_scorecard_is_of_one_shape_and_judges_six_gates(run, predictions):
         assert (gate["more"] is not None) == (gate["verdict"] == "undecided")
     names = list(json.loads((run / "hub" / "nicheclip.json").read_text())["class_names"])
     probabilities = np.array(predictions["probabilities"])
-    right = [names[best] == label for best, label in zip(probabilities.argmax(1), predictions["label"], strict=True)]
+    right = [
+        names[best] == label
+        for best, label in zip(probabilities.argmax(1), predictions["label"], strict=True)
+    ]
     assert scorecard["metrics"]["accuracy"]["value"] == pytest.approx(np.mean(right))
     assert scorecard["metrics"]["accuracy"]["n"] == len(right)
-    own = probabilities[np.arange(len(right)), [names.index(label) for label in predictions["label"]]]
+    own = probabilities[
+        np.arange(len(right)), [names.index(label) for label in predictions["label"]]
+    ]
     assert scorecard["metrics"]["nll"]["value"] == pytest.approx(-np.log(own).mean(), abs=1e-5)
     assert logsumexp(np.log(probabilities), axis=1) == pytest.approx(0, abs=1e-5)
 
 
 def test_the_folder_holds_what_it_should_and_no_pickle(run):
-    files = {path.relative_to(run / "hub").as_posix() for path in (run / "hub").rglob("*") if path.is_file()}
+    files = {
+        path.relative_to(run / "hub").as_posix()
+        for path in (run / "hub").rglob("*")
+        if path.is_file()
+    }
     assert {
         "README.md", "config.json", "model.safetensors", "nicheclip.json", "prototypes.safetensors", "scorecard.json",
     } <= files  # fmt: skip
@@ -154,7 +188,9 @@ def test_the_cards_numbers_are_the_scorecards(run):
     for result in card.data.eval_results:
         assert result.metric_value == scorecard["metrics"][result.metric_type]["value"]
     for measure in scorecard["metrics"].values():
-        assert f"**{measure['value']:.3f} [{measure['low']:.3f}, {measure['high']:.3f}]**" in card.text
+        assert (
+            f"**{measure['value']:.3f} [{measure['low']:.3f}, {measure['high']:.3f}]**" in card.text
+        )
     assert "{{" not in card.text
     assert "{%" not in card.text
 
@@ -183,7 +219,9 @@ def test_an_image_that_was_seen_before_is_found(run, split, column, donor, where
     splits = DatasetDict(load_prepared(run))
     rows, copied = splits[split], splits[donor][3][column]
     splits[split] = rows.remove_columns(column).add_column(column, [copied, *rows[column][1:]])
-    with pytest.raises(ValueError, match=rf"1 images .* {re.escape(rows[0]['source_id'])} \({split}; .*{where}"):
+    with pytest.raises(
+        ValueError, match=rf"1 images .* {re.escape(rows[0]['source_id'])} \({split}; .*{where}"
+    ):
         check_not_trained_on(run, splits)
 
 

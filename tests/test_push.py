@@ -1,6 +1,7 @@
 """Publishing through the real huggingface_hub client, against a small server of our own instead of the Hub.
 
-The client reads its endpoint when it is imported, so it runs in processes of its own; here is only the server.
+The client reads its endpoint when it is imported, so it runs in processes of its own; here is only
+the server.
 """
 
 from __future__ import annotations
@@ -30,19 +31,38 @@ REPO_ID = "you/model"
 
 
 def client(
-    hub: HubServer, home: Path, *arguments: object, xet: bool, folder: Path = ROOT, path: Path | None = None
+    hub: HubServer,
+    home: Path,
+    *arguments: object,
+    xet: bool,
+    folder: Path = ROOT,
+    path: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Runs Python with a client of huggingface_hub that starts with nothing but the server's address and a token."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
-    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": WRITER, "NO_PROXY": "127.0.0.1"}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("HF_", "TRANSFORMERS_"))
+    }
+    environment |= {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home),
+        "HF_TOKEN": WRITER,
+        "NO_PROXY": "127.0.0.1",
+    }
     environment |= {} if xet else {"HF_HUB_DISABLE_XET": "1"}
     environment |= {"PYTHONPATH": str(path)} if path else {}
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
 
 
 def call(hub: HubServer, home: Path, function: str, *arguments: object) -> list:
-    """Calls a function of this module in a client's process; the server takes large files through git-LFS."""
+    """Calls a function of this module in a client's process.
+
+    The server takes large files through git-LFS.
+    """
     code = f"import json, sys; from tests import test_push; print(json.dumps(test_push.{function}(*sys.argv[1:])))"
     process = client(hub, home, "-c", code, *arguments, xet=False)
     assert process.returncode == 0, process.stderr
@@ -97,16 +117,22 @@ def hub() -> Iterator[HubServer]:
 
 
 @pytest.fixture(scope="module")
-def pushed(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[HubServer, list[str]]]:
+def pushed(
+    run: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[HubServer, list[str]]]:
     """A server that was pushed to many times, and what each push gave: those that had to fail, then a good one."""
     with HubServer() as server:
-        # A lost file, an upload cut off in the middle, a lost connection, too many requests, a fault of the Hub.
+        # A lost file, an upload cut off in the middle, a lost connection, too many requests, a
+        # fault of the Hub.
         server.fail_next = [
             ("PUT", "/lfs/", 403), ("POST", "/commit/", None), ("POST", "/commit/", 429), ("POST", "/commit/", 500),
         ]  # fmt: skip
         attempts = ["hf_unknown", READER, *[WRITER] * 5]
         home = tmp_path_factory.mktemp("home")
-        yield server, call(server, home, "push_with_each", run / "hub", home / "pushed.json", *attempts)
+        yield (
+            server,
+            call(server, home, "push_with_each", run / "hub", home / "pushed.json", *attempts),
+        )
 
 
 def test_a_refused_token_is_an_error_that_says_to_log_in(pushed):
@@ -127,9 +153,15 @@ def test_a_push_is_one_commit_with_the_files_of_the_folder(pushed, run):
     repository = server.repositories[REPO_ID]
     assert repository.private
     # One, although pushes failed before: those left nothing.
-    assert [f"{server.url}/{REPO_ID}/commit/{commit.oid}" for commit in repository.commits[1:]] == results[6:]
+    assert [
+        f"{server.url}/{REPO_ID}/commit/{commit.oid}" for commit in repository.commits[1:]
+    ] == results[6:]
     folder = run / "hub"
-    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
     published = {path: file.content for path, file in repository.at("main").files.items()}
     assert published.pop(".gitattributes")
     assert published == files
@@ -157,15 +189,22 @@ def test_someone_elses_commit_is_not_overwritten_unless_told(hub, run, tmp_path)
     shutil.copytree(run / "hub", folder)
     call(hub, tmp_path, "push_with_each", folder, record, WRITER)
     (folder / "scorecard.json").unlink()
-    call(hub, tmp_path, "push_with_each", folder, record, WRITER)  # from here, so nobody is overwritten
+    # from here, so nobody is overwritten
+    call(hub, tmp_path, "push_with_each", folder, record, WRITER)
     repository = hub.repositories[REPO_ID]
     assert len(repository.commits) == 3
     assert "scorecard.json" not in repository.at("main").files  # what the folder lacks goes
     newer = {**repository.at("main").files, "README.md": File(b"mended by hand", lfs=False)}
     repository.commits.append(Commit("f" * 40, "A better card", newer))
 
-    refused, told = call(hub, tmp_path, "push_with_each", folder, record, WRITER, f"{WRITER} overwrite")
-    assert refused.startswith("FileExistsError") and "A better card" in refused and "--overwrite" in refused
+    refused, told = call(
+        hub, tmp_path, "push_with_each", folder, record, WRITER, f"{WRITER} overwrite"
+    )
+    assert (
+        refused.startswith("FileExistsError")
+        and "A better card" in refused
+        and "--overwrite" in refused
+    )
     assert told.startswith(hub.url)
     assert len(repository.commits) == 5
     assert repository.at("main").files["README.md"].content == (folder / "README.md").read_bytes()
@@ -173,37 +212,75 @@ def test_someone_elses_commit_is_not_overwritten_unless_told(hub, run, tmp_path)
 
 def test_a_commit_that_comes_between_is_a_conflict(hub, run, tmp_path):
     hub.fail_next = [("POST", "/commit/", 412)]
-    (message,) = call(hub, tmp_path, "push_with_each", run / "hub", tmp_path / "pushed.json", WRITER)
+    (message,) = call(
+        hub, tmp_path, "push_with_each", run / "hub", tmp_path / "pushed.json", WRITER
+    )
     assert "meanwhile" in message
     assert len(hub.repositories[REPO_ID].commits) == 1
 
 
 def test_a_public_repository_gets_nothing_private(hub, run, tmp_path):
     hub.repositories[REPO_ID] = Repository(private=False)
-    ended = client(hub, tmp_path, "-m", "model_card", linked(run, tmp_path), "--push-to-hub", REPO_ID, xet=False)
+    ended = client(
+        hub,
+        tmp_path,
+        "-m",
+        "model_card",
+        linked(run, tmp_path),
+        "--push-to-hub",
+        REPO_ID,
+        xet=False,
+    )
     assert ended.returncode == 1
     assert "is a public repository; say --public" in ended.stderr
     assert len(hub.repositories[REPO_ID].commits) == 1
 
 
 def test_a_dry_run_lists_what_would_be_pushed_and_asks_nobody(hub, run, tmp_path):
-    arguments = ("--push-to-hub", REPO_ID, "--push-space", "you/demo", "--push-dataset", "you/data", "--dry-run")
+    arguments = (
+        "--push-to-hub",
+        REPO_ID,
+        "--push-space",
+        "you/demo",
+        "--push-dataset",
+        "you/data",
+        "--dry-run",
+    )
     ended = client(hub, tmp_path, "-m", "model_card", linked(run, tmp_path), *arguments, xet=False)
     assert ended.returncode == 0, ended.stderr
     assert hub.repositories == {}
-    for name in ("model.safetensors", "space/app.py", "requirements.txt", "data/train.parquet", "nothing was pushed"):
+    for name in (
+        "model.safetensors",
+        "space/app.py",
+        "requirements.txt",
+        "data/train.parquet",
+        "nothing was pushed",
+    ):
         assert name in ended.stdout
 
 
 @pytest.mark.slow
-def test_space_and_dataset_have_repositories_the_cards_usage_works_and_the_space_boots(hub, run, tmp_path):
-    arguments = ("--push-to-hub", REPO_ID, "--push-space", "you/demo", "--push-dataset", "you/data", "--index", "test")
+def test_space_and_dataset_have_repositories_the_cards_usage_works_and_the_space_boots(
+    hub, run, tmp_path
+):
+    arguments = (
+        "--push-to-hub",
+        REPO_ID,
+        "--push-space",
+        "you/demo",
+        "--push-dataset",
+        "you/data",
+        "--index",
+        "test",
+    )
     ended = client(hub, tmp_path, "-m", "model_card", linked(run, tmp_path), *arguments, xet=False)
     assert ended.returncode == 0, ended.stderr
     assert hub.repositories.keys() == {REPO_ID, "spaces/you/demo", "datasets/you/data"}
 
     table = tmp_path / "test.parquet"
-    table.write_bytes(hub.repositories["datasets/you/data"].at("main").files["data/test.parquet"].content)
+    table.write_bytes(
+        hub.repositories["datasets/you/data"].at("main").files["data/test.parquet"].content
+    )
     rows = Dataset.from_parquet(str(table), cache_dir=str(tmp_path / "cache"))
     assert rows["source_id"][:] == load_prepared(run)["test"]["source_id"][:]
 
@@ -215,7 +292,8 @@ def test_space_and_dataset_have_repositories_the_cards_usage_works_and_the_space
     (tmp_path / "photo.jpg").write_bytes(next((run / "hub" / "examples").iterdir()).read_bytes())
     usages = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert len(usages) == 2
-    for usage in usages:  # as printed; the client's working directory is not the project's, so it is on the path
+    # as printed; the client's working directory is not the project's, so it is on the path
+    for usage in usages:
         used = client(hub, tmp_path / "fresh", "-c", f"import sys; sys.path.append({str(ROOT)!r})\n{usage}", xet=False,
                       folder=tmp_path)  # fmt: skip
         assert used.returncode == 0, used.stderr
@@ -227,8 +305,12 @@ def test_space_and_dataset_have_repositories_the_cards_usage_works_and_the_space
     assert int(booted.stdout) > 10
 
 
-def test_what_is_loaded_from_the_hub_gives_the_scorecards_probabilities_for_a_hundred_images(pushed, run, tmp_path):
-    measured = Dataset.from_parquet(str(run / "predictions.parquet"), cache_dir=str(tmp_path / "cache"))
+def test_what_is_loaded_from_the_hub_gives_the_scorecards_probabilities_for_a_hundred_images(
+    pushed, run, tmp_path
+):
+    measured = Dataset.from_parquet(
+        str(run / "predictions.parquet"), cache_dir=str(tmp_path / "cache")
+    )
     from_hub = np.array(call(pushed[0], tmp_path, "probabilities", REPO_ID, run / "data"))
     assert len(measured) >= 100
     for given in from_hub:
@@ -236,11 +318,13 @@ def test_what_is_loaded_from_the_hub_gives_the_scorecards_probabilities_for_a_hu
 
 
 def test_a_failed_commit_publishes_nothing_and_ends_the_command_plainly(hub, run, tmp_path):
-    # Xet is what users have. With it, HfApi.upload_folder repeats commits that fail and splits them; push must not.
-    # No file is announced as large, so the client asks for no Xet storage.
+    # Xet is what users have. With it, HfApi.upload_folder repeats commits that fail and splits
+    # them; push must not. No file is announced as large, so the client asks for no Xet storage.
     hub.lfs_suffixes = ()
     hub.fail_next = [("POST", "/commit/", 500)]
-    ended = client(hub, tmp_path, "-m", "model_card", linked(run, tmp_path), "--push-to-hub", REPO_ID, xet=True)
+    ended = client(
+        hub, tmp_path, "-m", "model_card", linked(run, tmp_path), "--push-to-hub", REPO_ID, xet=True
+    )
     assert ended.returncode == 1
     assert hub.fail_next == []
     assert len(hub.repositories[REPO_ID].commits) == 1

@@ -1,4 +1,7 @@
-"""The whole way on real photographs, with a base that has seen buildings. Neither is kept in the project."""
+"""The whole way on real photographs, with a base that has seen buildings.
+
+Neither is kept in the project.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,10 @@ def test_five_styles_from_photos_to_a_published_model(tmp_path):
     raw = architecture.model_dump(mode="json") | {
         "name": "five-styles",
         "classes": {name: [f"a photo of {name.replace('_', ' ')} architecture"] for name in names},
-        "clusters": {"old": ["ancient_egyptian", "byzantine"], "later": ["baroque", "classical", "gothic"]},
+        "clusters": {
+            "old": ["ancient_egyptian", "byzantine"],
+            "later": ["baroque", "classical", "gothic"],
+        },
         "samples_per_class": 48,
     }
     for stage in raw["stages"]:
@@ -47,17 +53,24 @@ def test_five_styles_from_photos_to_a_published_model(tmp_path):
 
 @pytest.mark.slow
 def test_classes_that_the_base_does_not_know_survive_the_filter(tmp_path):
-    """The article's filter deleted 89 % of Georgian; here the cap holds it back, and the default hardly needs one."""
+    """The article's filter deleted 89 % of Georgian.
+
+    Here the cap holds it back, and the default hardly needs one.
+    """
     photos, base = shared("data/arch25_gray128"), shared("models/photo-clip-toy")
     architecture = Domain.load(ROOT / "domains" / "architecture", base=str(base))
     article = architecture.model_copy(update={"quality_filter": QualityFilter(mode="zero_shot")})
     report = prepare(article, tmp_path / "run", images=photos)
     filtered = {entry["name"]: entry["filter"] for entry in report["classes"]}
-    unknown = [name for name, counts in filtered.items() if counts["wanted"] > 0.6 * counts["images"]]
+    unknown = [
+        name for name, counts in filtered.items() if counts["wanted"] > 0.6 * counts["images"]
+    ]
     assert unknown, "the small base is blind to some classes"
     for name in unknown:
         assert filtered[name]["dropped"] <= 0.3 * filtered[name]["images"]
-        assert any(warning.startswith(f"{name}: the filter wanted") for warning in report["warnings"])
+        assert any(
+            warning.startswith(f"{name}: the filter wanted") for warning in report["warnings"]
+        )
 
     report = prepare(architecture, tmp_path / "run", images=photos)
     for entry in report["classes"]:

@@ -32,7 +32,9 @@ def suspect(source_id: str, score: float, outcome: str = "dropped") -> dict[str,
 
 
 def group(*source_ids: str) -> list[dict[str, str]]:
-    return [{"source_id": source_id, "label": "tudor", "split": "train"} for source_id in source_ids]
+    return [
+        {"source_id": source_id, "label": "tudor", "split": "train"} for source_id in source_ids
+    ]
 
 
 @pytest.fixture
@@ -60,7 +62,8 @@ def report() -> dict[str, Any]:
     sizes = {"train": 20, "validation": 5, "calibration": 5, "test": 12}
     judged = {"images": 21, "wanted": 1, "suspect": 1, "dropped": 0}
     classes = [
-        {"name": name, **sizes, "quarantined": 0, "visits": 120, "filter": judged} for name in DOMAIN.class_names
+        {"name": name, **sizes, "quarantined": 0, "visits": 120, "filter": judged}
+        for name in DOMAIN.class_names
     ]
     kept = {split: size * len(classes) for split, size in sizes.items()}
     return {
@@ -127,9 +130,9 @@ class Structure(HTMLParser):
 def test_it_shows_every_suspect_and_every_quarantined_image_escaped(report, tmp_path):
     page = page_of(report, tmp_path)
     for entry in report["suspects"]:
-        assert escape(entry["source_id"]) in section(page, "suspects").replace("&#34;", "&quot;").replace(
-            "&#39;", "&#x27;"
-        )
+        assert escape(entry["source_id"]) in section(page, "suspects").replace(
+            "&#34;", "&quot;"
+        ).replace("&#39;", "&#x27;")
     for entry in report["quarantined"]:
         assert entry["source_id"] in section(page, "quarantine")
     assert "<b>bold" not in page and "truncated &lt;here&gt;" in page
@@ -139,13 +142,19 @@ def test_it_shows_every_suspect_and_every_quarantined_image_escaped(report, tmp_
 def test_it_asks_no_one_for_anything(report, tmp_path):
     structure = Structure(page_of(report, tmp_path))
     assert structure.open == []
-    links = [value for _, name, value in structure.attributes if name in ("src", "href", "srcset", "action")]
+    links = [
+        value
+        for _, name, value in structure.attributes
+        if name in ("src", "href", "srcset", "action")
+    ]
     assert links and all(link.startswith(("#", "data:image/jpeg;base64,")) for link in links)
     targets = {f"#{value}" for _, name, value in structure.attributes if name == "id"}
     assert {link for link in links if link.startswith("#")} <= targets
     styles = [value for _, name, value in structure.attributes if name == "style"]
     assert all(re.fullmatch(r"width: [\d.]+%", style) for style in styles)
-    assert not re.search(r"<script|@import|url\(|\son\w+=", (tmp_path / "report.html").read_text("utf-8"))
+    assert not re.search(
+        r"<script|@import|url\(|\son\w+=", (tmp_path / "report.html").read_text("utf-8")
+    )
 
 
 def test_same_input_same_bytes(report, tmp_path):
@@ -156,10 +165,15 @@ def test_same_input_same_bytes(report, tmp_path):
 
 
 def test_each_picture_is_there_once_small_and_named(report, tmp_path):
-    report["near_duplicates"].append(group("train/tudor/1.jpg", "train/tudor/3.jpg"))  # shown elsewhere already
+    # shown elsewhere already
+    report["near_duplicates"].append(group("train/tudor/1.jpg", "train/tudor/3.jpg"))
     structure = Structure(page_of(report, tmp_path))
-    pictures = [value for tag, name, value in structure.attributes if (tag, name) == ("image", "href")]
-    assert len(pictures) == len(set(pictures)) < sum(tag == "use" for tag, *_ in structure.attributes)
+    pictures = [
+        value for tag, name, value in structure.attributes if (tag, name) == ("image", "href")
+    ]
+    assert (
+        len(pictures) == len(set(pictures)) < sum(tag == "use" for tag, *_ in structure.attributes)
+    )
     for uri in pictures:
         with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as image:
             assert min(image.size) <= SHORT_SIDE and max(image.size) <= LONG_SIDE
@@ -169,12 +183,19 @@ def test_each_picture_is_there_once_small_and_named(report, tmp_path):
 
 
 def test_galleries_are_limited_and_say_what_they_leave_out(report, tmp_path):
-    report["suspects"] = [suspect(f"train/tudor/{number:04d}.jpg", 0.01) for number in range(SHOWN + 7)]
+    report["suspects"] = [
+        suspect(f"train/tudor/{number:04d}.jpg", 0.01) for number in range(SHOWN + 7)
+    ]
     report["near_duplicates"] = [
-        group(*(f"train/gothic/{number}-{member}.jpg" for member in range(9))) for number in range(23)
+        group(*(f"train/gothic/{number}-{member}.jpg" for member in range(9)))
+        for number in range(23)
     ]
     report["quarantined"] += [
-        {"source_id": f"train/art deco/{number:04d}.jpg", "label": "art deco", "reason": "blank: all of it"}
+        {
+            "source_id": f"train/art deco/{number:04d}.jpg",
+            "label": "art deco",
+            "reason": "blank: all of it",
+        }
         for number in range(200)
     ]
     report["counts"]["quarantined"]["blank"] = 200
@@ -218,7 +239,10 @@ def test_the_funnel_adds_up_and_classes_in_trouble_are_marked(report, tmp_path):
     few["test"] = 9
     capped["filter"] = {"images": 21, "wanted": 9, "suspect": 6, "dropped": 6}
     page = page_of(report, tmp_path)
-    left = [int(number.replace(",", "")) for number in re.findall(r'"n">([\d,]+)<', section(page, "funnel"))]
+    left = [
+        int(number.replace(",", ""))
+        for number in re.findall(r'"n">([\d,]+)<', section(page, "funnel"))
+    ]
     counts = report["counts"]
     assert left[0] == counts["read"]
     assert left[-2:] == [sum(counts["kept"].values()), counts["train_visits_per_epoch"]]
@@ -243,7 +267,13 @@ def test_all_else_is_told(report, tmp_path):
     ):
         assert told in text
     report["filter"] |= {"mode": "none"}
-    report |= {"suspects": [], "near_duplicates": [], "alike_across_splits": [], "least_likely_kept": [], "mended": {}}
+    report |= {
+        "suspects": [],
+        "near_duplicates": [],
+        "alike_across_splits": [],
+        "least_likely_kept": [],
+        "mended": {},
+    }
     del report["planted_faults"]
     page = page_of(report, tmp_path)
     assert "The filter is off" in page and "Planted faults" not in page

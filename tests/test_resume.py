@@ -23,7 +23,15 @@ from tests.conftest import ROOT
 
 
 def command(prepared: Path, run: Path) -> list[str]:
-    return ["-m", "data_prep", str(prepared), "--images", str(prepared / "images"), "--run", str(run)]
+    return [
+        "-m",
+        "data_prep",
+        str(prepared),
+        "--images",
+        str(prepared / "images"),
+        "--run",
+        str(run),
+    ]
 
 
 def contents(run: Path) -> dict[str, Any]:
@@ -31,13 +39,17 @@ def contents(run: Path) -> dict[str, Any]:
     files = [*(run / "data").rglob("*.arrow"), run / "data" / "report.html", run / "review.csv"]
     report = json.loads((run / "data" / "report.json").read_text())
     del report["made_with"]["command"]
-    return {path.relative_to(run).as_posix(): path.read_bytes() for path in files} | {"report": report}
+    return {path.relative_to(run).as_posix(): path.read_bytes() for path in files} | {
+        "report": report
+    }
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(prepared: Path, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("uninterrupted") / "run"
-    subprocess.run([sys.executable, *command(prepared, run)], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, *command(prepared, run)], cwd=ROOT, check=True, capture_output=True
+    )
     return run
 
 
@@ -45,12 +57,19 @@ def uninterrupted(prepared: Path, tmp_path_factory) -> Path:
 def test_a_killed_run_ends_with_the_same_bytes(prepared, uninterrupted, tmp_path, step):
     run = tmp_path / "run"
     process = subprocess.Popen(
-        [sys.executable, *command(prepared, run)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, *command(prepared, run)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
 
     def finished_shards() -> dict[str, int]:
         cache = run / "cache" / step
-        return {path.name: path.stat().st_mtime_ns for path in cache.glob("*") if not path.name.endswith(".tmp")}
+        return {
+            path.name: path.stat().st_mtime_ns
+            for path in cache.glob("*")
+            if not path.name.endswith(".tmp")
+        }
 
     while not finished_shards():
         assert process.poll() is None, "it ended before it could be killed"
@@ -59,9 +78,13 @@ def test_a_killed_run_ends_with_the_same_bytes(prepared, uninterrupted, tmp_path
     process.wait()
     assert not (run / "data").exists()
     done = finished_shards()
-    subprocess.run([sys.executable, *command(prepared, run)], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, *command(prepared, run)], cwd=ROOT, check=True, capture_output=True
+    )
     assert contents(run) == contents(uninterrupted)
-    assert {name: finished_shards()[name] for name in done} == done, "finished shards are not made again"
+    assert {name: finished_shards()[name] for name in done} == done, (
+        "finished shards are not made again"
+    )
 
 
 @pytest.mark.slow
@@ -74,13 +97,23 @@ def test_two_processes_make_the_same_dataset(prepared, uninterrupted, tmp_path):
         "    assert processes().num_processes == 2\n"
         "    main()\n"
     )
-    launch = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--main_process_port", "29541"]
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        "2",
+        "--cpu",
+        "--main_process_port",
+        "29541",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run(
         [sys.executable, *launch, str(script), *command(prepared, run)[2:]],
         cwd=ROOT, check=True, capture_output=True, timeout=240, env=environment,
     )  # fmt: skip
-    alone, together = (json.loads((folder / "data" / "report.json").read_text()) for folder in (uninterrupted, run))
+    alone, together = (
+        json.loads((folder / "data" / "report.json").read_text()) for folder in (uninterrupted, run)
+    )
     assert together["fingerprint"] == alone["fingerprint"]
     assert together["counts"] == alone["counts"]
 
@@ -89,7 +122,10 @@ def test_a_run_directory_takes_one_data_prep_at_a_time(prepared, tmp_path):
     (tmp_path / "run").mkdir()
     with FileLock(tmp_path / "run" / LOCK):
         done = subprocess.run(
-            [sys.executable, *command(prepared, tmp_path / "run")], cwd=ROOT, capture_output=True, text=True
+            [sys.executable, *command(prepared, tmp_path / "run")],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
         )
     assert done.returncode == 1
     assert "another command is at work on" in done.stderr
@@ -106,5 +142,7 @@ def test_the_cache_knows_what_its_contents_depend_on(prepared, domain, tmp_path)
     again = prepare(smaller, tmp_path / "run", images=images)
     fresh = prepare(smaller, tmp_path / "fresh", images=images)
     assert again == fresh != first
-    scores = [load_prepared(tmp_path / run)["train"]["zero_shot_score"][:] for run in ("run", "fresh")]
+    scores = [
+        load_prepared(tmp_path / run)["train"]["zero_shot_score"][:] for run in ("run", "fresh")
+    ]
     assert scores[0] == scores[1]

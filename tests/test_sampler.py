@@ -35,7 +35,9 @@ SHAPES = {
 def test_batches_are_full_of_one_cluster_and_leave_nobody_out(
     labels, share, batch_size, cluster_draw, classes_per_batch
 ):
-    sampler = ClusterBatchSampler(labels, CLASS_CLUSTERS, batch_size, share, cluster_draw, classes_per_batch)
+    sampler = ClusterBatchSampler(
+        labels, CLASS_CLUSTERS, batch_size, share, cluster_draw, classes_per_batch
+    )
     batches = list(sampler)
     assert len(batches) == len(sampler)
     assert {len(batch) for batch in batches} == {batch_size}
@@ -68,7 +70,9 @@ def test_every_cluster_leads_batches():
     labels = SHAPES["uneven"]
     leads = Counter()
     for batch in ClusterBatchSampler(labels, CLASS_CLUSTERS, 16):
-        leads[Counter(CLASS_CLUSTERS[labels[index]] for index in batch[:8]).most_common(1)[0][0]] += 1
+        leads[
+            Counter(CLASS_CLUSTERS[labels[index]] for index in batch[:8]).most_common(1)[0][0]
+        ] += 1
     assert set(leads) == {0, 1, 2, 3}
 
 
@@ -85,7 +89,9 @@ def test_an_even_draw_lets_all_clusters_lead_equally_often(labels, share):
 @pytest.mark.parametrize("classes_per_batch", [None, 2])
 def test_the_pool_is_walked_without_replacement(classes_per_batch):
     labels = SHAPES["even"]
-    sampler = ClusterBatchSampler(labels, CLASS_CLUSTERS, 20, 0.5, classes_per_batch=classes_per_batch)
+    sampler = ClusterBatchSampler(
+        labels, CLASS_CLUSTERS, 20, 0.5, classes_per_batch=classes_per_batch
+    )
     assert (np.bincount(np.concatenate(list(sampler)), minlength=len(labels)) == 1).all()
 
 
@@ -93,24 +99,35 @@ def test_fewer_classes_per_batch_leave_fewer_classes_in_the_part_from_the_pool()
     labels, class_clusters = labels_of(*[40] * 20), np.arange(20) // 2
 
     def classes_from_pool(classes_per_batch: int | None) -> float:
-        sampler = ClusterBatchSampler(labels, class_clusters, 24, 0.5, classes_per_batch=classes_per_batch)
+        sampler = ClusterBatchSampler(
+            labels, class_clusters, 24, 0.5, classes_per_batch=classes_per_batch
+        )
         return np.mean([len(set(labels[batch[12:]])) for batch in sampler])
 
     by_setting = [classes_from_pool(setting) for setting in (2, 4, 6, None)]
     assert by_setting == sorted(by_setting)
     for setting, classes in zip((2, 4), by_setting, strict=False):
-        assert setting <= classes <= setting + 1.5  # a chunk may begin in one batch and end in the next
+        # a chunk may begin in one batch and end in the next
+        assert setting <= classes <= setting + 1.5
     assert by_setting[-1] > 8
 
 
 @pytest.mark.parametrize("num_processes", [2, 4])
-@pytest.mark.parametrize("options", [{}, {"cluster_draw": "even", "classes_per_batch": 2}], ids=["plain", "options"])
+@pytest.mark.parametrize(
+    "options", [{}, {"cluster_draw": "even", "classes_per_batch": 2}], ids=["plain", "options"]
+)
 def test_the_slices_of_all_processes_make_up_the_batches_of_one(num_processes, options):
     labels = SHAPES["uneven"]
     one = ClusterBatchSampler(labels, CLASS_CLUSTERS, 16, seed=5, **options)
     many = [
         ClusterBatchSampler(
-            labels, CLASS_CLUSTERS, 16, num_processes=num_processes, process_index=rank, seed=5, **options
+            labels,
+            CLASS_CLUSTERS,
+            16,
+            num_processes=num_processes,
+            process_index=rank,
+            seed=5,
+            **options,
         )
         for rank in range(num_processes)
     ]
@@ -128,7 +145,9 @@ def test_a_loader_prepared_by_accelerate_walks_and_resumes_the_slice_of_its_proc
     labels = SHAPES["uneven"]
     sampler = ClusterBatchSampler(labels, CLASS_CLUSTERS, 16, num_processes=2, process_index=1)
     loader = DataLoader(TensorDataset(torch.arange(len(labels))), batch_sampler=sampler)
-    loader = prepare_data_loader(loader, torch.device("cpu"), num_processes=1, process_index=0, put_on_device=True)
+    loader = prepare_data_loader(
+        loader, torch.device("cpu"), num_processes=1, process_index=0, put_on_device=True
+    )
     loader.set_epoch(3)
     walked = [batch.tolist() for (batch,) in loader]
     assert loader.total_batch_size == 16
@@ -148,7 +167,10 @@ def test_composition_by_counting_every_pair():
             one_class, other_class = labels[batch[one]], labels[batch[other]]
             pairs += 1
             same_class += one_class == other_class
-            hard += one_class != other_class and CLASS_CLUSTERS[one_class] == CLASS_CLUSTERS[other_class]
+            hard += (
+                one_class != other_class
+                and CLASS_CLUSTERS[one_class] == CLASS_CLUSTERS[other_class]
+            )
     found = sampler.composition()
     assert found["batches"] == len(sampler)
     assert found["visits"] == 7 * len(sampler)
@@ -159,7 +181,9 @@ def test_composition_by_counting_every_pair():
 
 def test_a_larger_cluster_share_makes_more_hard_pairs():
     def hard_pairs(share: float) -> float:
-        return ClusterBatchSampler(SHAPES["even"], CLASS_CLUSTERS, 16, share).composition()["hard_pairs"]
+        return ClusterBatchSampler(SHAPES["even"], CLASS_CLUSTERS, 16, share).composition()[
+            "hard_pairs"
+        ]
 
     assert hard_pairs(0.0) < hard_pairs(0.5) < hard_pairs(1.0)
 

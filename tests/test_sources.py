@@ -1,4 +1,7 @@
-"""Class folders, tables and their provenance; the same images give the same rows whatever they lie in."""
+"""Class folders, tables and their provenance.
+
+The same images give the same rows whatever they lie in.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,9 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def table(folder: Path) -> datasets.Dataset:
     paths = sorted(folder.rglob("*.png"))
-    schema = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)})
+    schema = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)}
+    )
     rows = {"image": [str(path) for path in paths], "label": [path.parent.name for path in paths]}
     return datasets.Dataset.from_dict(rows, features=schema)
 
@@ -76,9 +81,13 @@ def test_a_table_gives_the_same_dataset_as_the_folders(folder, table, two_styles
 
 def test_a_table_may_have_other_columns_splits_and_words(table, tmp_path):
     labels = [CLASSES[label].upper() for label in table["label"]]
-    renamed = datasets.Dataset.from_dict({"photo": table["image"], "style": labels, "by": ["me"] * len(table)})
+    renamed = datasets.Dataset.from_dict(
+        {"photo": table["image"], "style": labels, "by": ["me"] * len(table)}
+    )
     renamed = renamed.cast_column("photo", datasets.Image())
-    parts = datasets.DatasetDict({"train": renamed.select(range(0, 24, 2)), "valid": renamed.select(range(1, 24, 2))})
+    parts = datasets.DatasetDict(
+        {"train": renamed.select(range(0, 24, 2)), "valid": renamed.select(range(1, 24, 2))}
+    )
     parts.save_to_disk(tmp_path / "saved")
     rows, unlabelled = read_table(
         tmp_path / "saved", CLASSES, image_column="photo", label_column="style", attribution_column="by",
@@ -86,7 +95,10 @@ def test_a_table_may_have_other_columns_splits_and_words(table, tmp_path):
     )  # fmt: skip
     assert unlabelled == []
     assert set(rows["class_name"]) == set(CLASSES)
-    assert {split: rows["split"][:].count(split) for split in set(rows["split"])} == {"train": 12, "validation": 12}
+    assert {split: rows["split"][:].count(split) for split in set(rows["split"])} == {
+        "train": 12,
+        "validation": 12,
+    }
     assert set(rows["attribution"]) == {"me"}
     assert len(set(rows["source_id"])) == 24
 
@@ -94,7 +106,9 @@ def test_a_table_may_have_other_columns_splits_and_words(table, tmp_path):
 def test_rows_without_a_label_are_named(table, tmp_path):
     labels = [CLASSES[label] for label in table["label"]]
     labels[3] = None
-    datasets.Dataset.from_dict({"image": table["image"], "label": labels}).to_parquet(tmp_path / "table.parquet")
+    datasets.Dataset.from_dict({"image": table["image"], "label": labels}).to_parquet(
+        tmp_path / "table.parquet"
+    )
     rows, unlabelled = read_table(tmp_path / "table.parquet", CLASSES)
     assert len(rows) == 23
     assert unlabelled == [{"source_id": "table/0000003", "reason": "no label"}]
@@ -103,7 +117,10 @@ def test_rows_without_a_label_are_named(table, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image_column": "photo"}, "no column 'photo'; set source.options.image_column to one of image, label"),
+        (
+            {"image_column": "photo"},
+            "no column 'photo'; set source.options.image_column to one of image, label",
+        ),
         ({"colour": "red"}, "known options are image_column, label_column"),
         ({"splits": {"table": "exam"}}, "'exam' is no split; expected train, validation"),
     ],
@@ -115,7 +132,9 @@ def test_wrong_options_of_a_table_are_explained(table, tmp_path, options, messag
 
 def test_numbers_without_names_are_no_labels(table, tmp_path):
     table.cast_column("label", datasets.Value("int64")).to_parquet(tmp_path / "table.parquet")
-    with pytest.raises(ValueError, match="nothing says what they mean; expected a ClassLabel or strings"):
+    with pytest.raises(
+        ValueError, match="nothing says what they mean; expected a ClassLabel or strings"
+    ):
         read_table(tmp_path / "table.parquet", CLASSES)
 
 
@@ -137,22 +156,35 @@ def test_attributions_come_from_metadata(tmp_path):
         draw("gothic", np.random.default_rng(0)).save(tmp_path / "photos" / "gothic" / name)
     lines = [
         {"file_name": "gothic/a.png", "attribution": "A, Ann, CC BY 4.0"},
-        {"file_name": "gothic/b.png", "author": "Ben", "license": "CC0", "source_url": "https://example.org/b"},
+        {
+            "file_name": "gothic/b.png",
+            "author": "Ben",
+            "license": "CC0",
+            "source_url": "https://example.org/b",
+        },
     ]
-    (tmp_path / "photos" / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    (tmp_path / "photos" / "metadata.jsonl").write_text(
+        "\n".join(json.dumps(line) for line in lines)
+    )
     rows, outside = read_folders(tmp_path / "photos", ["gothic"])
     assert rows["attribution"][:] == ["A, Ann, CC BY 4.0", "Ben, CC0, https://example.org/b", None]
     assert outside == []
 
 
 def test_attributions_reach_the_prepared_dataset(folder, table, two_styles, tmp_path):
-    credited = table.add_column("attribution", [f"photographer {index}" for index in range(len(table))])
+    credited = table.add_column(
+        "attribution", [f"photographer {index}" for index in range(len(table))]
+    )
     credited.to_parquet(tmp_path / "table.parquet")
     source = Source(
-        kind="dataset", path=str(tmp_path / "table.parquet"), options={"attribution_column": "attribution"}
+        kind="dataset",
+        path=str(tmp_path / "table.parquet"),
+        options={"attribution_column": "attribution"},
     )
     prepare(two_styles.model_copy(update={"source": source}), tmp_path / "run")
-    credits = {row["attribution"] for rows in load_prepared(tmp_path / "run").values() for row in rows}
+    credits = {
+        row["attribution"] for rows in load_prepared(tmp_path / "run").values() for row in rows
+    }
     assert credits == {f"photographer {index}" for index in range(24)}
 
 
@@ -171,7 +203,10 @@ def test_a_class_may_be_called_like_a_split(tmp_path):
         (tmp_path / name).mkdir()
         draw("tudor", np.random.default_rng(0)).save(tmp_path / name / "a.png")
     rows, _ = read_folders(tmp_path, ["train", "boat"])
-    assert sorted(zip(rows["class_name"], rows["split"], strict=True)) == [("boat", None), ("train", None)]
+    assert sorted(zip(rows["class_name"], rows["split"], strict=True)) == [
+        ("boat", None),
+        ("train", None),
+    ]
 
 
 def test_a_class_without_a_readable_image_is_named(folder, two_styles, tmp_path):
@@ -180,5 +215,7 @@ def test_a_class_without_a_readable_image_is_named(folder, two_styles, tmp_path)
         for path in (folder / style).iterdir():
             content = path.read_bytes() if style == CLASSES[0] else b"broken"
             (tmp_path / "photos" / style / path.name).write_bytes(content)
-    with pytest.raises(FileNotFoundError, match=f"no images in the 12 readable images for: {CLASSES[1]}"):
+    with pytest.raises(
+        FileNotFoundError, match=f"no images in the 12 readable images for: {CLASSES[1]}"
+    ):
         prepare(two_styles, tmp_path / "run", images=tmp_path / "photos")

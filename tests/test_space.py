@@ -35,7 +35,9 @@ def classify(client: Client, path: Path) -> tuple[str, dict[str, float]]:
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
-def test_the_app_says_what_the_classifier_says(client: Client, run: Path, tmp_path: Path, suffix: str):
+def test_the_app_says_what_the_classifier_says(
+    client: Client, run: Path, tmp_path: Path, suffix: str
+):
     """Also for a photo that its camera held upright (EXIF orientation 6)."""
     photo, exif = tmp_path / f"photo{suffix}", Image.Exif()
     exif[0x0112] = 6
@@ -50,7 +52,9 @@ def test_the_app_says_what_the_classifier_says(client: Client, run: Path, tmp_pa
 
 
 @pytest.mark.parametrize("content", [b"I am a text.", b"", b"half"])
-def test_a_file_that_is_no_picture_gets_a_sentence(client: Client, run: Path, tmp_path: Path, content: bytes):
+def test_a_file_that_is_no_picture_gets_a_sentence(
+    client: Client, run: Path, tmp_path: Path, content: bytes
+):
     photo = next((run / "hub" / "examples").iterdir())
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(photo.read_bytes()[:800] if content == b"half" else content)
@@ -60,7 +64,9 @@ def test_a_file_that_is_no_picture_gets_a_sentence(client: Client, run: Path, tm
 
 
 def test_examples_and_search_are_there_where_they_were_published(run: Path, tmp_path: Path):
-    shutil.copytree(run / "hub", tmp_path / "hub", ignore=shutil.ignore_patterns("examples", "index"))
+    shutil.copytree(
+        run / "hub", tmp_path / "hub", ignore=shutil.ignore_patterns("examples", "index")
+    )
     for folder, examples, search in ((run / "hub", 1, 1), (tmp_path / "hub", 0, 0)):
         blocks = list(build_app(folder).blocks.values())
         assert sum(block.elem_classes == ["examples"] for block in blocks) == examples
@@ -78,7 +84,8 @@ def test_a_picture_finds_itself_and_words_find_their_class(client: Client, run: 
         assert float(cosine) > 0.9  # the index holds a JPEG of it
     sentence, found = client.predict("  ", api_name="/search")
     assert (sentence, found) == (NOTHING_ASKED, [])
-    assert len(client.predict("word " * 200, api_name="/search")[1]) == FOUND  # longer than CLIP reads
+    # longer than CLIP reads
+    assert len(client.predict("word " * 200, api_name="/search")[1]) == FOUND
 
 
 def test_fifty_visitors_at_once_get_the_same_answer(client: Client, run: Path):
@@ -99,11 +106,17 @@ def test_no_photo_no_answer(client: Client):
         (0.46, 0.46, "**Art deco**, 46 %"),
         (0.9999, 0.46, "**Art deco**, over 99 %"),
         (0.31, 0.46, "**Not sure.** The best guess is art deco (31 %), below the 46 % under which"),
-        (0.4581, 0.4612, "**Not sure.** The best guess is art deco (45.8 %), below the 46.1 % under which"),
+        (
+            0.4581,
+            0.4612,
+            "**Not sure.** The best guess is art deco (45.8 %), below the 46.1 % under which",
+        ),
     ],
 )
 def test_the_answer_in_words(confidence: float, threshold: float, words: str):
-    prediction = Prediction({"art deco": confidence, "gothic": 1 - confidence}, ["art deco"], False, threshold)
+    prediction = Prediction(
+        {"art deco": confidence, "gothic": 1 - confidence}, ["art deco"], False, threshold
+    )
     assert answer(prediction).replace("\N{NO-BREAK SPACE}", " ").startswith(words)
 
 
@@ -143,7 +156,10 @@ def test_a_run_stands_for_its_hub_folder(run: Path):
 
 def test_wrong_sources_end_with_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     for source, remedy in (
-        (str(tmp_path), rf"holds no published model.*python -m model_card {re.escape(str(tmp_path))}"),
+        (
+            str(tmp_path),
+            rf"holds no published model.*python -m model_card {re.escape(str(tmp_path))}",
+        ),
         ("runs/no-such-run", "no folder here and can't be fetched from the Hub"),
         ("not a repo id", "no folder here and can't be fetched from the Hub"),
     ):

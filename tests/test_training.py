@@ -27,7 +27,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    return sorted((run / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    return sorted(
+        (run / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])
+    )
 
 
 KEEP_ALL = ["--save_strategy", "steps", "--save_steps", "3", "--save_total_limit", "99"]
@@ -42,12 +44,17 @@ def fresh(run: Path, folder: Path, **changes) -> Path:
 
 
 def visits_per_epoch(run: Path) -> int:
-    return json.loads((run / "data" / "report.json").read_text())["counts"]["train_visits_per_epoch"]
+    return json.loads((run / "data" / "report.json").read_text())["counts"][
+        "train_visits_per_epoch"
+    ]
 
 
 @pytest.fixture(scope="module")
 def trained(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One epoch of the text stage, two of the visual one, 7 steps each; checkpoints every 3 steps and after epochs."""
+    """One epoch of the text stage, two of the visual one, 7 steps each.
+
+    Checkpoints every 3 steps and after epochs.
+    """
     copy = fresh(prepared, tmp_path_factory.mktemp("trained"))
     train.train([str(copy), *KEEP_ALL])
     return copy
@@ -64,7 +71,17 @@ def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> se
 
 
 def test_a_checkpoint_is_written_every_few_steps_and_after_each_epoch(trained):
-    assert [int(path.name.split("-")[1]) for path in checkpoints(trained)] == [3, 6, 7, 9, 12, 14, 15, 18, 21]
+    assert [int(path.name.split("-")[1]) for path in checkpoints(trained)] == [
+        3,
+        6,
+        7,
+        9,
+        12,
+        14,
+        15,
+        18,
+        21,
+    ]
 
 
 def test_stage_one_leaves_the_visual_tower_bit_identical(trained, base, domain):
@@ -74,15 +91,22 @@ def test_stage_one_leaves_the_visual_tower_bit_identical(trained, base, domain):
 
 
 def test_stage_two_moves_exactly_the_named_blocks_besides(trained, base, domain):
-    first, last = weights(trained / "checkpoints" / "checkpoint-7"), weights(checkpoints(trained)[-1])
-    blocks = {".".join(name.split(".")[:4]) for name in moved(first, last) if "vision_model" in name}
+    first, last = (
+        weights(trained / "checkpoints" / "checkpoint-7"),
+        weights(checkpoints(trained)[-1]),
+    )
+    blocks = {
+        ".".join(name.split(".")[:4]) for name in moved(first, last) if "vision_model" in name
+    }
     assert blocks == {"vision_model.encoder.layers.2", "vision_model.encoder.layers.3"}
     assert moved(first, last) == set(trainable_names(base, domain.stages[1]))
 
 
 def test_the_optimiser_holds_only_what_trains(trained, base, domain):
     for step, stage in ((7, domain.stages[0]), (21, domain.stages[1])):
-        state = torch.load(trained / "checkpoints" / f"checkpoint-{step}" / "optimizer.pt", weights_only=True)
+        state = torch.load(
+            trained / "checkpoints" / f"checkpoint-{step}" / "optimizer.pt", weights_only=True
+        )
         names = trainable_names(base, stage)
         assert len(state["state"]) == len(names)
         decayed, spared = state["param_groups"]
@@ -94,7 +118,13 @@ def test_the_optimiser_holds_only_what_trains(trained, base, domain):
 def test_any_number_of_stages_each_moves_what_it_names(prepared, base, tmp_path):
     stages = [
         Stage(name="scale", epochs=1, learning_rate=1e-3, train=["logit_scale"], warmup=0),
-        Stage(name="first block", epochs=1, learning_rate=1e-4, train=["vision_model.encoder.layers.0.*"], warmup=0.5),
+        Stage(
+            name="first block",
+            epochs=1,
+            learning_rate=1e-4,
+            train=["vision_model.encoder.layers.0.*"],
+            warmup=0.5,
+        ),
         Stage(name="projections", epochs=1, learning_rate=1e-4, train=["*_projection.*"]),
     ]
     run = fresh(prepared, tmp_path, stages=stages)
@@ -105,20 +135,29 @@ def test_any_number_of_stages_each_moves_what_it_names(prepared, base, tmp_path)
         assert moved(before, weights(checkpoint)) == set(trainable_names(base, stage)), stage.name
         assert len(state) == len(trainable_names(base, stage))
         best = json.loads((checkpoint / "trainer_state.json").read_text())["best_global_step"]
-        before = weights(run / "checkpoints" / f"checkpoint-{best}")  # a stage begins with the best weights so far
+        # a stage begins with the best weights so far
+        before = weights(run / "checkpoints" / f"checkpoint-{best}")
 
 
 def test_each_stage_has_its_own_schedule(trained, domain):
     state = json.loads((checkpoints(trained)[-1] / "trainer_state.json").read_text())
-    text, first, last = [entry["learning_rate"] for entry in state["log_history"] if "loss" in entry]
+    text, first, last = [
+        entry["learning_rate"] for entry in state["log_history"] if "loss" in entry
+    ]
     assert text < 0.1 * domain.stages[0].learning_rate, "the first stage decays to its end"
-    assert first > 0.3 * domain.stages[1].learning_rate, "the second stage begins a schedule of its own"
+    assert first > 0.3 * domain.stages[1].learning_rate, (
+        "the second stage begins a schedule of its own"
+    )
     assert last < 0.1 * domain.stages[1].learning_rate
 
 
 def test_log_checkpoints_and_record_name_the_stage(trained):
     state = json.loads((checkpoints(trained)[-1] / "trainer_state.json").read_text())
-    assert [entry["stage"] for entry in state["log_history"] if "loss" in entry] == ["text", "visual", "visual"]
+    assert [entry["stage"] for entry in state["log_history"] if "loss" in entry] == [
+        "text",
+        "visual",
+        "visual",
+    ]
     record = json.loads((trained / "training.json").read_text())
     assert [row["stage"] for row in record["epochs"]] == ["text", "visual", "visual"]
 
@@ -127,12 +166,19 @@ def test_the_best_epoch_on_validation_is_kept(trained):
     record = json.loads((trained / "training.json").read_text())
     best = max(record["epochs"], key=lambda row: row["eval_accuracy"])
     assert record["best_epoch"] == best["epoch"]
-    assert not moved(weights(trained / "model"), weights(trained / "checkpoints" / f"checkpoint-{7 * best['epoch']}"))
+    assert not moved(
+        weights(trained / "model"),
+        weights(trained / "checkpoints" / f"checkpoint-{7 * best['epoch']}"),
+    )
 
 
 def test_the_record_tells_how_batches_were_composed(trained):
     batches = json.loads((trained / "training.json").read_text())["batches"]
-    assert (batches["batches"], batches["visits"], batches["distinct"]) == (7, 7 * 24, visits_per_epoch(trained))
+    assert (batches["batches"], batches["visits"], batches["distinct"]) == (
+        7,
+        7 * 24,
+        visits_per_epoch(trained),
+    )
     assert 0 < batches["same_class_pairs"] < batches["hard_pairs"] < 1
     assert 0 < batches["loss_floor"] < math.log(24)
 
@@ -184,7 +230,9 @@ def test_a_stage_without_progress_ends_early_and_the_next_goes_on(prepared, tmp_
 
 
 def test_which_stage_goes_on():
-    stages = [Stage(name=name, epochs=n, learning_rate=1, train=["*"]) for name, n in (("a", 4), ("b", 3))]
+    stages = [
+        Stage(name=name, epochs=n, learning_rate=1, train=["*"]) for name, n in (("a", 4), ("b", 3))
+    ]
 
     def position(*scores: float) -> tuple[str, int] | None:
         found = current_stage(stages, scores, patience=2)
@@ -192,7 +240,9 @@ def test_which_stage_goes_on():
 
     assert position() == position(0.1) == position(0.1, 0.2, 0.3) == ("a", 0)
     assert position(0.1, 0.2, 0.3, 0.4) == ("b", 4)
-    assert position(0.5, 0.4, 0.4) == position(0.5, 0.4, 0.4, 0.3) == ("b", 3), "patience counts within a stage"
+    assert position(0.5, 0.4, 0.4) == position(0.5, 0.4, 0.4, 0.3) == ("b", 3), (
+        "patience counts within a stage"
+    )
     assert position(0.5, 0.4, 0.4, 0.3, 0.3) is None
     assert position(0.5, 0.4, 0.4, 0.6, 0.5) == ("b", 3)
     assert position(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7) is None
@@ -221,13 +271,30 @@ def test_accumulating_is_a_larger_batch_for_class_prompts(prepared, base, tmp_pa
     stage, visits, results = Domain.load(prepared).stages[0], visits_per_epoch(prepared), []
     for name, parts in (("at once", 1), ("in halves", 2)):
         run = fresh(prepared, tmp_path / name, stages=[stage.model_copy(update={"warmup": 0})])
-        options = ["--per_device_train_batch_size", str(visits // parts), "--gradient_accumulation_steps", str(parts)]
-        # Adam's first step is the rate wherever the gradient is not tiny, so a large eps makes it show the gradient
-        options += ["--adam_epsilon", "1", "--weight_decay", "0", "--max_grad_norm", "0", "--cluster_share", "0"]
+        options = [
+            "--per_device_train_batch_size",
+            str(visits // parts),
+            "--gradient_accumulation_steps",
+            str(parts),
+        ]
+        # Adam's first step is the rate wherever the gradient is not tiny, so a large eps makes it
+        # show the gradient
+        options += [
+            "--adam_epsilon",
+            "1",
+            "--weight_decay",
+            "0",
+            "--max_grad_norm",
+            "0",
+            "--cluster_share",
+            "0",
+        ]
         trainer = train.train([str(run), "--loss", "class_prompts", *options])
         assert trainer.state.global_step == 1
         results.append(weights(run / "checkpoints" / "checkpoint-1"))
-    once, halves = ({name: tensor - base[name] for name, tensor in result.items()} for result in results)
+    once, halves = (
+        {name: tensor - base[name] for name, tensor in result.items()} for result in results
+    )
     assert max(step.abs().max() for step in once.values()) > 1e-6
     for name in once:
         torch.testing.assert_close(halves[name], once[name], rtol=0.02, atol=2e-7)
@@ -250,14 +317,18 @@ def test_bfloat16_trains_and_keeps_float32_weights(trained, prepared, tmp_path):
     assert record["settings"]["precision"] == "bf16"
     assert record["epochs"][-1]["loss"] < record["epochs"][0]["loss"]
     assert {tensor.dtype for tensor in weights(run / "model").values()} == {torch.float32}
-    assert moved(weights(trained / "model"), weights(run / "model")), "rounded otherwise than float32"
+    assert moved(weights(trained / "model"), weights(run / "model")), (
+        "rounded otherwise than float32"
+    )
 
 
 @pytest.mark.parametrize("limit", ["1.0", "0"], ids=["seen in the gradient", "seen in the loss"])
 def test_what_is_not_finite_stops_with_step_images_and_remedy(prepared, tmp_path, limit):
     stage = Domain.load(prepared).stages[0].model_copy(update={"learning_rate": 1e30, "warmup": 0})
     run = fresh(prepared, tmp_path, stages=[stage])
-    with pytest.raises(FloatingPointError, match=r"(?s)at step \d, in stage 'text'; remove.*train/.*\.(jpg|png)"):
+    with pytest.raises(
+        FloatingPointError, match=r"(?s)at step \d, in stage 'text'; remove.*train/.*\.(jpg|png)"
+    ):
         train.train([str(run), "--max_grad_norm", limit])
 
 
@@ -285,7 +356,9 @@ def test_a_signal_writes_a_checkpoint_from_which_the_same_weights_come(
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-def test_wise_ft_mixes_the_base_in_and_says_what_each_mixture_is_worth(trained, base, prepared, tmp_path):
+def test_wise_ft_mixes_the_base_in_and_says_what_each_mixture_is_worth(
+    trained, base, prepared, tmp_path
+):
     run = fresh(prepared, tmp_path)
     train.train([str(run), "--wise_ft", "0.5"])
     tuned, mixed = weights(trained / "model"), weights(run / "model")
@@ -331,7 +404,10 @@ def test_resuming_with_other_prompts_is_refused(trained, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(trained, copy)
     classes = Domain.load(copy).classes
-    reworded = {name: ["another word", *prompts] if name == "gothic" else prompts for name, prompts in classes.items()}
+    reworded = {
+        name: ["another word", *prompts] if name == "gothic" else prompts
+        for name, prompts in classes.items()
+    }
     Domain.load(copy).model_copy(update={"classes": reworded}).save(copy / "domain.yaml")
     with pytest.raises(ValueError, match="classes has changed"):
         train.train([str(copy), "--resume_from_checkpoint", "True"])
@@ -350,13 +426,18 @@ def test_resuming_from_the_middle_of_a_longer_training_is_refused(trained, tmp_p
     copy = tmp_path / "run"
     shutil.copytree(trained, copy)
     with pytest.raises(ValueError, match="remove the later ones first, such as .*checkpoint-21"):
-        train.train([str(copy), "--resume_from_checkpoint", str(copy / "checkpoints" / "checkpoint-7")])
+        train.train(
+            [str(copy), "--resume_from_checkpoint", str(copy / "checkpoints" / "checkpoint-7")]
+        )
 
 
 def test_a_mistake_in_the_arguments_loses_no_finished_result(trained, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(trained, copy)
-    for options, words in ((["--cluster_share", "5"], "cluster_share is 5"), (["--wise_ft", "2"], "wise_ft")):
+    for options, words in (
+        (["--cluster_share", "5"], "cluster_share is 5"),
+        (["--wise_ft", "2"], "wise_ft"),
+    ):
         with pytest.raises(ValueError, match=words):
             train.train([str(copy), *options])
     assert (copy / "training.json").exists()
@@ -382,21 +463,27 @@ def test_a_finished_training_makes_room_for_a_new_one(trained, tmp_path):
     train.train([str(copy), *KEEP_ALL])
     assert not stale.exists()
     assert (copy / "checkpoints" / "notes.txt").exists()
-    assert not moved(weights(checkpoints(copy)[-1]), weights(checkpoints(trained)[-1])), "same seed, same weights"
+    assert not moved(weights(checkpoints(copy)[-1]), weights(checkpoints(trained)[-1])), (
+        "same seed, same weights"
+    )
 
 
 def test_stage_patterns_that_match_nothing_are_refused(base):
     stage = Stage(name="typo", epochs=1, learning_rate=1e-5, train=["text_modell.*"])
     with pytest.raises(ValueError, match="'text_modell.*' matches no parameter"):
         trainable_names(base, stage)
-    stage = Stage(name="deep", epochs=1, learning_rate=1e-5, train=["logit_scale"], last_visual_blocks=99)
+    stage = Stage(
+        name="deep", epochs=1, learning_rate=1e-5, train=["logit_scale"], last_visual_blocks=99
+    )
     with pytest.raises(ValueError, match="has 4 blocks"):
         trainable_names(base, stage)
 
 
 def test_a_lower_loss_is_better_and_a_lower_accuracy_is_not(tmp_path):
     better = {
-        metric: StagedTrainingArguments(output_dir=str(tmp_path), metric_for_best_model=metric).greater_is_better
+        metric: StagedTrainingArguments(
+            output_dir=str(tmp_path), metric_for_best_model=metric
+        ).greater_is_better
         for metric in ("accuracy", "macro_f1", "ece", "loss")
     }
     assert better == {"accuracy": True, "macro_f1": True, "ece": False, "loss": False}
@@ -406,8 +493,12 @@ def test_unknown_patterns_fail_before_anything_is_prepared_or_loaded(tmp_path):
     facades = Domain.load(FACADES)
     typo = facades.stages[1].model_copy(update={"train": ["text_modell.*"]})
     (tmp_path / "domain").mkdir()
-    facades.model_copy(update={"name": "typo", "stages": [facades.stages[0], typo]}).save(tmp_path / "domain.yaml")
-    with pytest.raises(ValueError, match="stage 'visual': pattern 'text_modell.*' matches no parameter"):
+    facades.model_copy(update={"name": "typo", "stages": [facades.stages[0], typo]}).save(
+        tmp_path / "domain.yaml"
+    )
+    with pytest.raises(
+        ValueError, match="stage 'visual': pattern 'text_modell.*' matches no parameter"
+    ):
         train.train([str(tmp_path / "domain.yaml")])
     assert not Path("runs/typo").exists()
     with pytest.raises(ValueError, match="matches no parameter"):
@@ -429,7 +520,10 @@ def test_unknown_patterns_fail_before_anything_is_prepared_or_loaded(tmp_path):
         ({"early_stopping_patience": 0}, "expected 1 or more"),
         ({"ignore_data_skip": True}, "trained twice"),
         ({"metric_for_best_model": "f1"}, "expected one of accuracy, macro_f1, ece, loss"),
-        ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, "repeat the first epoch"),
+        (
+            {"dataloader_persistent_workers": True, "dataloader_num_workers": 1},
+            "repeat the first epoch",
+        ),
     ],
 )
 def test_arguments_that_would_mislead_are_refused(tmp_path, options, words):

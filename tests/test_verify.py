@@ -134,7 +134,10 @@ def test_sixteen_bits_keep_their_tones():
     tones = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
     verified = verify(encoded(Image.fromarray(tones), "PNG"))
     assert verified["mended"] == "16 bits to 8"
-    assert difference(stored(verified).convert("L"), Image.fromarray((tones >> 8).astype(np.uint8))) < 2
+    assert (
+        difference(stored(verified).convert("L"), Image.fromarray((tones >> 8).astype(np.uint8)))
+        < 2
+    )
 
 
 def test_large_images_are_shrunk_and_small_ones_are_not_enlarged(picture):
@@ -142,7 +145,10 @@ def test_large_images_are_shrunk_and_small_ones_are_not_enlarged(picture):
     assert stored(verify(encoded(large, "JPEG"), stored_short_side=288)).size == (384, 288)
     assert stored(verify(encoded(picture, "PNG"), stored_short_side=288)).size == (96, 96)
     exact = large.resize((384, 288), Image.Resampling.LANCZOS)
-    assert difference(stored(verify(encoded(large, "JPEG", quality=95), stored_short_side=288)), exact) < 2
+    assert (
+        difference(stored(verify(encoded(large, "JPEG", quality=95), stored_short_side=288)), exact)
+        < 2
+    )
 
 
 def test_the_content_counts_and_not_the_name(picture, tmp_path):
@@ -156,7 +162,9 @@ def png_of_size(width: int, height: int) -> bytes:
     """A PNG that claims to be that large and holds next to nothing."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     pixels = chunk(b"IDAT", zlib.compress(bytes(1000)))
@@ -176,10 +184,19 @@ def broken(picture: Image.Image) -> dict[str, tuple[bytes, str]]:
         "half a gif": (gif[: len(gif) // 2], "unreadable:"),
         "half a webp": (webp[: len(webp) // 2], "unreadable:"),
         "garbled png": (png[:100] + bytes(60) + png[160:], "unreadable:"),
-        "bomb": (png_of_size(60_000, 60_000), "unreadable: Image size (3600000000 pixels) exceeds limit"),
+        "bomb": (
+            png_of_size(60_000, 60_000),
+            "unreadable: Image size (3600000000 pixels) exceeds limit",
+        ),
         "floats": (tiff, "unreadable: floating-point pixels"),
-        "tiny": (encoded(picture.resize((80, 12)), "PNG"), "too small: 80 x 12 px, expected at least 32"),
-        "blank": (encoded(Image.new("RGB", (96, 96), "grey"), "JPEG"), "blank: every pixel has the same colour"),
+        "tiny": (
+            encoded(picture.resize((80, 12)), "PNG"),
+            "too small: 80 x 12 px, expected at least 32",
+        ),
+        "blank": (
+            encoded(Image.new("RGB", (96, 96), "grey"), "JPEG"),
+            "blank: every pixel has the same colour",
+        ),
     }
 
 
@@ -192,7 +209,9 @@ def test_what_is_of_no_use_is_set_aside_with_the_reason(picture, name):
 
 
 def test_a_file_that_may_not_be_read_is_named(tmp_path):
-    verified = verify_image({"path": str(tmp_path / "gone.jpg"), "bytes": None}, stored_short_side=96)
+    verified = verify_image(
+        {"path": str(tmp_path / "gone.jpg"), "bytes": None}, stored_short_side=96
+    )
     assert "No such file" in verified["error"]
 
 

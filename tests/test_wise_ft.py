@@ -47,7 +47,9 @@ def perturbed(model, strength: float):
 
 def asked(model, processor, rows, prompts) -> float:
     """The zero-shot accuracy, as the scorecard gets it."""
-    image_embeds = encode_images(model, processor, (row["image"] for row in rows), len(rows), progress=False)
+    image_embeds = encode_images(
+        model, processor, (row["image"] for row in rows), len(rows), progress=False
+    )
     logits = zero_shot_logits(model, image_embeds, encode_texts(model, processor, prompts))
     return correct(logits, np.array(rows["label"])).mean()
 
@@ -63,7 +65,9 @@ def test_the_ends_are_the_models_bit_for_bit_and_the_middle_their_mean(base):
             assert mixed[name].numpy().tobytes() == tensor.numpy().tobytes(), name
             assert mixed[name].data_ptr() != tensor.data_ptr()
     middle = interpolate(start, end, 0.5)
-    torch.testing.assert_close(middle["logit_scale"], (start["logit_scale"] + end["logit_scale"]) / 2)
+    torch.testing.assert_close(
+        middle["logit_scale"], (start["logit_scale"] + end["logit_scale"]) / 2
+    )
     name = "vision_model.encoder.layers.0.mlp.fc1.weight"
     torch.testing.assert_close(middle[name], (start[name] + end[name]) / 2)
 
@@ -98,7 +102,9 @@ def test_each_alpha_is_measured_as_the_model_it_gives(base, prepared, facades, c
     colours = colours.select(range(0, len(colours), 5))
     prompts, outside = facades.canonical_prompts, (colours, facades.outside.canonical_prompts)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    alpha, table = choose_alpha(model, tuned, processor, validation, prompts, outside, (0, 0.5, 1), progress=False)
+    alpha, table = choose_alpha(
+        model, tuned, processor, validation, prompts, outside, (0, 0.5, 1), progress=False
+    )
     assert [row.alpha for row in table] == [0, 0.5, 1]
     for row, same in ((table[0], model), (table[2], tuned)):
         assert row.accuracy.value == asked(same, processor, validation, prompts)
@@ -113,7 +119,9 @@ def test_of_equals_the_one_nearest_to_the_base_is_chosen(base, prepared, facades
     model, processor = base
     validation = load_prepared(prepared)["validation"]
     prompts = facades.canonical_prompts
-    alpha, table = choose_alpha(model, model, processor, validation, prompts, alphas=(1, 0.5, 0.25), progress=False)
+    alpha, table = choose_alpha(
+        model, model, processor, validation, prompts, alphas=(1, 0.5, 0.25), progress=False
+    )
     assert (alpha, len({row.accuracy.value for row in table})) == (0.25, 1)
     assert table[0].to_dict()["outside"] is None
 
@@ -123,7 +131,13 @@ def test_a_destroyed_model_is_not_chosen(base, prepared, facades):
     destroyed = type(model)(model.config).eval()
     validation = load_prepared(prepared)["validation"]
     alpha, table = choose_alpha(
-        model, destroyed, processor, validation, facades.canonical_prompts, alphas=(0, 0.7, 1), progress=False
+        model,
+        destroyed,
+        processor,
+        validation,
+        facades.canonical_prompts,
+        alphas=(0, 0.7, 1),
+        progress=False,
     )
     assert alpha == 0
     assert table[0].nll < table[-1].nll
@@ -134,8 +148,12 @@ def test_the_views_of_large_photos_are_those_of_the_processor(base, prepared, fa
     model, processor = base
     validation = load_prepared(prepared)["validation"].select(range(24))
     sizes = [(140, 200), (301, 128), (96, 97)]
-    large = validation.map(lambda row, index: {"image": row["image"].resize(sizes[index % 3])}, with_indices=True)
-    _, (row,) = choose_alpha(model, model, processor, large, facades.canonical_prompts, alphas=(0,), progress=False)
+    large = validation.map(
+        lambda row, index: {"image": row["image"].resize(sizes[index % 3])}, with_indices=True
+    )
+    _, (row,) = choose_alpha(
+        model, model, processor, large, facades.canonical_prompts, alphas=(0,), progress=False
+    )
     assert row.accuracy.value == asked(model, processor, large, facades.canonical_prompts)
 
 
@@ -143,7 +161,10 @@ def test_the_shipped_outside_task_is_even_repeatable_and_known_to_the_base(base,
     assert colours.features["label"].names == list(facades.outside.classes)
     assert np.bincount(colours["label"]).tolist() == [40] * len(facades.outside.classes)
     again, other = outside_rows(facades), outside_rows(facades, seed=1)
-    assert all(one["image"].tobytes() == two["image"].tobytes() for one, two in zip(colours, again, strict=True))
+    assert all(
+        one["image"].tobytes() == two["image"].tobytes()
+        for one, two in zip(colours, again, strict=True)
+    )
     assert colours[0]["image"].tobytes() != other[0]["image"].tobytes()
     images = (row["image"] for row in colours)
     prompts = facades.outside.canonical_prompts
@@ -185,7 +206,9 @@ def test_no_more_are_drawn_than_asked_for(facades, tmp_path):
 
 def test_a_dataset_gives_the_same(facades, colours, tmp_path):
     colours.to_parquet(tmp_path / "colours.parquet")
-    outside = facades.outside.model_dump() | {"source": {"kind": "dataset", "path": str(tmp_path / "colours.parquet")}}
+    outside = facades.outside.model_dump() | {
+        "source": {"kind": "dataset", "path": str(tmp_path / "colours.parquet")}
+    }
     rows = outside_rows(Domain.model_validate(facades.model_dump() | {"outside": outside}))
     assert rows["label"][:] == colours["label"][:]
     assert rows[7]["image"].tobytes() == colours[7]["image"].tobytes()

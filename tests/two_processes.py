@@ -1,7 +1,7 @@
 """python -m torch.distributed.run --nproc_per_node 2 tests/two_processes.py OUT.safetensors
 
-Gradients of every loss on a tiny CLIPModel, each process with its own slice of one batch; `tests/test_losses.py` runs
-it and compares them with those of a single process.
+Gradients of every loss on a tiny CLIPModel, each process with its own slice of one batch;
+`tests/test_losses.py` runs it and compares them with those of a single process.
 """
 
 from __future__ import annotations
@@ -17,12 +17,22 @@ from transformers import CLIPConfig, CLIPModel
 from nicheclip.losses import LOSSES, gather
 
 BATCH, CLASSES = 8, 5
-TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+TOWER = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 
 
 def tiny_model() -> CLIPModel:
     torch.manual_seed(0)
-    text = TOWER | {"vocab_size": 32, "max_position_embeddings": 8, "bos_token_id": 1, "eos_token_id": 2}
+    text = TOWER | {
+        "vocab_size": 32,
+        "max_position_embeddings": 8,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     vision = TOWER | {"image_size": 16, "patch_size": 8}
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
 
@@ -38,14 +48,20 @@ def joint_batch() -> dict[str, torch.Tensor]:
     }
 
 
-def gradients(loss: str, forward, model: CLIPModel, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def gradients(
+    loss: str, forward, model: CLIPModel, batch: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """Gradients of all parameters; `forward` is the model, or what wraps it."""
     model.zero_grad()
     prompts = batch["class_prompts"] if loss == "class_prompts" else batch["own_prompts"]
     outputs = forward(input_ids=prompts, pixel_values=batch["pixel_values"])
     image_embeds, text_embeds, labels = outputs.image_embeds, outputs.text_embeds, batch["labels"]
     if loss != "class_prompts":
-        image_embeds, text_embeds, labels = gather(image_embeds), gather(text_embeds), gather(labels)
+        image_embeds, text_embeds, labels = (
+            gather(image_embeds),
+            gather(text_embeds),
+            gather(labels),
+        )
     logits_per_image = model.logit_scale.exp() * image_embeds @ text_embeds.T
     LOSSES[loss](logits_per_image, labels, 0.1).backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -66,7 +82,8 @@ def of_this_process() -> dict[str, torch.Tensor]:
 
 def main(out: str) -> None:
     distributed.init_process_group("gloo")
-    found = of_this_process()  # its wrapped models are gone by now: freed after their group, they can hang
+    # its wrapped models are gone by now: freed after their group, they can hang
+    found = of_this_process()
     if distributed.get_rank() == 0:
         save_file(found, out)
     distributed.destroy_process_group()

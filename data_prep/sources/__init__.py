@@ -1,7 +1,8 @@
 """Where images come from. Each source is one module, and gives the same: rows and what it could not take.
 
-Rows are a `datasets.Dataset` of image (not decoded), source_id (its name inside the source), version (changes when the
-content does), class_name, split (None: to be decided) and attribution (None: not known).
+Rows are a `datasets.Dataset` of image (not decoded), source_id (its name inside the source),
+version (changes when the content does), class_name, split (None: to be decided) and attribution
+(None: not known).
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from nicheclip.domain import Domain
 logger = logging.getLogger(__name__)
 
 
-def fetch_images(domain: Domain, run: Path, images: str | Path | None, seed: int, contact: str | None) -> str | Path:
+def fetch_images(
+    domain: Domain, run: Path, images: str | Path | None, seed: int, contact: str | None
+) -> str | Path:
     """Paints or downloads what the domain's source asks for; where the images lie then.
 
     Args:
@@ -42,16 +45,20 @@ def fetch_images(domain: Domain, run: Path, images: str | Path | None, seed: int
         return download_commons(run / "images", domain.class_names, contact, **source.options)
     if source.path is None:
         raise ValueError(
-            f"domain '{domain.name}' names no images; pass --images FOLDER, one folder a class inside, or a dataset"
+            f"domain '{domain.name}' names no images; pass --images FOLDER, one folder a class "
+            "inside, or a dataset"
         )
     return source.path
 
 
-def read_source(domain: Domain, location: str | Path, own: bool) -> tuple[datasets.Dataset, list[dict[str, str]]]:
+def read_source(
+    domain: Domain, location: str | Path, own: bool
+) -> tuple[datasets.Dataset, list[dict[str, str]]]:
     """Lists what lies at `location` and decodes none of it; the rows, and what has no label or no class.
 
     Args:
-        own: whether this is the domain's own source, and not one that was named on the command line.
+        own: whether this is the domain's own source, and not one that was named on the command
+            line.
     """
     table = domain.source.kind == "dataset" if own else is_table(location)
     if table:
@@ -63,22 +70,26 @@ def read_source(domain: Domain, location: str | Path, own: bool) -> tuple[datase
 def outside_rows(domain: Domain, seed: int = 0) -> datasets.Dataset:
     """The images of the domain's outside task, at most `outside.images_per_class` a class.
 
-    Where the images come in splits, those of the test split are taken. What does not decode is left out, with a
-    warning.
+    Where the images come in splits, those of the test split are taken. What does not decode is left
+    out, with a warning.
 
     Args:
         seed: of the draw; the same for models that are compared.
 
     Returns:
-        image (shrunk as the domain's own, decoded on access) and label (the index of the class in `outside.classes`).
+        image (shrunk as the domain's own, decoded on access) and label (the index of the class in
+        `outside.classes`).
 
     Raises:
-        ValueError: if the domain has no outside task, or its labels don't fit, or no image of a class can be read.
+        ValueError: if the domain has no outside task, or its labels don't fit, or no image of a
+            class can be read.
         FileNotFoundError: if there are no images.
     """
     outside = domain.outside
     if outside is None:
-        raise ValueError(f"domain '{domain.name}' has no outside task; add `outside` to the domain file")
+        raise ValueError(
+            f"domain '{domain.name}' has no outside task; add `outside` to the domain file"
+        )
     names, source = list(outside.classes), outside.source
     if source.path is None:  # of shapes only, which are drawn
         rows = draw_shapes(names, outside.images_per_class, seed)
@@ -89,17 +100,29 @@ def outside_rows(domain: Domain, seed: int = 0) -> datasets.Dataset:
     of_class, splits = np.array(rows["class_name"]), np.array(rows["split"])
     taken = splits == "test" if "test" in splits else np.ones(len(rows), bool)
     rng = np.random.default_rng(seed)
-    drawn = [rng.permutation(np.flatnonzero(taken & (of_class == name)))[: outside.images_per_class] for name in names]
+    drawn = [
+        rng.permutation(np.flatnonzero(taken & (of_class == name)))[: outside.images_per_class]
+        for name in names
+    ]
     images, labels = [], []
     for label, indices in enumerate(drawn):
-        verified = [verify_image(rows[int(index)]["image"], domain.stored_short_side) for index in np.sort(indices)]
+        verified = [
+            verify_image(rows[int(index)]["image"], domain.stored_short_side)
+            for index in np.sort(indices)
+        ]
         readable = [entry["image"] for entry in verified if entry["error"] is None]
         if not readable:
-            raise ValueError(f"no image of outside class '{names[label]}' can be read; check outside.source")
+            raise ValueError(
+                f"no image of outside class '{names[label]}' can be read; check outside.source"
+            )
         if len(readable) < len(verified):
             unreadable = len(verified) - len(readable)
-            logger.warning("outside: left out %d unreadable images of '%s'", unreadable, names[label])
+            logger.warning(
+                "outside: left out %d unreadable images of '%s'", unreadable, names[label]
+            )
         images += readable
         labels += [label] * len(readable)
-    columns = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    columns = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+    )
     return datasets.Dataset.from_dict({"image": images, "label": labels}, features=columns)

@@ -1,7 +1,8 @@
 """The embedded default: drawn façades in class folders, with planted faults whose truth is written beside them.
 
-The train pool is like photos from the web: some labels are wrong, some pictures come twice, some files are broken,
-classes are uneven. The held-out splits are like what an expert has gone through: evenly many, clean, rightly labelled.
+The train pool is like photos from the web: some labels are wrong, some pictures come twice, some
+files are broken, classes are uneven. The held-out splits are like what an expert has gone through:
+evenly many, clean, rightly labelled.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class FacadeOptions:
     calibration: int = 40
     test: int = 60
     wrong_labels: float = 0.08
-    near_duplicates: float = 0.05  # one in four of them of a held-out drawing: a leak, if it is not found
+    # one in four of them of a held-out drawing: a leak, if it is not found
+    near_duplicates: float = 0.05
     unreadable: float = 0.01
     size: int = 96  # pixels
 
@@ -54,11 +56,12 @@ class Drawing(NamedTuple):
 def paint_facades(folder: str | Path, clusters: list[list[str]], seed: int, **options: Any) -> Path:
     """Paints the class folders `folder`/<split>/<style>/*.jpg with their metadata.jsonl and truth.json, unless done.
 
-    `truth.json` holds wrong_labels {source_id: true style}, near_duplicates {source_id: source_id of the original}
-    and unreadable [source_id].
+    `truth.json` holds wrong_labels {source_id: true style}, near_duplicates {source_id: source_id
+    of the original} and unreadable [source_id].
 
     Args:
-        clusters: the styles by cluster; two of three wrong labels stay inside their cluster, as people's errors do.
+        clusters: the styles by cluster; two of three wrong labels stay inside their cluster, as
+            people's errors do.
         options: the fields of `FacadeOptions`.
 
     Raises:
@@ -71,15 +74,25 @@ def paint_facades(folder: str | Path, clusters: list[list[str]], seed: int, **op
     if truth_file.is_file() and read_json(truth_file, "")["order"] == order:
         return folder
     if folder.exists() and not truth_file.is_file():
-        raise ValueError(f"'{folder}' was not painted here and would be overwritten; choose another --run")
+        raise ValueError(
+            f"'{folder}' was not painted here and would be overwritten; choose another --run"
+        )
     drawings, truth = _plan(clusters, chosen, np.random.default_rng(seed))
-    with replaced_folder(folder) as unfinished, ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
+    with (
+        replaced_folder(folder) as unfinished,
+        ProcessPoolExecutor(max_workers=os.cpu_count()) as pool,
+    ):
         for parent in {(unfinished / drawing.name).parent for drawing in drawings}:
             parent.mkdir(parents=True)
-        painted = pool.map(partial(_paint_file, unfinished, seed, chosen.size), drawings, chunksize=16)
+        painted = pool.map(
+            partial(_paint_file, unfinished, seed, chosen.size), drawings, chunksize=16
+        )
         for _ in tqdm(painted, total=len(drawings), desc="painting façades", unit="img"):
             pass
-        lines = (json.dumps({"file_name": drawing.name, "attribution": ATTRIBUTION}) for drawing in drawings)
+        lines = (
+            json.dumps({"file_name": drawing.name, "attribution": ATTRIBUTION})
+            for drawing in drawings
+        )
         (unfinished / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         write_json(unfinished / "truth.json", {"order": order, **truth})
     return folder
@@ -91,7 +104,9 @@ def planted_faults(location: str | Path) -> dict[str, Any] | None:
     return read_json(path, "") if path.is_file() else None
 
 
-def found_faults(truth: dict[str, Any], report: dict[str, Any], group_of: dict[str, str]) -> dict[str, Any]:
+def found_faults(
+    truth: dict[str, Any], report: dict[str, Any], group_of: dict[str, str]
+) -> dict[str, Any]:
     """How many of the painter's faults data_prep has found, and how often it was wrong.
 
     Args:
@@ -100,24 +115,32 @@ def found_faults(truth: dict[str, Any], report: dict[str, Any], group_of: dict[s
         group_of: the group of each readable image.
 
     Returns:
-        for each fault how many were `planted` among the images that could show it, `found`, and found `falsely`.
+        for each fault how many were `planted` among the images that could show it, `found`, and
+        found `falsely`.
     """
     reasons = {entry["source_id"]: entry["reason"].split(":")[0] for entry in report["quarantined"]}
     suspected = {entry["source_id"] for entry in report["suspects"]}
     wrong = set(truth["wrong_labels"]) - set(reasons)
     originals = {
-        copy: original for copy, original in truth["near_duplicates"].items() if {copy, original} <= set(group_of)
+        copy: original
+        for copy, original in truth["near_duplicates"].items()
+        if {copy, original} <= set(group_of)
     }
     members = defaultdict(set)
     for source_id, group in group_of.items():
         members[group].add(originals.get(source_id, source_id))
     leaks = {copy for copy, original in originals.items() if not original.startswith("train/")}
-    unreadable, named = set(truth["unreadable"]), {name for name, reason in reasons.items() if reason == "unreadable"}
+    unreadable, named = (
+        set(truth["unreadable"]),
+        {name for name, reason in reasons.items() if reason == "unreadable"},
+    )
     return {
         "wrong_labels": _score(wrong, suspected),
         "near_duplicates": {
             "planted": len(originals),
-            "found": sum(group_of[copy] == group_of[original] for copy, original in originals.items()),
+            "found": sum(
+                group_of[copy] == group_of[original] for copy, original in originals.items()
+            ),
             "falsely": sum(len(drawings) - 1 for drawings in members.values()),
         },
         "leaks": _score(leaks, {name for name, reason in reasons.items() if reason == "leak"}),
@@ -140,8 +163,14 @@ def _plan(
             for index in range(getattr(options, split)):
                 held_out.append(Drawing(f"{split}/{style}/{index:04d}.jpg", style, len(held_out)))
 
-    sizes = np.geomspace(options.smallest_class, options.largest_class, len(styles)).round().astype(int)
-    pool = [style for style, size in zip(styles, rng.permutation(sizes), strict=True) for _ in range(size)]
+    sizes = (
+        np.geomspace(options.smallest_class, options.largest_class, len(styles)).round().astype(int)
+    )
+    pool = [
+        style
+        for style, size in zip(styles, rng.permutation(sizes), strict=True)
+        for _ in range(size)
+    ]
     fate = rng.permutation(len(pool))
     wrong = set(fate[: round(options.wrong_labels * len(pool))].tolist())
     broken = set(fate[len(fate) - round(options.unreadable * len(pool)) :].tolist())
@@ -150,10 +179,21 @@ def _plan(
     for index, style in enumerate(pool):
         number, label = len(held_out) + index, style
         if index in wrong:
-            near = [other for cluster in clusters if style in cluster for other in cluster if other != style]
+            near = [
+                other
+                for cluster in clusters
+                if style in cluster
+                for other in cluster
+                if other != style
+            ]
             far = [other for other in styles if other != style and other not in near]
             label = str(rng.choice(near if near and rng.random() < 2 / 3 else far))
-        drawing = Drawing(f"train/{label}/{number:05d}.jpg", style, number, "unreadable" if index in broken else None)
+        drawing = Drawing(
+            f"train/{label}/{number:05d}.jpg",
+            style,
+            number,
+            "unreadable" if index in broken else None,
+        )
         if index in wrong:
             truth["wrong_labels"][drawing.name] = style
         if index in broken:
@@ -179,7 +219,9 @@ def _paint_file(folder: Path, seed: int, size: int, drawing: Drawing) -> None:
     copied = drawing.fault == "near_duplicate"
     if copied:
         left, top, right, bottom = rng.integers(1, max(2, size // 24), size=4)
-        image = image.crop((left, top, size - right, size - bottom)).resize((size, size), Image.Resampling.BICUBIC)
+        image = image.crop((left, top, size - right, size - bottom)).resize(
+            (size, size), Image.Resampling.BICUBIC
+        )
     encoded = io.BytesIO()
     image.save(encoded, "JPEG", quality=int(rng.integers(60, 75)) if copied else 92)
     content = encoded.getvalue()

@@ -1,7 +1,7 @@
 """Class folders: FOLDER/<class>/<image>, or FOLDER/<split>/<class>/<image> where the split is already decided.
 
-A `metadata.jsonl` or `metadata.csv` beside the images, as `datasets`' imagefolder knows it, may give each file_name an
-attribution, or its author, license and source_url.
+A `metadata.jsonl` or `metadata.csv` beside the images, as `datasets`' imagefolder knows it, may
+give each file_name an attribution, or its author, license and source_url.
 """
 
 from __future__ import annotations
@@ -21,15 +21,20 @@ from nicheclip.data import SPLITS
 SIDECARS = frozenset({"metadata.jsonl", "metadata.csv", "skipped.jsonl", "truth.json"})
 
 
-def read_folders(folder: str | Path, class_names: list[str]) -> tuple[datasets.Dataset, list[dict[str, str]]]:
+def read_folders(
+    folder: str | Path, class_names: list[str]
+) -> tuple[datasets.Dataset, list[dict[str, str]]]:
     """Lists the files of class folders, in the order of their names; opens none of them.
 
     Args:
-        folder: holds one folder a class, or folders named train, validation, calibration, test that do.
-        class_names: the classes of the domain; upper and lower case, "_", "-" and a space are alike.
+        folder: holds one folder a class, or folders named train, validation, calibration, test that
+            do.
+        class_names: the classes of the domain; upper and lower case, "_", "-" and a space are
+            alike.
 
     Returns:
-        rows as `data_prep.sources` describes them; and the files outside of a class, as source_id and reason.
+        rows as `data_prep.sources` describes them; and the files outside of a class, as source_id
+        and reason.
 
     Raises:
         FileNotFoundError: if the folder or a class has no files.
@@ -37,7 +42,9 @@ def read_folders(folder: str | Path, class_names: list[str]) -> tuple[datasets.D
     """
     folder = Path(folder).resolve()
     if not folder.is_dir():
-        raise FileNotFoundError(f"no image folder at '{folder}'; expected one folder a class, e.g. {folder}/gothic")
+        raise FileNotFoundError(
+            f"no image folder at '{folder}'; expected one folder a class, e.g. {folder}/gothic"
+        )
     names = {name.casefold() for name in class_names}
     attributions = dict(_attributions(folder))
     rows: list[dict[str, Any]] = []
@@ -47,7 +54,9 @@ def read_folders(folder: str | Path, class_names: list[str]) -> tuple[datasets.D
         if path.name in SIDECARS:
             continue
         if not path.is_file():
-            outside.append({"source_id": inside.as_posix(), "reason": "not a file: a broken link, or a device"})
+            outside.append(
+                {"source_id": inside.as_posix(), "reason": "not a file: a broken link, or a device"}
+            )
             continue
         split = split_of(inside.parts, names)
         within = inside.parts[1 if split else 0 : -1]
@@ -77,11 +86,16 @@ def split_of(parts: Sequence[str], class_names: Collection[str]) -> str | None:
 
 
 def list_files(folder: Path) -> Iterator[Path]:
-    """What is in the folder and below, through links to other folders as well; hidden files are no images."""
+    """What is in the folder and below, through links to other folders as well.
+
+    Hidden files are no images.
+    """
     entered = set()
     for name, folders, files in os.walk(folder, followlinks=True):
         resolved = Path(name).resolve()
-        folders[:] = [] if resolved in entered else [inner for inner in folders if not inner.startswith(".")]
+        folders[:] = (
+            [] if resolved in entered else [inner for inner in folders if not inner.startswith(".")]
+        )
         if resolved not in entered:
             yield from (Path(name) / file for file in files if not file.startswith("."))
         entered.add(resolved)

@@ -14,7 +14,10 @@ from nicheclip.domain import class_key
 SOURCE_FEATURES = datasets.Features(
     {
         "image": datasets.Image(decode=False),
-        **{name: datasets.Value("string") for name in ("source_id", "version", "class_name", "split", "attribution")},
+        **{
+            name: datasets.Value("string")
+            for name in ("source_id", "version", "class_name", "split", "attribution")
+        },
     }
 )
 
@@ -32,7 +35,9 @@ def read_options(kind: type[T], options: dict[str, Any], source: str) -> T:
         return kind(**options)
     except TypeError as error:
         known = ", ".join(inspect.signature(kind).parameters)
-        raise ValueError(f"source.options of {source}: {error}; known options are {known}") from error
+        raise ValueError(
+            f"source.options of {source}: {error}; known options are {known}"
+        ) from error
 
 
 def check_classes(found: Iterable[str], class_names: list[str], where: str) -> dict[str, str]:
@@ -49,12 +54,17 @@ def check_classes(found: Iterable[str], class_names: list[str], where: str) -> d
             close = difflib.get_close_matches(class_key(label), list(names), n=1)
             raise ValueError(
                 f"'{label}' in {where} is no class of the domain"
-                + (f"; did you mean '{names[close[0]]}'?" if close else "; add it to classes, or take it out")
+                + (
+                    f"; did you mean '{names[close[0]]}'?"
+                    if close
+                    else "; add it to classes, or take it out"
+                )
             )
         canonical[label] = names[class_key(label)]
     empty = sorted(set(class_names) - set(canonical.values()))
     if empty:
         raise FileNotFoundError(
-            f"no images in {where} for: {', '.join(empty)}; add them, or take the classes out of the domain file"
+            f"no images in {where} for: {', '.join(empty)}; add them, or take the classes out of "
+            "the domain file"
         )
     return canonical

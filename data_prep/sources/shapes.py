@@ -1,7 +1,8 @@
 """A drawn task outside of the façades: which colour is the shape? The classes are colours.
 
-Circles, triangles, squares and hexagons, in every colour alike, on grey ground. The base of the façades knows the
-names of colours, from walls, and those of shapes it has never read; so colours are what it can forget.
+Circles, triangles, squares and hexagons, in every colour alike, on grey ground. The base of the
+façades knows the names of colours, from walls, and those of shapes it has never read; so colours
+are what it can forget.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def draw_shapes(class_names: list[str], per_class: int, seed: int) -> datasets.D
     unknown = sorted(set(class_names) - set(COLOURS))
     if unknown:
         raise ValueError(
-            f"no shape is '{unknown[0]}'; the classes of outside are colours, and known are {', '.join(COLOURS)}"
+            f"no shape is '{unknown[0]}'; the classes of outside are colours, and known are "
+            f"{', '.join(COLOURS)}"
         )
     rows = []
     for colour in class_names:
@@ -70,9 +72,15 @@ def _draw(colour: tuple[int, int, int], corners: int, rng: np.random.Generator) 
         ground = rng.integers(70, 220)
     side = SUPERSAMPLING * SIZE
     image = Image.new("RGB", (side, side), (int(ground),) * 3)
-    radius, (x, y), turn = side * rng.uniform(0.26, 0.42), side * rng.uniform(0.42, 0.58, 2), rng.uniform(0, math.tau)
+    radius, (x, y), turn = (
+        side * rng.uniform(0.26, 0.42),
+        side * rng.uniform(0.42, 0.58, 2),
+        rng.uniform(0, math.tau),
+    )
     angles = [turn + math.tau * corner / (corners or 48) for corner in range(corners or 48)]
     outline = [(x + radius * math.cos(angle), y + radius * math.sin(angle)) for angle in angles]
     ImageDraw.Draw(image).polygon(outline, tuple(int(value) for value in fill))
     pixels = np.asarray(image.resize((SIZE, SIZE), Image.Resampling.LANCZOS), np.float32)
-    return Image.fromarray(np.clip(pixels + rng.normal(0, GRAIN, pixels.shape), 0, 255).astype(np.uint8))
+    return Image.fromarray(
+        np.clip(pixels + rng.normal(0, GRAIN, pixels.shape), 0, 255).astype(np.uint8)
+    )

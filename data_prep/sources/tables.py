@@ -24,7 +24,8 @@ class TableOptions:
     attribution_column: str | None = None
     config: str | None = None  # of a Hub dataset
     revision: str | None = None
-    splits: dict[str, str | None] = field(default_factory=dict)  # e.g. {valid: validation, full: null}; others by name
+    # e.g. {valid: validation, full: null}; others by name
+    splits: dict[str, str | None] = field(default_factory=dict)
 
 
 def is_table(location: str | Path) -> bool:
@@ -40,13 +41,15 @@ def read_table(
     """Opens a dataset; images stay undecoded and on disk.
 
     Args:
-        location: a Hub id, a .parquet or .arrow file, a folder of them, or one written by `save_to_disk`.
-        class_names: the classes of the domain; labels are ClassLabel or strings, upper and lower case are alike.
+        location: a Hub id, a .parquet or .arrow file, a folder of them, or one written by
+            `save_to_disk`.
+        class_names: the classes of the domain; labels are ClassLabel or strings, upper and lower
+            case are alike.
         options: the fields of `TableOptions`.
 
     Returns:
-        rows as `data_prep.sources` describes them; and the rows without a label, as source_id and reason. A split
-        that is not train, validation, calibration or test is dealt out.
+        rows as `data_prep.sources` describes them; and the rows without a label, as source_id and
+        reason. A split that is not train, validation, calibration or test is dealt out.
 
     Raises:
         ValueError: for an unknown option, column, split or label.
@@ -61,11 +64,22 @@ def read_table(
     for name, table in tables.items():
         split = chosen.splits.get(name, ALIASES.get(name, name if name in SPLITS else None))
         if split not in (*SPLITS, None):
-            raise ValueError(f"source.options.splits: '{split}' is no split; expected {', '.join(SPLITS)} or null")
-        classes = {index: canonical[label] for index, label in enumerate(labels[name]) if label is not None}
+            raise ValueError(
+                f"source.options.splits: '{split}' is no split; expected {', '.join(SPLITS)} or "
+                "null"
+            )
+        classes = {
+            index: canonical[label] for index, label in enumerate(labels[name]) if label is not None
+        }
         labelled = list(classes)
-        credits = table[chosen.attribution_column][:] if chosen.attribution_column else [None] * len(table)
-        images = table.select_columns([chosen.image_column]).rename_columns({chosen.image_column: "image"})
+        credits = (
+            table[chosen.attribution_column][:]
+            if chosen.attribution_column
+            else [None] * len(table)
+        )
+        images = table.select_columns([chosen.image_column]).rename_columns(
+            {chosen.image_column: "image"}
+        )
         images = images.cast_column("image", datasets.Image(decode=False)).select(labelled)
         columns = {
             "source_id": [f"{name}/{index:07d}" for index in labelled],
@@ -111,12 +125,19 @@ def _load(location: str | Path, options: TableOptions) -> datasets.DatasetDict:
             loaded = datasets.load_dataset(str(location), options.config, revision=options.revision)
         except (FileNotFoundError, ConnectionError) as error:
             raise FileNotFoundError(
-                f"no folder and no dataset '{location}': {error}; check the path, or the id and the network"
+                f"no folder and no dataset '{location}': {error}; check the path, or the id and "
+                "the network"
             ) from error
-    return loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict({"table": loaded})
+    return (
+        loaded
+        if isinstance(loaded, datasets.DatasetDict)
+        else datasets.DatasetDict({"table": loaded})
+    )
 
 
-def _labels(table: datasets.Dataset, options: TableOptions, location: str | Path) -> list[str | None]:
+def _labels(
+    table: datasets.Dataset, options: TableOptions, location: str | Path
+) -> list[str | None]:
     for key in ("image_column", "label_column", "attribution_column"):
         column = getattr(options, key)
         if column is not None and column not in table.column_names:
@@ -130,7 +151,7 @@ def _labels(table: datasets.Dataset, options: TableOptions, location: str | Path
         return [None if label in (None, -1) else kind.names[label] for label in labels]
     if any(not isinstance(label, str) for label in labels if label is not None):
         raise ValueError(
-            f"the labels in column '{options.label_column}' of '{location}' are {kind.dtype}, and nothing says what "
-            "they mean; expected a ClassLabel or strings"
+            f"the labels in column '{options.label_column}' of '{location}' are {kind.dtype}, and "
+            "nothing says what they mean; expected a ClassLabel or strings"
         )
     return labels

@@ -1,6 +1,7 @@
 """A polite client of Wikimedia Commons: what the API lists, and the thumbnails.
 
-API requests go one at a time, each names a way of contact, and all threads wait when the site says so.
+API requests go one at a time, each names a way of contact, and all threads wait when the site says
+so.
 """
 
 from __future__ import annotations
@@ -49,7 +50,12 @@ class CommonsFile:
 
     def stem(self, width: int) -> str:
         """The file's name without extension: another width, or a new version on Commons, is another file."""
-        ascii_title = unicodedata.normalize("NFKD", Path(self.title).stem).encode("ascii", "ignore").decode().lower()
+        ascii_title = (
+            unicodedata.normalize("NFKD", Path(self.title).stem)
+            .encode("ascii", "ignore")
+            .decode()
+            .lower()
+        )
         slug = "_".join(re.findall("[a-z0-9]+", ascii_title))[:60].strip("_")
         return "_".join(filter(None, [str(self.page_id), slug, f"{width}px", self.sha1[:8]]))
 
@@ -85,7 +91,9 @@ class Commons:
 
     def __init__(self, contact: str | None, api: str, width: int, first_wait: float):
         self.contact = (contact or "").strip()
-        agent = f"NicheCLIP/{version('nicheclip')} ({self.contact}) python-httpx/{httpx.__version__}"
+        agent = (
+            f"NicheCLIP/{version('nicheclip')} ({self.contact}) python-httpx/{httpx.__version__}"
+        )
         self.client = httpx.Client(headers={"User-Agent": agent}, timeout=60, follow_redirects=True)
         self.api = api
         self.width = width
@@ -105,8 +113,8 @@ class Commons:
         """
         if not self.contact:
             raise ValueError(
-                "Wikimedia asks whoever downloads for a way of contact; "
-                "pass --contact to `python -m data_prep`: you@example.org, or the address of a page about you"
+                "Wikimedia asks whoever downloads for a way of contact; pass --contact to `python "
+                "-m data_prep`: you@example.org, or the address of a page about you"
             )
         next_try = 0.0
         for attempt in range(TRIES):
@@ -120,13 +128,17 @@ class Commons:
                 whole_site = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
             else:
                 if response.status_code == 403:
-                    raise PermissionError(f"{url} is refused (HTTP 403); check that --contact really reaches you")
+                    raise PermissionError(
+                        f"{url} is refused (HTTP 403); check that --contact really reaches you"
+                    )
                 problem, whole_site = _passing_problem(response), response.status_code == 429
                 if problem is None:
                     return response
                 asked = _retry_after(response)
             if asked > 30:
-                logger.warning("%s asks to wait %.0f seconds (%s)", httpx.URL(url).host, asked, problem)
+                logger.warning(
+                    "%s asks to wait %.0f seconds (%s)", httpx.URL(url).host, asked, problem
+                )
             now = time.monotonic()
             next_try = now + self.first_wait * 2**attempt
             with self.lock:
@@ -163,7 +175,12 @@ class Commons:
 
     def subcategories(self, category: str) -> list[str]:
         """Their names without "Category:", one level down."""
-        query = {"list": "categorymembers", "cmtitle": f"Category:{category}", "cmtype": "subcat", "cmlimit": 500}
+        query = {
+            "list": "categorymembers",
+            "cmtitle": f"Category:{category}",
+            "cmtype": "subcat",
+            "cmlimit": 500,
+        }
         return [
             member["title"].removeprefix("Category:")
             for answer in self.answers(**query)
@@ -197,9 +214,15 @@ class Commons:
         except _Refused as error:
             if error.code != "urlparamnormal":
                 raise
-            # One file that can't be scaled spoils the answer for its whole batch, and hides what comes after it.
-            titles = [*(title.removeprefix("File:") for title in sorted(batch)), f"Category:{category}"]
-            files += [CommonsFile(title, category, f"not listed to the end: {error}") for title in titles]
+            # One file that can't be scaled spoils the answer for its whole batch, and hides what
+            # comes after it.
+            titles = [
+                *(title.removeprefix("File:") for title in sorted(batch)),
+                f"Category:{category}",
+            ]
+            files += [
+                CommonsFile(title, category, f"not listed to the end: {error}") for title in titles
+            ]
         return files
 
     def store(self, url: str, stem: Path) -> str | None:
@@ -214,7 +237,14 @@ class Commons:
             with Image.open(io.BytesIO(response.content), formats=["JPEG", "PNG", "WEBP"]) as image:
                 extension = EXTENSIONS[str(image.format)]
                 image.verify()
-        except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        except (
+            OSError,
+            SyntaxError,
+            ValueError,
+            EOFError,
+            struct.error,
+            Image.DecompressionBombError,
+        ) as error:
             return f"what came is no image: {str(error).splitlines()[0]}"
         temporary = stem.with_name(f".{stem.name}.tmp")
         temporary.write_bytes(response.content)
@@ -245,8 +275,14 @@ def _retry_after(response: httpx.Response) -> float:
 def _read_page(page: dict[str, Any], category: str) -> CommonsFile:
     """A file as the API describes it; its texts may be HTML."""
     info = page.get("imageinfo", [{}])[0]
-    texts = {name: plain_text(str(entry["value"])) for name, entry in (info.get("extmetadata") or {}).items()}
-    author, licence = texts.get("Artist") or texts.get("Attribution") or "", texts.get("LicenseShortName", "")
+    texts = {
+        name: plain_text(str(entry["value"]))
+        for name, entry in (info.get("extmetadata") or {}).items()
+    }
+    author, licence = (
+        texts.get("Artist") or texts.get("Attribution") or "",
+        texts.get("LicenseShortName", ""),
+    )
     if re.fullmatch(r"(unknown|unidentified)( (author|artist|photographer))?", author.casefold()):
         author = ""
     free, owes_credit = _rights(texts)
@@ -273,12 +309,16 @@ def _read_page(page: dict[str, Any], category: str) -> CommonsFile:
 
 def _rights(texts: dict[str, str]) -> tuple[bool, bool]:
     """Is the licence one of the free ones, and does it ask for the author's name?"""
-    codes = [texts.get(name, "").casefold().replace(" ", "-") for name in ("License", "LicenseShortName")]
+    codes = [
+        texts.get(name, "").casefold().replace(" ", "-") for name in ("License", "LicenseShortName")
+    ]
     if texts.get("NonFree") or any(re.search(r"-(nc|nd)\b", code) for code in codes):
         return False, True
     if any(re.match(r"(cc0|cc-zero|cc-pd|pd|public-domain)\b", code) for code in codes):
         return True, False
-    return any(re.match(r"(cc-by(-sa)?|gfdl|fal|free-art(-license)?)\b", code) for code in codes), True
+    return any(
+        re.match(r"(cc-by(-sa)?|gfdl|fal|free-art(-license)?)\b", code) for code in codes
+    ), True
 
 
 def plain_text(html: str) -> str:

@@ -1,12 +1,14 @@
 """python -m domains.facades.make_base [--output domains/facades/base] [--seed 0] [--epochs 11] [--drawings 24000]
 
-Trains the tiny CLIP that the façades domain fine-tunes, from nothing, on drawings of `data_prep.sources.painter`, and
-writes a folder that stock `CLIPModel.from_pretrained` and `CLIPProcessor.from_pretrained` load.
+Trains the tiny CLIP that the façades domain fine-tunes, from nothing, on drawings of
+`data_prep.sources.painter`, and writes a folder that stock `CLIPModel.from_pretrained` and
+`CLIPProcessor.from_pretrained` load.
 
-The base is meant to know the domain as web-scale CLIP knows architecture: it sees well, and names badly. Its captions
-tell of parts, colours and weather. Only in the last `NAMED_EPOCHS` is a style named, in `NAMED_SHARE` of the captions,
-and `WRONG_SHARE` of these names are wrong, mostly by a style of the same cluster. Run from the root of the repository;
-the defaults reproduce the base, up to rounding, in about half an hour on two cores. Needs torch >= 2.9 for Muon.
+The base is meant to know the domain as web-scale CLIP knows architecture: it sees well, and names
+badly. Its captions tell of parts, colours and weather. Only in the last `NAMED_EPOCHS` is a style
+named, in `NAMED_SHARE` of the captions, and `WRONG_SHARE` of these names are wrong, mostly by a
+style of the same cluster. Run from the root of the repository; the defaults reproduce the base, up
+to rounding, in about half an hour on two cores. Needs torch >= 2.9 for Muon.
 """
 
 import argparse
@@ -25,7 +27,14 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer, set_seed
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+    set_seed,
+)
 
 from data_prep.sources.painter import STYLES, draw, paint
 
@@ -70,7 +79,9 @@ def caption(facts: dict[str, str], name: str | None, rng: np.random.Generator) -
         told.insert(0, "feature")
     if name is not None and rng.random() < 0.4:
         told = told[:1]
-    words = [f"{facts['wall']} {facts['material']}"] if rng.random() < (0.3 if name else 0.6) else []
+    words = (
+        [f"{facts['wall']} {facts['material']}"] if rng.random() < (0.3 if name else 0.6) else []
+    )
     words += [name] if name else []
     words += [NOUNS[rng.integers(len(NOUNS))]]
     words += [VALUE_PHRASES.get(facts[key]) or KEY_PHRASES[key].format(facts[key]) for key in told]
@@ -99,7 +110,9 @@ def captioned_drawings(count: int, seed: int) -> tuple[torch.Tensor, list[dict[s
     """The training drawings, the styles in turn, as uint8 (count, 3, SIZE, SIZE), and what each of them shows."""
     images, facts = torch.empty(count, 3, SIZE, SIZE, dtype=torch.uint8), []
     for i in tqdm(range(count), desc="drawing"):
-        picture, told = paint(STYLES[i % len(STYLES)], np.random.default_rng([seed, TRAINING, i]), SIZE)
+        picture, told = paint(
+            STYLES[i % len(STYLES)], np.random.default_rng([seed, TRAINING, i]), SIZE
+        )
         images[i] = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
         facts.append(told)
     return images, facts
@@ -107,21 +120,31 @@ def captioned_drawings(count: int, seed: int) -> tuple[torch.Tensor, list[dict[s
 
 def fresh_drawings(count: int, seed: int, stream: int) -> list[Image.Image]:
     """`count` drawings that training does not see, the styles in turn."""
-    return [draw(STYLES[i % len(STYLES)], np.random.default_rng([seed, stream, i]), SIZE) for i in range(count)]
+    return [
+        draw(STYLES[i % len(STYLES)], np.random.default_rng([seed, stream, i]), SIZE)
+        for i in range(count)
+    ]
 
 
 def make_tokenizer(texts: list[str]) -> CLIPTokenizer:
-    """CLIP's lower-casing byte-level BPE, its merges learnt from `texts`; any byte has a token of its own."""
+    """CLIP's lower-casing byte-level BPE, its merges learnt from `texts`.
+
+    Any byte has a token of its own.
+    """
     trained = CLIPTokenizer().backend_tokenizer
     alphabet = sorted(ByteLevel.alphabet())
     singles = alphabet + [f"{letter}</w>" for letter in alphabet]
     special = ["<|startoftext|>", "<|endoftext|>"]
-    trainer = BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet, end_of_word_suffix="</w>")
+    trainer = BpeTrainer(
+        vocab_size=VOCABULARY, initial_alphabet=alphabet, end_of_word_suffix="</w>"
+    )
     trained.train_from_iterator(texts, trainer)
     merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
     merges = merges[: VOCABULARY - len(singles) - len(special)]
     vocabulary = [*singles, *("".join(pair) for pair in merges), *special]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(vocabulary)}, merges=merges, model_max_length=77)
+    return CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(vocabulary)}, merges=merges, model_max_length=77
+    )
 
 
 def make_model(tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -148,20 +171,26 @@ def augment(images: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
     matrix[:, :, 2] = (torch.rand(count, 2) * 2 - 1) * (1 - zoom)[:, None]
     grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
     images = F.grid_sample(images, grid, align_corners=False)
-    gain = torch.empty(count, 1, 1, 1).uniform_(0.85, 1.15) * torch.empty(count, 3, 1, 1).uniform_(0.95, 1.05)
+    gain = torch.empty(count, 1, 1, 1).uniform_(0.85, 1.15) * torch.empty(count, 3, 1, 1).uniform_(
+        0.95, 1.05
+    )
     return (images * gain).clamp(0, 1)
 
 
 def make_optimizers(model: CLIPModel, head: torch.nn.Linear) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the towers, which learn about twice as fast with it, and AdamW for all the rest."""
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "encoder.layers" in name]
+    matrices = [
+        p for name, p in model.named_parameters() if p.ndim == 2 and "encoder.layers" in name
+    ]
     taken = {id(p) for p in matrices}
     rest = [p for p in [*model.parameters(), *head.parameters()] if id(p) not in taken]
     groups = [
         {"params": [p for p in rest if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    muon = torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(
+        matrices, lr=MUON_RATE, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
+    )
     return [torch.optim.AdamW(groups, lr=ADAMW_RATE, betas=(0.9, 0.98)), muon]
 
 
@@ -174,17 +203,25 @@ def bags_of_words(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
 
 
 def train(
-    model: CLIPModel, processor: CLIPProcessor, clusters: list[list[str]], count: int, epochs: int, seed: int
+    model: CLIPModel,
+    processor: CLIPProcessor,
+    clusters: list[list[str]],
+    count: int,
+    epochs: int,
+    seed: int,
 ) -> None:
     """Trains `model` in place on `count` captioned drawings.
 
-    The loss is CLIP's symmetric contrastive loss plus that of a linear head, later dropped, which predicts the words
-    told of a picture from its image_embeds (Joulin et al. 2016, "Learning visual features from large weakly supervised
-    data"): with drawings by the thousand only, the contrastive loss alone is slow to look past the weather.
+    The loss is CLIP's symmetric contrastive loss plus that of a linear head, later dropped, which
+    predicts the words told of a picture from its image_embeds (Joulin et al. 2016, "Learning visual
+    features from large weakly supervised data"): with drawings by the thousand only, the
+    contrastive loss alone is slow to look past the weather.
     """
     images, facts = captioned_drawings(count, seed)
     rng = np.random.default_rng([seed, NAMING])
-    names: list[str | None] = [noisy_name(STYLES[i % len(STYLES)], clusters, rng) for i in range(count)]
+    names: list[str | None] = [
+        noisy_name(STYLES[i % len(STYLES)], clusters, rng) for i in range(count)
+    ]
     rng = np.random.default_rng([seed, CAPTIONS])
     mean = torch.tensor(processor.image_processor.image_mean).view(3, 1, 1)
     std = torch.tensor(processor.image_processor.image_std).view(3, 1, 1)
@@ -194,7 +231,9 @@ def train(
     steps = epochs * batches
 
     def rate(step: int) -> float:
-        return min((step + 1) / (WARMUP_SHARE * steps), 0.5 * (1 + math.cos(math.pi * step / steps)))
+        return min(
+            (step + 1) / (WARMUP_SHARE * steps), 0.5 * (1 + math.cos(math.pi * step / steps))
+        )
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
     model.train()
@@ -203,7 +242,10 @@ def train(
         named = epoch >= epochs - NAMED_EPOCHS
         for chosen in torch.randperm(count)[: batches * BATCH_SIZE].view(batches, BATCH_SIZE):
             mirrored = torch.rand(BATCH_SIZE) < 0.5
-            told = [mirror(facts[i]) if flip else facts[i] for i, flip in zip(chosen, mirrored, strict=True)]
+            told = [
+                mirror(facts[i]) if flip else facts[i]
+                for i, flip in zip(chosen, mirrored, strict=True)
+            ]
             called = [names[i] if named else None for i in chosen]
             captions = [caption(fact, name, rng) for fact, name in zip(told, called, strict=True)]
             words = bags_of_words(processor.tokenizer, [" ".join(fact.values()) for fact in told])
@@ -222,16 +264,24 @@ def train(
                 schedule.step()
             model.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
             bar.update()
-            bar.set_postfix(contrastive=f"{output.loss.item():.3f}", words=f"{told_loss.item():.3f}", refresh=False)
+            bar.set_postfix(
+                contrastive=f"{output.loss.item():.3f}",
+                words=f"{told_loss.item():.3f}",
+                refresh=False,
+            )
     bar.close()
 
 
 @torch.no_grad()
-def image_embeds(model: CLIPModel, processor: CLIPProcessor, pictures: list[Image.Image]) -> np.ndarray:
+def image_embeds(
+    model: CLIPModel, processor: CLIPProcessor, pictures: list[Image.Image]
+) -> np.ndarray:
     """Unit-length embeddings (len(pictures), projection_dim)."""
     chunks = []
     for start in range(0, len(pictures), BATCH_SIZE):
-        pixels = processor.image_processor(pictures[start : start + BATCH_SIZE], return_tensors="pt")
+        pixels = processor.image_processor(
+            pictures[start : start + BATCH_SIZE], return_tensors="pt"
+        )
         chunks.append(model.get_image_features(**pixels).pooler_output)
     return F.normalize(torch.cat(chunks), dim=-1).numpy()
 
@@ -243,20 +293,31 @@ def evaluate(folder: Path, prompts: list[str], clusters: list[list[str]], seed: 
     processor = CLIPProcessor.from_pretrained(folder)
     count = EVALUATED_PER_CLASS * len(STYLES)
     truth = np.arange(count) % len(STYLES)
-    seen = image_embeds(model, processor, fresh_drawings(count, seed, EVALUATION))  # (count, projection_dim)
+    # (count, projection_dim)
+    seen = image_embeds(model, processor, fresh_drawings(count, seed, EVALUATION))
     tokens = processor.tokenizer(prompts, padding=True, return_tensors="pt")
     prototypes = model.get_text_features(**tokens).pooler_output  # (classes, projection_dim)
     prototypes = F.normalize(prototypes, dim=-1).numpy()
     guess = (seen @ prototypes.T).argmax(axis=1)
-    home = np.array([next(i for i, cluster in enumerate(clusters) if style in cluster) for style in STYLES])
+    home = np.array(
+        [next(i for i, cluster in enumerate(clusters) if style in cluster) for style in STYLES]
+    )
     wrong = guess != truth
     print(f"zero-shot accuracy {1 - wrong.mean():.3f} on {count} drawings")
-    print("recalls " + ", ".join(f"{style} {1 - wrong[truth == i].mean():.2f}" for i, style in enumerate(STYLES)))
+    print(
+        "recalls "
+        + ", ".join(f"{style} {1 - wrong[truth == i].mean():.2f}" for i, style in enumerate(STYLES))
+    )
     print(f"errors inside the cluster {(home[guess] == home[truth])[wrong].mean():.3f}")
-    known = image_embeds(model, processor, fresh_drawings(PROBED_PER_CLASS * len(STYLES), seed, PROBE))
+    known = image_embeds(
+        model, processor, fresh_drawings(PROBED_PER_CLASS * len(STYLES), seed, PROBE)
+    )
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.03, max_iter=2000))
     probe.fit(known, np.arange(len(known)) % len(STYLES))
-    print(f"linear probe accuracy {probe.score(seen, truth):.3f}, trained on {PROBED_PER_CLASS} drawings a class")
+    print(
+        f"linear probe accuracy {probe.score(seen, truth):.3f}, trained on {PROBED_PER_CLASS} "
+        "drawings a class"
+    )
 
 
 def main() -> None:
@@ -277,7 +338,9 @@ def main() -> None:
     texts = [caption(facts, STYLES[i % len(STYLES)], rng) for i, facts in enumerate(painted * 4)]
     tokenizer = make_tokenizer(texts + [prompt for group in prompts for prompt in group] * 20)
     size = {"height": SIZE, "width": SIZE}
-    processor = CLIPProcessor(CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=size), tokenizer)
+    processor = CLIPProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=size), tokenizer
+    )
     model = make_model(tokenizer)
     train(model, processor, clusters, args.drawings, args.epochs, args.seed)
     model.half().save_pretrained(args.output)

@@ -3,12 +3,13 @@
     from data_prep.sources.painter import STYLES, draw
     draw("gothic", numpy.random.default_rng(0)).save("gothic.png")
 
-Twelve styles in four clusters. The styles of a cluster share their composition, and a style is a table of how likely
-each cue is (`CUES`), so cues vary, overlap and may be hidden behind a tree. Palette, material, light, weather and
-viewpoint are drawn from the same distributions for every style: colour alone says nothing about the class.
+Twelve styles in four clusters. The styles of a cluster share their composition, and a style is a
+table of how likely each cue is (`CUES`), so cues vary, overlap and may be hidden behind a tree.
+Palette, material, light, weather and viewpoint are drawn from the same distributions for every
+style: colour alone says nothing about the class.
 
-Units: the picture is 96 units wide and high, y points down, whatever its size in pixels. The scene is painted with a
-margin round it and supersampled, then seen through a mildly tilted camera.
+Units: the picture is 96 units wide and high, y points down, whatever its size in pixels. The scene
+is painted with a margin round it and supersampled, then seen through a mildly tilted camera.
 """
 
 from collections.abc import Callable
@@ -22,11 +23,33 @@ from data_prep.sources.painter.classical import classical
 from data_prep.sources.painter.gables import gables
 from data_prep.sources.painter.modern import modern
 from data_prep.sources.painter.scene import STYLES, Scene
-from data_prep.sources.painter.surroundings import backdrop, camera, develop, occluder, street, tree, weather
+from data_prep.sources.painter.surroundings import (
+    backdrop,
+    camera,
+    develop,
+    occluder,
+    street,
+    tree,
+    weather,
+)
 
 __all__ = ["STYLES", "draw", "paint"]
 
-NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+NUMBERS = (
+    "no",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+)
 COMPOSITIONS: dict[str, Callable[[Scene], None]] = {
     "gothic": partial(arches, shape="pointed", slender=0.33),
     "romanesque": partial(arches, shape="round", slender=0.44),
@@ -39,7 +62,9 @@ COMPOSITIONS: dict[str, Callable[[Scene], None]] = {
 }  # fmt: skip
 
 
-def paint(style: str, rng: np.random.Generator, size: int = 96) -> tuple[Image.Image, dict[str, str]]:
+def paint(
+    style: str, rng: np.random.Generator, size: int = 96
+) -> tuple[Image.Image, dict[str, str]]:
     """Paints one façade.
 
     Args:
@@ -48,8 +73,8 @@ def paint(style: str, rng: np.random.Generator, size: int = 96) -> tuple[Image.I
         size: width and height in pixels.
 
     Returns:
-        The RGB picture (size, size), and what it shows in plain words, style aside: wall, material, roof, weather,
-        time, season, storeys, ground, occluder, view and feature.
+        The RGB picture (size, size), and what it shows in plain words, style aside: wall, material,
+        roof, weather, time, season, storeys, ground, occluder, view and feature.
 
     Raises:
         KeyError: `style` is not one of `STYLES`.

@@ -19,7 +19,9 @@ class Arch:
     tracery: bool
 
 
-def _arched_windows(s: Scene, arch: Arch, x: float, y: float, w: float, h: float, count: int) -> None:
+def _arched_windows(
+    s: Scene, arch: Arch, x: float, y: float, w: float, h: float, count: int
+) -> None:
     step = w / count
     each = min(h * arch.slender, step * 0.62)
     for at in [x + step * (i + 0.5) - each / 2 for i in range(count)]:
@@ -37,13 +39,18 @@ def _arcade(s: Scene, arch: Arch, left: float, width: float, height: float) -> N
     _arched_windows(s, arch, left + 2, top + 5, width - 4, (height - high) * 0.5, count + s.n(0, 2))
     for x in [left + step * (i + 0.14) for i in range(count)]:
         s.ring(x, s.ground - high, step * 0.72, high, 1.3, arch.shape, arch.acute, arch.banded)
-        s.fill(opening(x, s.ground - high, step * 0.72, high, arch.shape, arch.acute), tone(s.wall, 0.3))
+        s.fill(
+            opening(x, s.ground - high, step * 0.72, high, arch.shape, arch.acute),
+            tone(s.wall, 0.3),
+        )
     for i in range(count + 1):
         s.column(left + step * i - 0.9, s.ground - high * 0.62, 1.8, high * 0.62)
     s.features.append("arcade")
 
 
-def _church_front(s: Scene, arch: Arch, left: float, width: float, height: float, nave: float, aisle: float) -> None:
+def _church_front(
+    s: Scene, arch: Arch, left: float, width: float, height: float, nave: float, aisle: float
+) -> None:
     """A nave of width `nave` between aisles of height `aisle`, with a portal and a window above it."""
     side, top = (width - nave) / 2, s.ground - height
     s.lay(box(left, s.ground - aisle, width, aisle), tone(s.wall, 0.94))
@@ -53,7 +60,16 @@ def _church_front(s: Scene, arch: Arch, left: float, width: float, height: float
         _arched_windows(s, arch, x + 1, s.ground - aisle + 5, side - 2, aisle * 0.55, s.n(1, 2))
     portal, tall = nave * s.u(0.3, 0.4), height * s.u(0.34, 0.42)
     for thick in (2.4, 1.2):
-        s.ring(s.middle - portal / 2, s.ground - tall, portal, tall, thick, arch.shape, arch.acute, arch.banded)
+        s.ring(
+            s.middle - portal / 2,
+            s.ground - tall,
+            portal,
+            tall,
+            thick,
+            arch.shape,
+            arch.acute,
+            arch.banded,
+        )
     s.door(s.middle - portal / 2, portal, tall, arch.shape, arch.acute)
     if s.has("rose"):
         y, r = top + height * 0.3, nave * s.u(0.19, 0.26)
@@ -65,12 +81,18 @@ def _church_front(s: Scene, arch: Arch, left: float, width: float, height: float
         s.features.append("rose window")
     else:
         high = height * s.u(0.28, 0.38)
-        _arched_windows(s, arch, left + side + nave * 0.1, top + height * 0.12, nave * 0.8, high, s.n(1, 4))
+        _arched_windows(
+            s, arch, left + side + nave * 0.1, top + height * 0.12, nave * 0.8, high, s.n(1, 4)
+        )
 
 
 def _towers(s: Scene, arch: Arch, left: float, width: float, height: float) -> None:
     spire, w, tall = s.has("spire"), s.u(9, 13), height * s.u(1.1, 1.35)
-    rise, y, crenels = w * (s.u(1.5, 2.2) if spire else s.u(0.5, 0.9)), s.ground - tall, s.has("crenels")
+    rise, y, crenels = (
+        w * (s.u(1.5, 2.2) if spire else s.u(0.5, 0.9)),
+        s.ground - tall,
+        s.has("crenels"),
+    )
     for side in s.pick(((0,), (1,), (0, 1))):
         x = left + (width - w) * side
         s.lay(box(x, y, w, tall), tone(s.wall, 1.03))
@@ -105,8 +127,12 @@ def arches(s: Scene, shape: str, slender: float) -> None:
         s.features.append("dome")
     if s.has("gable"):
         rise = min(nave * s.u(0.4, 0.6), 17)
-        s.fill([(start - 1.2, top + 0.6), (s.middle, top - rise - 1.4), (end + 1.2, top + 0.6)], s.roof)
-        s.lay([(start + 0.6, top + 0.6), (s.middle, top - rise + 1), (end - 0.6, top + 0.6)], s.wall)
+        s.fill(
+            [(start - 1.2, top + 0.6), (s.middle, top - rise - 1.4), (end + 1.2, top + 0.6)], s.roof
+        )
+        s.lay(
+            [(start + 0.6, top + 0.6), (s.middle, top - rise + 1), (end - 0.6, top + 0.6)], s.wall
+        )
     elif s.has("crenels"):
         s.crenels(start, top, nave)
         s.features.append("battlements")
@@ -117,7 +143,9 @@ def arches(s: Scene, shape: str, slender: float) -> None:
             s.oval(start + 1.5 + 3 * i, top + 2.6, 1.1, 1.1, tone(s.wall, 0.62))
     elif s.has("tiles"):
         for x in [start + 2 * i for i in range(int(nave / 2))]:
-            s.fill([(x, top + 2.6), (x + 1, top + 1.2), (x + 2, top + 2.6), (x + 1, top + 4)], s.trim)
+            s.fill(
+                [(x, top + 2.6), (x + 1, top + 1.2), (x + 2, top + 2.6), (x + 1, top + 4)], s.trim
+            )
     edges = (left, start, end, left + width)
     if s.has("buttresses"):
         for x in edges:
@@ -130,4 +158,6 @@ def arches(s: Scene, shape: str, slender: float) -> None:
         s.features.append("pinnacles")
     if s.has("towers"):
         _towers(s, arch, left, width, height)
-    s.features += [f"{shape} arches"] * 2 + ["striped arches"] * arch.banded + ["tracery"] * arch.tracery
+    s.features += (
+        [f"{shape} arches"] * 2 + ["striped arches"] * arch.banded + ["tracery"] * arch.tracery
+    )

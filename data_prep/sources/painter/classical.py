@@ -30,7 +30,13 @@ def _portico(s: Scene, x: float, w: float, height: float, order: int) -> None:
     s.pediment(x - 1, top - 1, w + 2, w * s.u(0.17, 0.24))
     tread = foot / 3
     for i in range(3):
-        s.rect(x - 1 - i, s.ground - foot + i * tread, w + 2 + 2 * i, tread + 0.1, tone(s.trim, 1 - 0.1 * i))
+        s.rect(
+            x - 1 - i,
+            s.ground - foot + i * tread,
+            w + 2 + 2 * i,
+            tread + 0.1,
+            tone(s.trim, 1 - 0.1 * i),
+        )
 
 
 def classical(s: Scene) -> None:
@@ -38,7 +44,12 @@ def classical(s: Scene) -> None:
     temple, portico, serliana = s.has("temple"), s.has("portico"), s.has("serliana")
     width, height, s.storeys = s.u(46, 66), s.u(28, 40), s.n(2, 3)
     bays = s.pick((3, 5, 5, 7)) if width > 54 else s.pick((3, 5))
-    left, top, floor, step = s.middle - width / 2, s.ground - height, height / s.storeys, width / bays
+    left, top, floor, step = (
+        s.middle - width / 2,
+        s.ground - height,
+        height / s.storeys,
+        width / bays,
+    )
     centre = width * 0.92 if temple else max(step * (1 if bays == 3 else 3), 18) * s.u(0.9, 1.05)
 
     if s.has("wings"):
@@ -60,7 +71,11 @@ def classical(s: Scene) -> None:
     else:
         inset = s.u(4, 9)
         right, ridge = left + width, top - inset
-        s.lay([(left - 1, top), (left + inset, ridge), (right - inset, ridge), (right + 1, top)], s.roof, "shingle")
+        s.lay(
+            [(left - 1, top), (left + inset, ridge), (right - inset, ridge), (right + 1, top)],
+            s.roof,
+            "shingle",
+        )
     s.lay(box(left, top, width, height), s.wall)
     s.cornice(left, top, width)
     s.rect(left, s.ground - 2.2, width, 2.2, mix(s.wall, s.trim, 0.6))
@@ -86,7 +101,9 @@ def classical(s: Scene) -> None:
             short = h * (0.75 if s.storeys == 3 and storey == 0 else 1)
             s.window(x, y, w, short, "round" if arched and not upper else "flat", (2, 3))
     if serliana:
-        _venetian_window(s, top + floor * (s.storeys - 2) + floor * 0.18, max(step * 0.21, 2.2), floor * 0.72)
+        _venetian_window(
+            s, top + floor * (s.storeys - 2) + floor * 0.18, max(step * 0.21, 2.2), floor * 0.72
+        )
         s.features.append("venetian window")
     _entrance(s, min(max(step * 0.42, 4), 6), floor * 0.66)
 

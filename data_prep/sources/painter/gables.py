@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from data_prep.sources.painter.scene import Colour, Points, Scene, box, mix, tone
 
-# Half the outline of a curved gable, from its foot to its peak: shares of the way in and of the way up.
+# Half the outline of a curved gable, from its foot to its peak: shares of the way in and of the way
+# up.
 CURVED_GABLE: Points = [
     (0, 0), (0.02, 0.16), (0.2, 0.2), (0.3, 0.32), (0.34, 0.5), (0.5, 0.6), (0.6, 0.78), (0.78, 0.9), (1, 1),
 ]  # fmt: skip
@@ -48,10 +49,17 @@ def _gable(s: Scene, look: Gable, x: float, y: float, w: float, rise: float) -> 
         outline = [(x + 0.4, y + 0.2), (inner, peak + 0.8), (x + w - 0.4, y + 0.2)]
     else:
         n = look.steps
-        half = CURVED_GABLE if look.kind == "curved" else [(i / n, (i + k) / n) for i in range(n) for k in (0, 1)]
+        half = (
+            CURVED_GABLE
+            if look.kind == "curved"
+            else [(i / n, (i + k) / n) for i in range(n) for k in (0, 1)]
+        )
         right = [(x + w - fx * w / 2 * 0.92, y - fy * rise) for fx, fy in half]
         outline = [(2 * inner - px, py) for px, py in right] + right[::-1]
-        s.fill([(inner + (px - inner) * 1.06, py - 1) for px, py in outline] + [(x + w, y), (x, y)], s.trim)
+        s.fill(
+            [(inner + (px - inner) * 1.06, py - 1) for px, py in outline] + [(x + w, y), (x, y)],
+            s.trim,
+        )
     if look.timbered:
         beams, infill = _beams(s)
         s.lay(outline, infill, "stucco")
@@ -73,7 +81,14 @@ def _turret(s: Scene, x: float, w: float, high: float, floor: float) -> None:
     s.round_off(x, top, w, high)
     for storey in range(s.storeys):
         for at in (0.14, 0.57):
-            s.window(x + w * at, top + floor * storey + 3, w * 0.28, floor * 0.48, panes=(1, 2), frame=0.4)
+            s.window(
+                x + w * at,
+                top + floor * storey + 3,
+                w * 0.28,
+                floor * 0.48,
+                panes=(1, 2),
+                frame=0.4,
+            )
         s.rect(x, top + floor * storey + floor * 0.85, w, 0.8, s.trim)
     s.cone(x, top, w, w * s.u(1.2, 1.7))
 
@@ -81,7 +96,9 @@ def _turret(s: Scene, x: float, w: float, high: float, floor: float) -> None:
 def _porch(s: Scene, x: float, w: float, high: float) -> None:
     y, posts = s.ground - high, max(3, round(w / 7))
     s.shade(box(x, y, w, high), 0.7)
-    s.lay([(x - 1.5, y), (x + 1.5, y - 3), (x + w - 1.5, y - 3), (x + w + 1.5, y)], s.roof, "shingle")
+    s.lay(
+        [(x - 1.5, y), (x + 1.5, y - 3), (x + w - 1.5, y - 3), (x + w + 1.5, y)], s.roof, "shingle"
+    )
     for i in range(posts + 1):
         s.rect(x + (w - 1) * i / posts, y, 1, high, s.trim)
     s.rect(x, s.ground - 3.2, w, 0.7, s.trim)
@@ -91,7 +108,9 @@ def _porch(s: Scene, x: float, w: float, high: float) -> None:
 
 def _bay_window(s: Scene, x: float, y: float, w: float, floor: float) -> None:
     s.lay(box(x, y, w, floor * 0.86), tone(s.wall, 1.05))
-    s.lay([(x - 1, y), (x + 1.5, y - 2.6), (x + w - 1.5, y - 2.6), (x + w + 1, y)], s.roof, "shingle")
+    s.lay(
+        [(x - 1, y), (x + 1.5, y - 2.6), (x + w - 1.5, y - 2.6), (x + w + 1, y)], s.roof, "shingle"
+    )
     for i in range(3):
         s.window(x + w * (0.06 + 0.32 * i), y + 2, w * 0.22, floor * 0.42, panes=(1, 2), frame=0.4)
 
@@ -102,7 +121,12 @@ def gables(s: Scene, gabled: float) -> None:
     w, floor = s.u(19, 24) if bays > 1 else s.u(26, 36), s.u(9.5, 12)
     width, height, rise = w * bays, floor * s.storeys, w * s.u(0.6, 0.85)
     left, top = s.middle - width / 2, s.ground - height
-    timber, shutters, courses, jetty = s.has("timber"), s.has("shutters"), s.has("string courses"), s.has("jetty")
+    timber, shutters, courses, jetty = (
+        s.has("timber"),
+        s.has("shutters"),
+        s.has("string courses"),
+        s.has("jetty"),
+    )
     curved, stepped = s.has("curved"), s.has("stepped")
     panes = (3, 4) if s.has("lattice") else (2, 3)
     look = Gable(
@@ -150,7 +174,13 @@ def gables(s: Scene, gabled: float) -> None:
                 continue
             for at in [x + w * (i + 0.5) / count - w * 0.11 for i in range(count)]:
                 if shutters:
-                    s.rect(at - w * 0.1, y - 0.3, w * 0.42, floor * 0.54, mix(s.trim, (60, 90, 80), 0.6))
+                    s.rect(
+                        at - w * 0.1,
+                        y - 0.3,
+                        w * 0.42,
+                        floor * 0.54,
+                        mix(s.trim, (60, 90, 80), 0.6),
+                    )
                 s.window(at, y, w * 0.22, floor * 0.5, panes=panes)
         if fronts[bay]:
             _gable(s, look, x, top, w, rise)

@@ -4,7 +4,15 @@ from data_prep.sources.painter.scene import Scene, box, mix, opening, tone
 
 
 def _floors(
-    s: Scene, x: float, y: float, w: float, floor: float, columns: int, share: float, ribbons: bool, piers: bool
+    s: Scene,
+    x: float,
+    y: float,
+    w: float,
+    floor: float,
+    columns: int,
+    share: float,
+    ribbons: bool,
+    piers: bool,
 ) -> None:
     """One block of a tower, floor by floor, from (x, y) down to the ground."""
     high, step = s.ground - y, w / columns
@@ -28,12 +36,20 @@ def _ground_floor(s: Scene, left: float, width: float, high: float, bays: int) -
     if s.has("stilts"):
         s.rect(left, s.ground - high, width, high, tone(s.glass, 0.6))
         for i in range(bays + 1):
-            s.rect(left + (width - 1.2) * i / bays, s.ground - high, 1.2, high, mix(s.wall, s.trim, 0.3))
+            s.rect(
+                left + (width - 1.2) * i / bays,
+                s.ground - high,
+                1.2,
+                high,
+                mix(s.wall, s.trim, 0.3),
+            )
         s.features.append("stilts")
     elif s.has("shops"):
         s.lay(box(left, s.ground - high - 1, width, high + 1), mix(s.wall, s.trim, 0.4))
         for px in [left + width * (i + 0.12) / bays for i in range(bays)]:
-            s.window(px, s.ground - high + 0.8, width * 0.76 / bays, high - 2, panes=(2, 1), frame=0)
+            s.window(
+                px, s.ground - high + 0.8, width * 0.76 / bays, high - 2, panes=(2, 1), frame=0
+            )
         s.features.append("shops")
     s.door(s.middle - 2.4, 4.8, high * 0.85)
 
@@ -52,7 +68,13 @@ def modern(s: Scene, share: float) -> None:
         count, tiers = s.n(2, 4), []
         for i in range(count):
             shrink = width * (0.5 if count < 4 else 0.62) * i / count
-            tiers.append((left + shrink / 2, width - shrink, s.ground - height * (0.58 + 0.42 * i / (count - 1))))
+            tiers.append(
+                (
+                    left + shrink / 2,
+                    width - shrink,
+                    s.ground - height * (0.58 + 0.42 * i / (count - 1)),
+                )
+            )
         s.features.append("setbacks")
     for x, w, y in tiers[::-1]:
         if depth:
@@ -71,10 +93,15 @@ def modern(s: Scene, share: float) -> None:
     if s.has("arched top"):
         for column in range(bays):
             step = width / bays
-            s.window(left + step * (column + 0.16), top + 2, step * 0.68, floor * 0.9, "round", (1, 1))
+            s.window(
+                left + step * (column + 0.16), top + 2, step * 0.68, floor * 0.9, "round", (1, 1)
+            )
     if s.has("crown"):
         for i in range(3):
-            s.lay(box(x + w * (0.26 + 0.08 * i), y - 2.5 * (i + 1), w * (0.48 - 0.16 * i), 2.6), s.wall)
+            s.lay(
+                box(x + w * (0.26 + 0.08 * i), y - 2.5 * (i + 1), w * (0.48 - 0.16 * i), 2.6),
+                s.wall,
+            )
         s.line([(s.middle, y - 7), (s.middle, y - s.u(11, 17))], s.trim, 0.9)
         s.features.append("spire")
     if s.has("ornament"):

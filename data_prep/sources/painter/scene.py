@@ -90,8 +90,13 @@ def box(x: float, y: float, w: float, h: float) -> Points:
     return [(x, y), (x + w, y), (x + w, y + h), (x, y + h)]
 
 
-def opening(x: float, y: float, w: float, h: float, shape: str = "flat", acute: float = 1.0) -> Points:
-    """Outline of a window or door from its left foot over the top to its right foot; (x, y) is the box's top left."""
+def opening(
+    x: float, y: float, w: float, h: float, shape: str = "flat", acute: float = 1.0
+) -> Points:
+    """Outline of a window or door from its left foot over the top to its right foot.
+
+    (x, y) is the box's top left.
+    """
     r, foot = w / 2, y + h
     if shape == "flat":
         return [(x, foot), (x, y), (x + w, y), (x + w, foot)]
@@ -103,7 +108,8 @@ def opening(x: float, y: float, w: float, h: float, shape: str = "flat", acute: 
         return [(x, foot), *left, *[(2 * x + w - px, py) for px, py in left[-2::-1]], (x + w, foot)]
     below = {"round": 0.0, "horseshoe": 0.8}[shape]  # a horseshoe's circle runs on below its centre
     arc = [
-        (x + r - r * math.cos(a), y + r - r * math.sin(a)) for a in np.linspace(-below, math.pi + below, 15).tolist()
+        (x + r - r * math.cos(a), y + r - r * math.sin(a))
+        for a in np.linspace(-below, math.pi + below, 15).tolist()
     ]
     return [(arc[0][0], foot), *arc, (arc[-1][0], foot)]
 
@@ -111,14 +117,19 @@ def opening(x: float, y: float, w: float, h: float, shape: str = "flat", acute: 
 def _masonry(
     rng: np.random.Generator, side: int, course: float, length: float, joint: float, spread: float
 ) -> np.ndarray:
-    """Brightness factors (side, side) of courses of blocks; `course`, `length` and `joint` in pixels."""
+    """Brightness factors (side, side) of courses of blocks.
+
+    `course`, `length` and `joint` in pixels.
+    """
     pixel = np.arange(side)
     row = (pixel // course).astype(int)
     courses = np.empty((row[-1] + 1, side), np.float32)
     for start in (0, 1):  # every second course is offset by half a block
         along = pixel + start * length / 2
         tone = 1 + rng.normal(0, spread, (len(courses[start::2]), int(along[-1] // length) + 1))
-        courses[start::2] = tone[:, (along // length).astype(int)] * np.where(along % length < joint, 0.84, 1.0)
+        courses[start::2] = tone[:, (along // length).astype(int)] * np.where(
+            along % length < joint, 0.84, 1.0
+        )
     return courses[row] * np.where(pixel % course < joint, 0.84, 1.0).astype(np.float32)[:, None]
 
 
@@ -134,10 +145,14 @@ class Scene:
 
         self.wall_name, self.roof_name = self.pick(tuple(WALLS)), self.pick(tuple(ROOFS))
         self.material = self.pick(("brick", "stone", "stucco"))
-        self.weather = self.pick(("clear", "clear", "cloudy", "cloudy", "overcast", "rain", "fog", "snow"))
+        self.weather = self.pick(
+            ("clear", "clear", "cloudy", "cloudy", "overcast", "rain", "fog", "snow")
+        )
         self.time = self.pick(("day",) * 7 + ("dawn", "dusk", "night"))
         self.season = "winter" if self.weather == "snow" else self.pick(tuple(FOLIAGE))
-        self.zenith, self.horizon, self.light = SKIES[self.weather if self.time == "day" else self.time]
+        self.zenith, self.horizon, self.light = SKIES[
+            self.weather if self.time == "day" else self.time
+        ]
         jitter = rng.normal(0, 6, 3)
         self.wall = _rgb(np.clip(np.array(WALLS[self.wall_name]) + jitter, 30, 245))
         dark_trim = tone(self.wall, self.u(0.45, 0.7))
@@ -202,7 +217,9 @@ class Scene:
         """A filled `box`."""
         self.fill(box(x, y, w, h), colour)
 
-    def oval(self, x: float, y: float, rx: float, ry: float, colour: Colour, glow: bool = False) -> None:
+    def oval(
+        self, x: float, y: float, rx: float, ry: float, colour: Colour, glow: bool = False
+    ) -> None:
         """An ellipse round (x, y) with the half axes rx and ry."""
         box = self._pixels([(x - rx, y - ry), (x + rx, y + ry)])
         self.pen.ellipse(box, colour if glow else self.ink(colour))
@@ -211,11 +228,16 @@ class Scene:
         """A line through the points, at least one pixel wide."""
         self.pen.line(self._pixels(points), self.ink(colour), max(1, round(width * self.scale)))
 
-    def _stencil(self, points: Points, strength: int = 255) -> tuple[tuple[int, int, int, int], Image.Image]:
+    def _stencil(
+        self, points: Points, strength: int = 255
+    ) -> tuple[tuple[int, int, int, int], Image.Image]:
         pixels = self._pixels(points)
         xs, ys = [x for x, _ in pixels], [y for _, y in pixels]
         left, top = max(0, int(min(xs))), max(0, int(min(ys)))
-        right, bottom = max(left + 1, min(self.side, int(max(xs)) + 1)), max(top + 1, min(self.side, int(max(ys)) + 1))
+        right, bottom = (
+            max(left + 1, min(self.side, int(max(xs)) + 1)),
+            max(top + 1, min(self.side, int(max(ys)) + 1)),
+        )
         mask = Image.new("L", (right - left, bottom - top))
         ImageDraw.Draw(mask).polygon([(x - left, y - top) for x, y in pixels], strength)
         return (left, top, right, bottom), mask
@@ -245,7 +267,9 @@ class Scene:
                frame: float = 0.6, acute: float = 1.0) -> None:  # fmt: skip
         """A framed window with glazing bars; `panes` counts columns and rows."""
         if frame:
-            self.fill(opening(x - frame, y - frame, w + 2 * frame, h + frame, shape, acute), self.trim)
+            self.fill(
+                opening(x - frame, y - frame, w + 2 * frame, h + frame, shape, acute), self.trim
+            )
             self.rect(x - frame - 0.4, y + h, w + 2 * frame + 0.8, 0.8, self.trim)
         lit = self.chance(self.lit_share)
         outline = opening(x, y, w, h, shape, acute)
@@ -255,7 +279,10 @@ class Scene:
         bars = mix(self.trim, self.glass, 0.25)
         for i in range(1, panes[0]):
             self.line(
-                [(x + w * i / panes[0], y + (w * 0.3 if shape != "flat" else 0)), (x + w * i / panes[0], y + h)],
+                [
+                    (x + w * i / panes[0], y + (w * 0.3 if shape != "flat" else 0)),
+                    (x + w * i / panes[0], y + h),
+                ],
                 bars,
                 0.4,
             )
@@ -263,7 +290,15 @@ class Scene:
             self.line([(x, y + h * i / panes[1]), (x + w, y + h * i / panes[1])], bars, 0.4)
 
     def ring(
-        self, x: float, y: float, w: float, h: float, thick: float, shape: str, acute: float, banded: bool
+        self,
+        x: float,
+        y: float,
+        w: float,
+        h: float,
+        thick: float,
+        shape: str,
+        acute: float,
+        banded: bool,
     ) -> None:
         """The voussoirs of an arch: one band of trim, or stones of two colours in turn."""
         outer = opening(x - thick, y - thick, w + 2 * thick, h + thick, shape, acute)
@@ -278,7 +313,9 @@ class Scene:
         """A double door on the ground, `x` at its left."""
         colour = self.pick(((74, 50, 38), (42, 64, 56), (110, 40, 36), (40, 50, 78), (60, 56, 54)))
         self.fill(opening(x, self.ground - h, w, h, shape, acute), colour)
-        self.line([(x + w / 2, self.ground - h * 0.8), (x + w / 2, self.ground)], tone(colour, 0.6), 0.4)
+        self.line(
+            [(x + w / 2, self.ground - h * 0.8), (x + w / 2, self.ground)], tone(colour, 0.6), 0.4
+        )
 
     def column(self, x: float, y: float, w: float, h: float) -> None:
         """A round column with its base and capital; (x, y) is the top left of the shaft."""
@@ -290,7 +327,9 @@ class Scene:
 
     def pediment(self, x: float, y: float, w: float, rise: float) -> None:
         """A low triangle above (x, y) … (x + w, y), framed by mouldings."""
-        self.fill([(x - 1.5, y), (x + w / 2, y - rise), (x + w + 1.5, y)], mix(self.trim, self.wall, 0.2))
+        self.fill(
+            [(x - 1.5, y), (x + w / 2, y - rise), (x + w + 1.5, y)], mix(self.trim, self.wall, 0.2)
+        )
         self.fill(
             [(x + 2.5, y - 1), (x + w / 2, y - rise + 1.7), (x + w - 2.5, y - 1)],
             tone(mix(self.wall, self.trim, 0.5), 0.82),
@@ -311,7 +350,10 @@ class Scene:
         self.rect(x + 1.8, y - h - 1.4, 1, 1.4, (150, 92, 70))
 
     def dome(self, x: float, y: float, r: float, bulge: float) -> None:
-        """A dome on a drum centred on (x, y); `bulge` > 0 (radians) runs its circle on below the centre."""
+        """A dome on a drum centred on (x, y).
+
+        `bulge` > 0 (radians) runs its circle on below the centre.
+        """
         self.rect(x - r * 0.85, y - r * 0.4, r * 1.7, r * 0.4 + 1, self.trim)
         angles = np.linspace(-bulge, math.pi + bulge, 21).tolist()
         foot = y - r * 0.35 - r * math.sin(bulge)
@@ -340,6 +382,11 @@ class Scene:
         """The side wall of a block, receding, on the side that has room."""
         factor = 1.06 if self.sun == (1 if depth > 0 else -1) else 0.68
         at = x + w if depth > 0 else x
-        points = [(at, y), (at + depth, y + abs(depth) * 0.35), (at + depth, y + h - 0.8), (at, y + h)]
+        points = [
+            (at, y),
+            (at + depth, y + abs(depth) * 0.35),
+            (at + depth, y + h - 0.8),
+            (at, y + h),
+        ]
         self.lay(points, self.wall)
         self.shade(points, factor)

@@ -3,7 +3,16 @@
 import numpy as np
 from PIL import Image, ImageFilter
 
-from data_prep.sources.painter.scene import FOLIAGE, LAMPLIGHT, MARGIN, UNITS, WALLS, Scene, mix, tone
+from data_prep.sources.painter.scene import (
+    FOLIAGE,
+    LAMPLIGHT,
+    MARGIN,
+    UNITS,
+    WALLS,
+    Scene,
+    mix,
+    tone,
+)
 
 
 def backdrop(s: Scene) -> None:
@@ -21,7 +30,11 @@ def backdrop(s: Scene) -> None:
         for _ in range(s.n(2, 5)):
             x, y = s.u(-5, 100), s.u(-4, 36)
             for _ in range(5):
-                colour = mix(s.horizon, (255, 255, 255) if s.weather == "cloudy" else (120, 124, 132), s.u(0.3, 0.6))
+                colour = mix(
+                    s.horizon,
+                    (255, 255, 255) if s.weather == "cloudy" else (120, 124, 132),
+                    s.u(0.3, 0.6),
+                )
                 s.oval(x + s.u(-8, 8), y + s.u(-2, 2), s.u(4, 9), s.u(1.8, 3.4), colour, glow=True)
     if s.chance(0.4):
         far = mix(s.horizon, (96, 112, 120), 0.4)
@@ -34,12 +47,18 @@ def backdrop(s: Scene) -> None:
             s.rect(x, s.ground - h, w, h, colour)
             if s.chance(0.5):
                 s.fill(
-                    [(x - 1, s.ground - h), (x + w / 2, s.ground - h - 9), (x + w + 1, s.ground - h)],
+                    [
+                        (x - 1, s.ground - h),
+                        (x + w / 2, s.ground - h - 9),
+                        (x + w + 1, s.ground - h),
+                    ],
                     tone(colour, 0.7),
                 )
             for row in range(int(h / 8)):
                 for column in range(int(w / 6)):
-                    s.rect(x + 2 + 6 * column, s.ground - h + 3 + 8 * row, 2.6, 4, tone(colour, 0.66))
+                    s.rect(
+                        x + 2 + 6 * column, s.ground - h + 3 + 8 * row, 2.6, 4, tone(colour, 0.66)
+                    )
 
 
 def street(s: Scene) -> str:
@@ -47,15 +66,30 @@ def street(s: Scene) -> str:
     kind, snow = s.pick(("street", "lawn", "square", "water")), s.weather == "snow"
     s.rect(-MARGIN, s.ground, UNITS + 2 * MARGIN, 30, (236, 240, 246) if snow else (176, 172, 164))
     if kind == "street":
-        s.rect(-MARGIN, s.ground + 4, UNITS + 2 * MARGIN, 30, (186, 190, 198) if snow else (104, 104, 108))
+        s.rect(
+            -MARGIN,
+            s.ground + 4,
+            UNITS + 2 * MARGIN,
+            30,
+            (186, 190, 198) if snow else (104, 104, 108),
+        )
         for i in range(7):
             s.rect(-MARGIN + 18 * i, s.ground + 9, 8, 0.9, (226, 222, 200))
     elif kind == "lawn":
         s.rect(
-            -MARGIN, s.ground + 1, UNITS + 2 * MARGIN, 30, (228, 234, 240) if snow else tone(FOLIAGE["summer"], 1.2)
+            -MARGIN,
+            s.ground + 1,
+            UNITS + 2 * MARGIN,
+            30,
+            (228, 234, 240) if snow else tone(FOLIAGE["summer"], 1.2),
         )
         s.fill(
-            [(s.middle - 3, s.ground), (s.middle + 3, s.ground), (s.middle + 10, 106), (s.middle - 10, 106)],
+            [
+                (s.middle - 3, s.ground),
+                (s.middle + 3, s.ground),
+                (s.middle + 10, 106),
+                (s.middle - 10, 106),
+            ],
             (204, 192, 166),
         )
     elif kind == "water":
@@ -65,7 +99,11 @@ def street(s: Scene) -> str:
             s.line([(x, y), (x + s.u(4, 12), y)], mix(s.zenith, s.horizon, 0.6), 0.6)
     else:
         for i in range(8):
-            s.line([(s.middle + (i - 3.5) * 14, s.ground), (s.middle + (i - 3.5) * 34, 106)], (146, 142, 136), 0.5)
+            s.line(
+                [(s.middle + (i - 3.5) * 14, s.ground), (s.middle + (i - 3.5) * 34, 106)],
+                (146, 142, 136),
+                0.5,
+            )
         s.line([(-MARGIN, s.ground + 4), (106, s.ground + 4)], (146, 142, 136), 0.5)
     return kind
 
@@ -73,7 +111,10 @@ def street(s: Scene) -> str:
 def tree(s: Scene, x: float, tall: float) -> None:
     """Paints a tree at `x`, as its season has it."""
     foot = s.ground + s.u(2, 6)
-    s.fill([(x - 0.9, foot), (x - 0.5, foot - tall), (x + 0.5, foot - tall), (x + 0.9, foot)], (84, 66, 52))
+    s.fill(
+        [(x - 0.9, foot), (x - 0.5, foot - tall), (x + 0.5, foot - tall), (x + 0.9, foot)],
+        (84, 66, 52),
+    )
     if s.season == "winter":
         for _ in range(11):
             y, reach = foot - tall * s.u(0.45, 1.0), s.u(-7, 7)
@@ -83,7 +124,11 @@ def tree(s: Scene, x: float, tall: float) -> None:
     for i in range(13):
         spot = tone(green, 0.72 + 0.045 * i)
         s.oval(
-            x + s.u(-7, 7) - s.sun * i * 0.2, foot - tall - s.u(-5, 6) - i * 0.2, s.u(2.5, 4.8), s.u(2.2, 4.2), spot
+            x + s.u(-7, 7) - s.sun * i * 0.2,
+            foot - tall - s.u(-5, 6) - i * 0.2,
+            s.u(2.5, 4.8),
+            s.u(2.2, 4.2),
+            spot,
         )
 
 
@@ -99,20 +144,38 @@ def occluder(s: Scene) -> str:
     elif kind == "lamp post":
         x = s.u(16, 80)
         s.rect(x, foot - 30, 0.9, 30, (46, 48, 52))
-        s.oval(x + 0.45, foot - 31, 1.7, 2, LAMPLIGHT if s.lit_share else (226, 224, 210), glow=bool(s.lit_share))
+        s.oval(
+            x + 0.45,
+            foot - 31,
+            1.7,
+            2,
+            LAMPLIGHT if s.lit_share else (226, 224, 210),
+            glow=bool(s.lit_share),
+        )
     elif kind == "people":
         for _ in range(s.n(2, 6)):
             x, tall = s.u(8, 88), s.u(6.5, 8)
-            coat = s.pick(((60, 70, 110), (150, 60, 60), (70, 90, 70), (50, 48, 54), (196, 160, 80)))
+            coat = s.pick(
+                ((60, 70, 110), (150, 60, 60), (70, 90, 70), (50, 48, 54), (196, 160, 80))
+            )
             s.rect(x - 0.9, foot - tall * 0.5, 0.8, tall * 0.5, (52, 50, 56))
             s.rect(x + 0.1, foot - tall * 0.5, 0.8, tall * 0.5, (52, 50, 56))
             s.rect(x - 1.1, foot - tall * 0.85, 2.2, tall * 0.45, coat)
             s.oval(x, foot - tall, 0.9, 1, (214, 172, 146))
     elif kind == "car":
         x, paint = s.u(8, 66), WALLS[s.pick(tuple(WALLS))]
-        s.fill([(x + 4, foot - 5), (x + 6.5, foot - 9), (x + 15, foot - 9), (x + 18, foot - 5)], tone(paint, 0.9))
         s.fill(
-            [(x + 5.6, foot - 5), (x + 7.2, foot - 8.2), (x + 14.4, foot - 8.2), (x + 16.4, foot - 5)], (70, 84, 98)
+            [(x + 4, foot - 5), (x + 6.5, foot - 9), (x + 15, foot - 9), (x + 18, foot - 5)],
+            tone(paint, 0.9),
+        )
+        s.fill(
+            [
+                (x + 5.6, foot - 5),
+                (x + 7.2, foot - 8.2),
+                (x + 14.4, foot - 8.2),
+                (x + 16.4, foot - 5),
+            ],
+            (70, 84, 98),
         )
         s.rect(x, foot - 5.2, 22, 4.2, paint)
         for at in (x + 4.5, x + 17.5):
@@ -124,7 +187,9 @@ def camera(s: Scene) -> tuple[Image.Image, str]:
     """The scene through a tilted camera at the final size, and the viewpoint in words."""
     xs, ys = [x for x, _ in s.outline], [y for _, y in s.outline]
     half = min(max(max(xs) - min(xs), max(ys) - min(ys) + 4, 46) * s.u(0.54, 0.72), 54)
-    centre = np.clip([(max(xs) + min(xs)) / 2, (max(ys) + min(ys)) / 2], half - MARGIN, UNITS + MARGIN - half)
+    centre = np.clip(
+        [(max(xs) + min(xs)) / 2, (max(ys) + min(ys)) / 2], half - MARGIN, UNITS + MARGIN - half
+    )
     centre += s.rng.normal(0, 0.05 * half, 2)
     yaw, pitch, roll = s.u(-0.11, 0.11), s.u(-0.02, 0.1), s.rng.normal(0, 0.02)
     corners = []
@@ -132,7 +197,9 @@ def camera(s: Scene) -> tuple[Image.Image, str]:
         x, y = half * cx * (1 - pitch * cy), half * cy * (1 + yaw * cx)
         x, y = centre[0] + x - roll * y, centre[1] + y + roll * x
         corners += [(min(max(v, -MARGIN), UNITS + MARGIN) + MARGIN) * s.scale for v in (x, y)]
-    view = s.image.transform((2 * s.size, 2 * s.size), Image.Transform.QUAD, corners, Image.Resampling.BILINEAR)
+    view = s.image.transform(
+        (2 * s.size, 2 * s.size), Image.Transform.QUAD, corners, Image.Resampling.BILINEAR
+    )
     side = (
         "from the left"
         if yaw < -0.05
@@ -153,7 +220,10 @@ def develop(s: Scene, picture: Image.Image) -> Image.Image:
     across = np.linspace(-1, 1, s.size, dtype=np.float32)
     if s.weather == "fog":
         haze = (s.u(0.28, 0.5) + 0.15 * across)[::-1, None, None]
-        pixels = pixels * (1 - haze) + np.array(s.ink(mix(s.horizon, (206, 208, 212), 0.6)), np.float32) * haze
+        pixels = (
+            pixels * (1 - haze)
+            + np.array(s.ink(mix(s.horizon, (206, 208, 212), 0.6)), np.float32) * haze
+        )
     pixels = pixels * (1 + 0.06 * s.sun * across[None, :, None]) * s.u(0.92, 1.08)
     pixels = (pixels - 128) * s.u(0.9, 1.1) + 128 + s.rng.normal(0, s.u(1, 4), pixels.shape)
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
