@@ -1,18 +1,100 @@
-"""The same seed gives the same data, weights and scorecard; another seed gives others."""
+"""What the tiny run comes to, down to the digests of data and weights; and that a seed decides all of it.
+
+`python -m tests.test_reproducible RUN` records golden.json anew from such a run; the commit that
+does so says which value has moved, and why.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import platform
+import sys
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.numpy import load_file
 
 import calibrate
 import train
 from data_prep.prepare import prepare
 from nicheclip.domain import Domain
 from tests.conftest import tiny_facades
+
+GOLDEN = Path(__file__).parent / "golden.json"
+
+
+def machine() -> str:
+    """What the last bits of a sum depend on."""
+    cpu = Path("/proc/cpuinfo")
+    names = (
+        [line for line in cpu.read_text().splitlines() if line.startswith("model name")]
+        if cpu.is_file()
+        else []
+    )
+    return f"{names[0] if names else platform.processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+
+
+def weights_digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(load_file(folder / "model.safetensors").items()):
+        digest.update(f"{name} {tensor.shape}".encode() + tensor.tobytes())
+    return digest.hexdigest()
+
+
+def results(run: Path) -> dict[str, Any]:
+    """Fingerprint, digests of the best and of the last weights, epochs, scorecard, nicheclip.json, predictions."""
+    training = json.loads((run / "training.json").read_text())
+    scorecard = json.loads((run / "scorecard.json").read_text())
+    scorecard.pop("made_with")
+    last = max(
+        (run / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])
+    )
+    return {
+        "data_fingerprint": json.loads((run / "data" / "report.json").read_text())["fingerprint"],
+        "weights": weights_digest(run / "model"),
+        "last_weights": weights_digest(last),
+        "epochs": training["epochs"],
+        "scorecard": scorecard,
+        "nicheclip.json": json.loads((run / "hub" / "nicheclip.json").read_text()),
+        "predictions": pq.read_table(run / "predictions.parquet").to_pydict(),
+    }
+
+
+def differences(expected: Any, found: Any, where: str = "") -> list[str]:
+    """The places where two JSON trees differ; numbers may by what another processor's sums may."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        keys = list(dict.fromkeys([*expected, *found]))
+        return [
+            d
+            for key in keys
+            for d in differences(expected.get(key), found.get(key), f"{where}/{key}")
+        ]
+    if isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
+        return [
+            d
+            for i, pair in enumerate(zip(expected, found, strict=True))
+            for d in differences(*pair, f"{where}/{i}")
+        ]
+    if isinstance(expected, float) and isinstance(found, float):
+        return (
+            []
+            if math.isclose(expected, found, rel_tol=1e-4, abs_tol=1e-5)
+            else [f"{where}: {expected} -> {found}"]
+        )
+    return [] if expected == found else [f"{where}: {expected} -> {found}"]
+
+
+def test_the_tiny_run_gives_what_it_always_gave(run):
+    golden, found = json.loads(GOLDEN.read_text()), results(run)
+    if golden.pop("machine") != machine():
+        for name in ("weights", "last_weights"):
+            del golden[name], found[name]
+    assert differences(golden, found) == []
 
 
 def made(folder: Path, seed: int) -> tuple[str, str, dict]:
@@ -21,18 +103,22 @@ def made(folder: Path, seed: int) -> tuple[str, str, dict]:
     report = prepare(Domain.load(tiny_facades(folder)), run, seed=seed)
     train.train([str(run), "--seed", str(seed)])
     calibrate.calibrate(run)
-    weights = hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest()
     scorecard = json.loads((run / "scorecard.json").read_text())
     assert scorecard.pop("made_with")["packages"]["torch"]
-    return report["fingerprint"], weights, scorecard
+    return report["fingerprint"], weights_digest(run / "model"), scorecard
 
 
 @pytest.mark.slow
 def test_a_seed_decides_everything(tmp_path: Path):
-    results = []
+    made_by = []
     for name, seed in (("first", 7), ("again", 7), ("other", 8)):
         (tmp_path / name).mkdir()
-        results.append(made(tmp_path / name, seed))
-    first, again, other = results
+        made_by.append(made(tmp_path / name, seed))
+    first, again, other = made_by
     assert first == again
     assert first[0] != other[0] and first[1] != other[1] and first[2] != other[2]
+
+
+if __name__ == "__main__":
+    recorded = {"machine": machine(), **results(Path(sys.argv[1]))}
+    GOLDEN.write_text(json.dumps(recorded, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
