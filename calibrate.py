@@ -1,6 +1,6 @@
 """python calibrate.py RUN [--objective nll|ece]
 
-Fits temperature, abstention threshold, prediction sets and the border of the domain on the
+Fits temperature, abstention threshold, prediction sets and the OOD threshold on the
 calibration split, then reads the test split once. Writes RUN/scorecard.json, RUN/calibration.json,
 RUN/predictions.parquet, RUN/figures and RUN/errors.html. Base zero-shot and a linear probe on the
 base are measured on the same images, each with a temperature of its own.
@@ -21,33 +21,37 @@ from safetensors.numpy import save_file
 
 from model_card.errors import read_errors, write_errors
 from model_card.figures import draw_figures
-from nicheclip.answers import Answers, DomainClassifier, Outputs, fit, fit_and_run
-from nicheclip.calibration import Objective
-from nicheclip.classifier import SHAPE_FILE
-from nicheclip.data import load_prepared, quiet_datasets
+from nicheclip.classifier import CLASS_MEANS_FILE
+from nicheclip.clip import load_clip
 from nicheclip.domain import Domain, GatedMetric
-from nicheclip.launch import keep_freed_memory
-from nicheclip.probe import fit_probe
-from nicheclip.results import (
-    METRIC_TITLES,
-    Measure,
-    Verdict,
-    format_table,
-    judge_gate,
-    replaced_folder,
-    write_json,
+from nicheclip.evaluation.calibration import Objective
+from nicheclip.evaluation.intervals import METRIC_TITLES, Measure, Verdict, format_table, judge_gate
+from nicheclip.evaluation.predictions import (
+    DomainClassifier,
+    Outputs,
+    Predictions,
+    fit,
+    fit_and_run,
 )
-from nicheclip.run import alone, check_not_trained_on, check_trained_on, made_with
-from nicheclip.scorecard import (
+from nicheclip.evaluation.probe import fit_probe
+from nicheclip.evaluation.scorecard import (
     class_table,
     clip_statistics,
     compare,
-    outside_table,
+    ood_table,
     perfect_ece,
     stability_table,
 )
-from nicheclip.scorecard import statistics as statistics_of
-from nicheclip.zero_shot import load_clip
+from nicheclip.evaluation.scorecard import statistics as statistics_of
+from nicheclip.files import quiet_datasets, replaced_folder, write_json
+from nicheclip.processes import keep_freed_memory
+from nicheclip.run import (
+    check_not_trained_on,
+    check_trained_on,
+    load_prepared,
+    provenance,
+    run_lock,
+)
 
 
 def main() -> None:
@@ -63,7 +67,7 @@ def main() -> None:
     args = parser.parse_args()
     keep_freed_memory()
     try:
-        with alone(args.run):
+        with run_lock(args.run):
             calibrate(args.run, args.objective)
     except (ValueError, OSError) as error:
         sys.exit(f"calibrate.py: {error}")
@@ -103,12 +107,12 @@ def calibrate(run: Path, objective: Objective = "nll") -> None:
     }
     scorecard = {
         "domain": domain.name,
-        "made_with": made_with(),
+        "provenance": provenance(),
         "base": Path(domain.base).name if Path(domain.base).is_dir() else domain.base,
         "metrics": {name: measures[name].to_dict() for name in METRIC_TITLES if name in measures},
         "gates": {name: asdict(gate) for name, gate in gates.items()},
         "classes": class_table(tuned, base, labels, domain),
-        "outside": outside_table(tuned),
+        "ood": ood_table(tuned),
         "stability": stability_table(tuned),
     }
     calibration = {
@@ -117,13 +121,13 @@ def calibrate(run: Path, objective: Objective = "nll") -> None:
         **tuned.fitted.to_dict(),
         "trained_logit_scale": tuned.log_logit_scale,
         "calibrated_logit_scale": tuned.log_logit_scale - math.log(tuned.fitted.temperature.value),
-        "border": asdict(tuned.border),
+        "ood": asdict(tuned.ood),
         "base": base.fitted.to_dict(),
         "probe": probe.fitted.to_dict(),
     }
     with replaced_folder(run / "figures") as folder:
         draw_figures(folder, domain, labels, tuned, base, measures, gates)
-    save_file(tuned.shape, run / SHAPE_FILE)
+    save_file(tuned.class_means, run / CLASS_MEANS_FILE)
     train_labels = np.array(training_set["label"])
     readings = read_errors(
         tuned.calibrated, base.calibrated, tuned.image_embeds, labels, train_embeds[0], train_labels
@@ -145,7 +149,7 @@ def run_probe(
     base: Outputs,
     domain: Domain,
     objective: Objective,
-) -> Answers:
+) -> Predictions:
     """A linear probe on the base's image_embeds, calibrated as the others are."""
     labels = {name: np.array(rows["label"]) for name, rows in splits.items()}
     validation_embeds = classifier.embed_rows(splits["validation"], "validation split")
@@ -157,7 +161,7 @@ def run_probe(
     calibration = splits["calibration"]
     logits, groups = probe.logits(base.calibration_embeds), np.array(calibration["group_id"])
     fitted = fit(logits, labels["calibration"], groups, domain, objective, reference=True)
-    return Answers(probe.logits(base.image_embeds), fitted)
+    return Predictions(probe.logits(base.image_embeds), fitted)
 
 
 def save_predictions(
@@ -173,7 +177,7 @@ def save_predictions(
         "prediction_set": [
             [domain.class_names[c] for c in np.flatnonzero(row)] for row in tuned.sets
         ],
-        "domain_score": tuned.own_scores[tuned.border.score].tolist(),
+        "domain_score": tuned.own_scores[tuned.ood.score].tolist(),
     }
     with quiet_datasets():
         Dataset.from_dict(predictions).to_parquet(run / "predictions.parquet.tmp")
@@ -210,7 +214,7 @@ def print_scorecard(measures: dict[str, Measure], gates: dict[GatedMetric, Verdi
 
 
 def print_calibration(tuned: Outputs) -> None:
-    """Temperature, abstention and the border of the domain in words."""
+    """Temperature, abstention and the OOD threshold in words."""
     temperature, abstention = tuned.fitted.temperature, tuned.fitted.abstention
     aim = "reached" if abstention.target_reached else "not reached, so the best at half coverage"
     print(
@@ -220,11 +224,11 @@ def print_calibration(tuned: Outputs) -> None:
     )
     if temperature.warning:
         print(f"warning: {temperature.warning}")
-    border = tuned.border
+    ood = tuned.ood
     print(
-        f"outside of the domain: {border.score.replace('_', ' ')} below {border.threshold:.3f} "
+        f"outside of the domain: {ood.score.replace('_', ' ')} below {ood.threshold:.3f} "
         "(AUROC on calibration: "
-        + ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in border.auroc.items())
+        + ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in ood.auroc.items())
         + ")"
     )
 

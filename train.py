@@ -18,28 +18,29 @@ from safetensors import SafetensorError
 from transformers import HfArgumentParser, set_seed
 
 from data_prep.prepare import prepare
-from data_prep.sources import outside_rows
-from nicheclip.callbacks import TrainingInterrupted
-from nicheclip.data import TrainingVisits, Views, load_prepared
+from data_prep.sources import retention_rows
+from nicheclip.clip import load_clip
 from nicheclip.domain import Domain, DomainError
-from nicheclip.launch import keep_freed_memory, processes
-from nicheclip.results import replaced_folder, write_json
+from nicheclip.files import replaced_folder, write_json
+from nicheclip.processes import keep_freed_memory, processes
 from nicheclip.run import (
-    alone,
     begin,
     check_begun_alike,
     check_not_begun,
     check_unchanged,
-    made_with,
+    load_prepared,
+    provenance,
     read_report,
+    run_lock,
     write_trained_on,
 )
-from nicheclip.stages import check_stages
-from nicheclip.trainer import StagedTrainer
-from nicheclip.training_args import StagedTrainingArguments
-from nicheclip.training_record import print_training, training_record
-from nicheclip.wise_ft import mix_with_base
-from nicheclip.zero_shot import load_clip
+from nicheclip.training.arguments import StagedTrainingArguments
+from nicheclip.training.callbacks import TrainingInterrupted
+from nicheclip.training.data import TrainingSamples, Views
+from nicheclip.training.record import print_training, training_record
+from nicheclip.training.stages import check_stages
+from nicheclip.training.trainer import StagedTrainer
+from nicheclip.training.wise_ft import mix_with_base
 
 DEFAULT_DOMAIN = Path(__file__).parent / "domains" / "facades"
 
@@ -75,7 +76,7 @@ def train(argv: list[str]) -> StagedTrainer:
     state.wait_for_everyone()  # so that all have looked before one of them writes
     if unprepared:
         prepare(domain, run)
-    with alone(run):
+    with run_lock(run):
         return fine_tune(domain, run, args, resume)
 
 
@@ -92,14 +93,16 @@ def fine_tune(
         check_unchanged(domain, report, splits["train"].features["label"].names)
         if resume is None:
             check_not_begun(run, Path(args.output_dir))
-    outside = (outside_rows(domain), domain.outside.canonical_prompts) if domain.outside else None
+    outside = (
+        (retention_rows(domain), domain.retention.canonical_prompts) if domain.retention else None
+    )
     set_seed(args.seed)
     model, processor = load_clip(domain.base)
-    visits = TrainingVisits(
+    samples = TrainingSamples(
         splits["train"], domain.prompt_bank[1], domain.augmentation, processor, args.seed
     )
     trainer = StagedTrainer(
-        model, args, domain, processor, visits, Views(splits["validation"], processor)
+        model, args, domain, processor, samples, Views(splits["validation"], processor)
     )
     of_domain = domain.model_dump(mode="json", include={"classes", "clusters", "augmentation"})
     settings = {"data_fingerprint": report["fingerprint"], **trainer.settings(), **of_domain}
@@ -128,7 +131,7 @@ def fine_tune(
         training = (
             facts | {"resumed": resume is not None, "wise_ft": mixed} | training_record(trainer)
         )
-        write_json(run / "training.json", training | {"made_with": made_with()})
+        write_json(run / "training.json", training | {"provenance": provenance()})
         print_training(training)
         since = " since it was resumed" if training["resumed"] else ""
         print(

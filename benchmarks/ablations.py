@@ -32,8 +32,8 @@ from benchmarks.recipes import (
 )
 from model_card.figures import BASE, INK, STYLE, TUNED
 from nicheclip.domain import Domain
-from nicheclip.results import write_json
-from nicheclip.training_args import StagedTrainingArguments
+from nicheclip.files import write_json
+from nicheclip.training.arguments import StagedTrainingArguments
 
 DOCS = Path(__file__).parents[1] / "docs"
 ARTICLE_RATES = (5e-6, 5e-7)

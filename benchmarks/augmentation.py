@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 from data_prep.sources.painter import STYLES, draw
-from nicheclip.data import augment
 from nicheclip.domain import Augmentation
+from nicheclip.training.data import augment
 
 SIDE = 224
 

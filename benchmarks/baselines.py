@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks.comparison import OURS, footnote, markdown_table, summary
 from benchmarks.recipes import options, prepared, probe, run_jobs, run_recipe, stored, zero_shot
 from nicheclip.domain import Domain
-from nicheclip.results import write_json
+from nicheclip.files import write_json
 
 ARTICLE = Path(__file__).parents[1] / "domains" / "architecture" / "article.yaml"
 FULL_RATES = (1e-5, 3e-5, 1e-4, 3e-4)  # validation chooses, all seeds together

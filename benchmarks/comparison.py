@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from nicheclip.domain import Domain
-from nicheclip.results import Measure, bootstrap, proportion
+from nicheclip.evaluation.intervals import Measure, bootstrap, proportion
 
 OURS = "ours"
 
@@ -74,7 +74,7 @@ def summary(results: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]]) -
     against = None if results[0]["name"] == OURS else paired(results, ours)
     means = (
         "validation_accuracy", "macro_f1", "ece_before_calibration", "ece", "hard_negative_pass_rate",
-        "noise_confidence_p95", "outside", "best_epoch", "seconds",
+        "noise_confidence_p95", "retention", "best_epoch", "seconds",
     )  # fmt: skip
     return {
         "seeds": [result["seed"] for result in results],
@@ -95,7 +95,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
         f"{_number(row['ece_before_calibration'], 3)} → {_number(row['ece'], 3)}"
     ),
     "noise p95": lambda row: _number(row["noise_confidence_p95"], 2),
-    "outside": lambda row: "–" if row["outside"] is None else f"{100 * row['outside']:.1f}",
+    "retention": lambda row: "–" if row["retention"] is None else f"{100 * row['retention']:.1f}",
     "seconds": lambda row: _number(row["seconds"], 0),
 }
 
@@ -127,13 +127,15 @@ def footnote(rows: dict[str, dict[str, Any]], domain: Domain) -> str:
     """What the columns of the table mean."""
     images = max(row["accuracy"]["n"] for row in rows.values())
     seeds = sorted({seed for row in rows.values() for seed in row["seeds"]})
-    outside = (
-        f"; outside: accuracy in per cent on “{domain.outside.title}”" if domain.outside else ""
+    retention = (
+        f"; retention: accuracy in per cent on “{domain.retention.title}”"
+        if domain.retention
+        else ""
     )
     return (
         f"Accuracy in per cent on {images} test images over the seeds "
         f"{', '.join(map(str, seeds))}, 95 % intervals by images, not by seeds; differences in "
         "points, paired by image. ECE with a temperature of its own, fitted on the calibration "
-        f"split; macro F1 and what follows it are means over the seeds{outside}; seconds: of "
+        f"split; macro F1 and what follows it are means over the seeds{retention}; seconds: of "
         "training on a machine that may have had other work to do."
     )

@@ -27,11 +27,11 @@ from data_prep.encode import encode_rows
 from data_prep.sources.folders import read_folders
 from data_prep.sources.painter import STYLES, draw
 from data_prep.verify import verify_rows
-from nicheclip.data import quiet_datasets
+from nicheclip.cached_map import map_shards
+from nicheclip.clip import encode_texts, zero_shot_logits
 from nicheclip.domain import Domain
-from nicheclip.results import format_table
-from nicheclip.shards import map_shards
-from nicheclip.zero_shot import encode_texts, zero_shot_logits
+from nicheclip.evaluation.intervals import format_table
+from nicheclip.files import quiet_datasets
 
 PROMPTS = [f"a photo of {name}" for name in Domain.load("domains/architecture").class_names]
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from transformers import CLIPConfig, CLIPModel
 
-from model_card.onnx_export import export_tower, quantize
 from nicheclip.classifier import OnnxTower, VisualTower
-from nicheclip.results import format_table
+from nicheclip.evaluation.intervals import format_table
+from nicheclip.publishing.onnx import export_tower, quantize
 
 GATE = 200.0  # ms
 WARM_UP = 5

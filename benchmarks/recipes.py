@@ -32,19 +32,19 @@ from transformers import CLIPModel, CLIPProcessor
 import train
 from benchmarks.comparison import OURS
 from data_prep.prepare import DATA_SETTINGS, prepare
-from data_prep.sources import outside_rows
-from nicheclip import metrics
-from nicheclip.answers import DomainClassifier
-from nicheclip.calibration import fit_temperature
-from nicheclip.callbacks import TrainingInterrupted
-from nicheclip.data import image_side, load_prepared
+from data_prep.sources import retention_rows
+from nicheclip.clip import encode_images, encode_texts, image_side, load_clip
 from nicheclip.domain import Domain
-from nicheclip.outside import outside_accuracy
-from nicheclip.probe import STRENGTHS, fit_probe
-from nicheclip.results import read_json, write_json
-from nicheclip.strange import PER_KIND, strange_pictures
-from nicheclip.wise_ft import choose_alpha, interpolate
-from nicheclip.zero_shot import encode_images, encode_texts, load_clip
+from nicheclip.evaluation import metrics
+from nicheclip.evaluation.calibration import fit_temperature
+from nicheclip.evaluation.ood import PER_KIND, ood_pictures
+from nicheclip.evaluation.predictions import DomainClassifier
+from nicheclip.evaluation.probe import STRENGTHS, fit_probe
+from nicheclip.evaluation.retention import retention_accuracy
+from nicheclip.files import read_json, write_json
+from nicheclip.run import load_prepared
+from nicheclip.training.callbacks import TrainingInterrupted
+from nicheclip.training.wise_ft import choose_alpha, interpolate
 
 VERSION = 1  # of what result.json holds; another one is made anew
 
@@ -226,7 +226,7 @@ def zero_shot(data_run: Path, ensemble: bool, seed: int, out: Path) -> dict[str,
         return evaluate_model(model, processor, domain, data_run, prototypes) | {"seconds": 0.0}
 
     name = "zero_shot_ensemble" if ensemble else "zero_shot"
-    recipe = domain.model_dump(mode="json", include={"base", "classes", "clusters", "outside"})
+    recipe = domain.model_dump(mode="json", include={"base", "classes", "clusters", "retention"})
     return _once(data_run, name, recipe, seed, out, work)
 
 
@@ -295,7 +295,7 @@ def evaluate_model(
     )
     judged = margin[np.isfinite(margin)]
     noise = classifier.embed(
-        strange_pictures("noise", image_side(processor), seed=0), PER_KIND, "noise"
+        ood_pictures("noise", image_side(processor), seed=0), PER_KIND, "noise"
     )
     on_noise = softmax(classifier.logits(noise) / temperature, axis=1).max(axis=1)
     result = _read(logits["test"], temperature, splits["test"]) | {
@@ -304,13 +304,13 @@ def evaluate_model(
         ),
         "hard_negative_pass_rate": float((judged > 0).mean()) if len(judged) else None,
         "noise_confidence_p95": float(np.percentile(on_noise, 95)),
-        "outside": None,
+        "retention": None,
     }
-    if domain.outside is not None:
-        rows, prompts = outside_rows(domain), domain.outside.canonical_prompts
-        images, outside_labels = (row["image"] for row in rows), np.array(rows["label"])
-        result["outside"] = outside_accuracy(
-            model, processor, images, outside_labels, prompts, progress=False
+    if domain.retention is not None:
+        rows, prompts = retention_rows(domain), domain.retention.canonical_prompts
+        images, retention_labels = (row["image"] for row in rows), np.array(rows["label"])
+        result["retention"] = retention_accuracy(
+            model, processor, images, retention_labels, prompts, progress=False
         ).value
     return result
 

@@ -45,15 +45,16 @@ from benchmarks.training_speed_report import (
 )
 from data_prep.sources.painter import STYLES, draw
 from data_prep.verify import JPEG_QUALITY
-from nicheclip.data import TrainingVisits, Views, augment, features, quiet_datasets
 from nicheclip.domain import Domain
-from nicheclip.feature_cache import encode_views
-from nicheclip.launch import keep_freed_memory
-from nicheclip.results import write_json
-from nicheclip.stages import set_trainable, trainable_names
-from nicheclip.towers import PIXELS, cut_before
-from nicheclip.trainer import StagedTrainer
-from nicheclip.training_args import StagedTrainingArguments
+from nicheclip.files import quiet_datasets, write_json
+from nicheclip.processes import keep_freed_memory
+from nicheclip.run import features
+from nicheclip.training.arguments import StagedTrainingArguments
+from nicheclip.training.data import TrainingSamples, Views, augment
+from nicheclip.training.feature_cache import encode_views
+from nicheclip.training.stages import set_trainable, trainable_names
+from nicheclip.training.towers import PIXELS, cut_before
+from nicheclip.training.trainer import StagedTrainer
 
 DOMAINS = Path(__file__).parents[1] / "domains"
 ARTICLE = DOMAINS / "architecture" / "article.yaml"
@@ -104,9 +105,9 @@ class Setting:
     folder: Path
     args: argparse.Namespace
 
-    def visits(self, seed: int) -> TrainingVisits:
+    def visits(self, seed: int) -> TrainingSamples:
         """The visits of our side."""
-        return TrainingVisits(
+        return TrainingSamples(
             self.rows, self.domain.prompt_bank[1], self.domain.augmentation, self.processor, seed
         )
 
@@ -461,13 +462,13 @@ def _encoding(setting: Setting, model: CLIPModel, seed: int) -> float:
         cut_before(model.vision_model, trainable_names(names, stage))
         for stage in setting.domain.stages
     }
-    visits, cache, dtype = (
+    samples, cache, dtype = (
         setting.visits(seed),
         setting.folder / f"round-{seed}",
         DTYPES[setting.args.precision],
     )
     started = _now()
-    encode_views(model.vision_model, visits, 2, sorted(cuts - {PIXELS}), cache, autocast=dtype)
+    encode_views(model.vision_model, samples, 2, sorted(cuts - {PIXELS}), cache, autocast=dtype)
     return (_now() - started) / (2 * len(setting.rows))
 
 

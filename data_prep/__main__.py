@@ -16,8 +16,8 @@ from typing import Any
 
 from data_prep.prepare import prepare
 from nicheclip.domain import Domain
-from nicheclip.launch import keep_freed_memory
-from nicheclip.results import format_table
+from nicheclip.evaluation.intervals import format_table
+from nicheclip.processes import keep_freed_memory
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ def summary(report: dict[str, Any]) -> str:
     lines = [
         f"{counts['read']} images read; quarantined: {quarantined}; dropped by the filter: "
         f"{dropped}",
-        f"kept: {kept}; an epoch visits {counts['train_visits_per_epoch']} training views",
+        f"kept: {kept}; an epoch visits {counts['train_samples_per_epoch']} training views",
     ]
     for fault, found in report.get("planted_faults", {}).items():
         lines.append(

@@ -27,11 +27,11 @@ from sklearn.metrics import adjusted_rand_score
 from data_prep.encode import encode_rows
 from data_prep.quality import out_of_fold_probabilities
 from data_prep.report import ENVIRONMENT
-from nicheclip.data import quiet_datasets
+from nicheclip.clip import encode_texts, load_clip, zero_shot_logits
 from nicheclip.domain import Domain
-from nicheclip.pages import Thumbnails
-from nicheclip.results import format_table, read_json
-from nicheclip.zero_shot import encode_texts, load_clip, zero_shot_logits
+from nicheclip.evaluation.intervals import format_table
+from nicheclip.files import quiet_datasets, read_json
+from nicheclip.publishing.pages import Thumbnails
 
 # Classes are joined while the mean confusion between them is above both. Clusters of 25 styles made
 # from half of the photos held 33 % of the wrong answers on the other half at 2 (with 25 of the 300

@@ -8,8 +8,8 @@ import datasets
 import numpy as np
 from transformers import CLIPModel, CLIPProcessor
 
-from nicheclip.shards import map_shards, stored_digests, weights_digest
-from nicheclip.zero_shot import encode_images, fast_dtype
+from nicheclip.cached_map import map_shards, stored_digests, weights_digest
+from nicheclip.clip import encode_images, fast_dtype
 
 
 def encode_rows(

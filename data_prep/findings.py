@@ -13,8 +13,8 @@ from data_prep.duplicates import Fingerprints
 from data_prep.quality import Verdict
 from data_prep.report import SMALL_EXAM
 from data_prep.review import Suspicion
-from nicheclip.data import SPLITS
 from nicheclip.domain import Domain
+from nicheclip.run import SPLITS
 
 LEAST_LIKELY = 24  # images, and
 MOST_ALIKE = 12  # pairs, for a person to look at
@@ -38,7 +38,7 @@ def counts(
         "quarantined": dict(Counter(entry["reason"].split(":")[0] for entry in quarantined)),
         "dropped_by_filter": dropped,
         "kept": kept,
-        "train_visits_per_epoch": int(np.sum(splits["train"]["repeats"][:])),
+        "train_samples_per_epoch": int(np.sum(splits["train"]["repeats"][:])),
     }
 
 
@@ -54,7 +54,7 @@ def classes(
     aside = Counter(entry.get("label") for entry in quarantined)
     dropped = Counter(entry["label"] for entry in suspects if entry["outcome"] == "dropped")
     train = splits["train"]
-    visits = (
+    samples = (
         np.bincount(train["label"][:], train["repeats"][:], len(domain.classes))
         .astype(int)
         .tolist()
@@ -64,7 +64,7 @@ def classes(
             "name": name,
             **{split: sizes[split][index] for split in SPLITS},
             "quarantined": aside[name],
-            "visits": visits[index],
+            "samples": samples[index],
             "filter": verdict.classes[index] | {"dropped": dropped[name]},
         }
         for index, name in enumerate(domain.class_names)

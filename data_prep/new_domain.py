@@ -31,9 +31,9 @@ from transformers import CLIPTextConfig, CLIPVisionConfig
 from data_prep.clusters import propose
 from data_prep.sources.folders import SIDECARS, list_files, split_of
 from data_prep.verify import readable_formats
+from nicheclip.clip import encode_texts, load_clip
 from nicheclip.domain import Domain, class_key
-from nicheclip.results import format_table
-from nicheclip.zero_shot import encode_texts, load_clip
+from nicheclip.evaluation.intervals import format_table
 
 BASE = "openai/clip-vit-base-patch32"
 TEMPLATES = (
@@ -265,7 +265,7 @@ def _domain_file(survey: Survey, name: str, base: str, noun: str) -> str:
     samples = min(280, max(24, middle))
     visits = samples * len(names)
     batch = min(BATCH, visits // 2)
-    epochs = round(min(12, max(5, STEPS * batch / visits)))
+    epochs = round(min(12, max(5, STEPS * batch / samples)))
     return _template().render(
         survey=survey,
         name=name,

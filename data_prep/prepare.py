@@ -21,20 +21,19 @@ from data_prep import findings
 from data_prep.divide import Catalogue, Division, divide
 from data_prep.duplicates import Fingerprints
 from data_prep.encode import encode_rows
-from data_prep.quality import Verdict, judge, out_of_fold_probabilities, visits_per_epoch
+from data_prep.quality import Verdict, judge, out_of_fold_probabilities, samples_per_epoch
 from data_prep.report import write_report
 from data_prep.review import read_decisions, write_review
 from data_prep.sources import fetch_images, read_source
 from data_prep.sources.facades import found_faults, planted_faults
 from data_prep.sources.rows import check_classes
 from data_prep.verify import VERIFY_VERSION, verify_rows
-from nicheclip.data import SPLITS, features, quiet_datasets
+from nicheclip.cached_map import map_shards
+from nicheclip.clip import encode_images, encode_texts, fast_dtype, load_clip, zero_shot_logits
 from nicheclip.domain import Domain
-from nicheclip.launch import processes
-from nicheclip.results import replaced_folder, write_json
-from nicheclip.run import alone, made_with
-from nicheclip.shards import map_shards
-from nicheclip.zero_shot import encode_images, encode_texts, fast_dtype, load_clip, zero_shot_logits
+from nicheclip.files import quiet_datasets, replaced_folder, write_json
+from nicheclip.processes import processes
+from nicheclip.run import SPLITS, features, provenance, run_lock
 
 DATA_SETTINGS = {
     "splits",
@@ -77,7 +76,7 @@ def prepare(
             f"'{run / 'data'}' is not prepared data and would be overwritten; choose another --run"
         )
     state = processes()
-    with alone(run), quiet_datasets(), _uncached():
+    with run_lock(run), quiet_datasets(), _uncached():
         # The second file is of calibrate.py's errors.html; where both decide, review.csv does.
         decided = read_decisions(run / "review_errors.csv") | read_decisions(run / "review.csv")
         fetched = [
@@ -115,7 +114,7 @@ def prepare(
         alike = findings.alike_across_splits(catalogue, division, fingerprints)
         classes = findings.classes(domain, splits, quarantined, suspects, verdict)
         report = {
-            "made_with": made_with(),
+            "provenance": provenance(),
             "domain": domain.name,
             "base": domain.base,
             "images": str(location),
@@ -261,7 +260,7 @@ def _splits(
         own = np.flatnonzero(division.parts == name)
         if name == "train":
             own = np.array([index for index in own if catalogue.source_ids[index] not in dropped])
-            repeats = visits_per_epoch(
+            repeats = samples_per_epoch(
                 labels[own], domain.samples_per_class, np.random.default_rng(seed)
             )
         added = {

@@ -1,4 +1,4 @@
-"""Which training images are suspected of a wrong label, and how often an epoch visits the others."""
+"""Which training images are suspected of a wrong label, and how often an epoch samples the others."""
 
 from __future__ import annotations
 
@@ -148,17 +148,17 @@ def judge(
     return Verdict(scores, others.argmax(axis=1), suspect, counts)
 
 
-def visits_per_epoch(
+def samples_per_epoch(
     labels: np.ndarray, samples_per_class: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """How often an epoch visits each image, so that each class has `samples_per_class` visits; at least once.
+    """How often an epoch samples each image, so that each class has `samples_per_class` samples; at least once.
 
     Args: labels (N,) int. Returns: (N,) int.
     """
-    visits = np.ones(len(labels), dtype=np.int32)
+    samples = np.ones(len(labels), dtype=np.int32)
     for label in np.unique(labels):
         own = rng.permutation(np.flatnonzero(labels == label))
         missing = max(0, samples_per_class - len(own))
-        visits[own] += missing // len(own)
-        visits[own[: missing % len(own)]] += 1
-    return visits
+        samples[own] += missing // len(own)
+        samples[own[: missing % len(own)]] += 1
+    return samples

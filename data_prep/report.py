@@ -16,8 +16,8 @@ from PIL import Image
 
 from data_prep.quality import threshold_of
 from nicheclip.domain import Domain, QualityFilter
-from nicheclip.pages import Thumbnails, environment
-from nicheclip.results import detectable_difference
+from nicheclip.evaluation.intervals import detectable_difference
+from nicheclip.publishing.pages import Thumbnails, environment
 
 SMALL_EXAM = 10  # test images of a class; with fewer, its own accuracy says next to nothing
 SHOWN = 60  # entries of a gallery

@@ -15,9 +15,9 @@ from datasets import Dataset
 from matplotlib.figure import Figure
 from PIL import Image
 
-from nicheclip.data import load_prepared
 from nicheclip.domain import Domain
-from nicheclip.results import read_json
+from nicheclip.files import read_json
+from nicheclip.run import load_prepared
 
 RIGHT, WRONG, UNSURE = "#0072B2", "#D55E00", "#777777"
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from model_card.build import build
 from model_card.dataset import write_dataset
-from nicheclip.data import load_prepared
 from nicheclip.domain import Domain
-from nicheclip.hub import RepoType, files_of, push
-from nicheclip.results import replaced_folder
+from nicheclip.files import replaced_folder
+from nicheclip.publishing.hub import RepoType, files_of, push
+from nicheclip.run import load_prepared
 from space.publish import write_space
 
 

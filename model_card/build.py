@@ -11,14 +11,14 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from model_card.dataset import attributions
-from model_card.onnx_export import add_onnx
 from nicheclip.classifier import NicheClassifier
-from nicheclip.data import load_prepared
 from nicheclip.domain import Domain
-from nicheclip.hub import save_published_model
-from nicheclip.image_index import INDEX_FILE, write_index
-from nicheclip.results import METRIC_TITLES, Measure, read_json, replaced_folder
-from nicheclip.run import alone
+from nicheclip.evaluation.intervals import METRIC_TITLES, Measure
+from nicheclip.files import read_json, replaced_folder
+from nicheclip.publishing.hub import save_published_model
+from nicheclip.publishing.image_index import INDEX_FILE, write_index
+from nicheclip.publishing.onnx import add_onnx
+from nicheclip.run import load_prepared, run_lock
 
 TEMPLATE = Path(__file__).parent / "template.md"
 REPORTED = ("accuracy", "macro_f1", "ece")
@@ -52,7 +52,7 @@ def build(
     report = read_json(run / "data" / "report.json", "run `python -m data_prep` first")
     domain, splits = Domain.load(run), load_prepared(run)
 
-    with alone(run), replaced_folder(run / "hub") as folder:
+    with run_lock(run), replaced_folder(run / "hub") as folder:
         save_published_model(run, folder, domain, calibration)
         shutil.copytree(run / "figures", folder / "figures")
         for name in ("scorecard.json", "calibration.json"):

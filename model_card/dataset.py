@@ -9,8 +9,8 @@ from typing import Any
 from datasets import DatasetDict
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from nicheclip.data import quiet_datasets
 from nicheclip.domain import Domain
+from nicheclip.files import quiet_datasets
 
 MOST_NAMED = 20
 

@@ -15,8 +15,8 @@ from datasets import Dataset
 
 from data_prep.review import Suspicion
 from nicheclip.domain import Domain
-from nicheclip.metrics import confusion_matrix
-from nicheclip.pages import Thumbnails, environment
+from nicheclip.evaluation.metrics import confusion_matrix
+from nicheclip.publishing.pages import Thumbnails, environment
 
 NEIGHBOURS = 10  # training images that are asked about a label
 DOUBTED = 0.8  # share of them that agree on another label, from which the label looks wrong

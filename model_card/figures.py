@@ -1,4 +1,4 @@
-"""The five figures of a scorecard: gates, confusions, classes, reliability, strange pictures."""
+"""The five figures of a scorecard: gates, confusions, classes, reliability, OOD pictures."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from scipy.stats import binomtest
 from sklearn.manifold import TSNE
 
-from nicheclip.answers import Outputs
 from nicheclip.domain import Domain, GatedMetric
-from nicheclip.metrics import N_BINS, class_scores, correct, reliability
-from nicheclip.results import METRIC_TITLES, Measure, Verdict
+from nicheclip.evaluation.intervals import METRIC_TITLES, Measure, Verdict
+from nicheclip.evaluation.metrics import N_BINS, class_scores, correct, reliability
+from nicheclip.evaluation.predictions import Outputs
 
 BASE, PROBE, TUNED, GATE, INK = "#9AA0A6", "#009E73", "#0072B2", "#D55E00", "#333333"
 # Okabe and Ito's colours, safe for colour-blind readers, then two more for domains with many
@@ -278,10 +278,10 @@ def _reliability(
 
 
 def _outside(tuned: Outputs, measures: dict[str, Measure]) -> Figure:
-    """The score that decides, of test images and of each kind of strange picture."""
-    score, threshold = tuned.border.score, tuned.border.threshold
+    """The score that decides, of test images and of each kind of OOD picture."""
+    score, threshold = tuned.ood.score, tuned.ood.threshold
     rows = {"test images": tuned.own_scores[score]} | {
-        kind: each[score] for kind, each in tuned.strange_scores.items()
+        kind: each[score] for kind, each in tuned.ood_scores.items()
     }
     figure, axes = _figure(8, 0.42 * len(rows) + 1.3)
     heights = np.arange(len(rows))[::-1]

@@ -25,8 +25,8 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 SETTINGS_FILE = "nicheclip.json"
 PROTOTYPES_FILE = "prototypes.safetensors"  # prototypes, prompt bank, and the shape of the domain
-SHAPE_FILE = "domain_shape.safetensors"  # of a run
-FORMAT_VERSION = 2
+CLASS_MEANS_FILE = "class_means.safetensors"  # of a run
+FORMAT_VERSION = 3
 SETTINGS = {  # what is read of nicheclip.json
     "class_names": list,
     "prompts": dict,
@@ -34,8 +34,8 @@ SETTINGS = {  # what is read of nicheclip.json
     "trained_logit_scale": float,
     "abstention.threshold": float,
     "conformal.quantile": float,
-    "border.score": str,
-    "border.threshold": float,
+    "ood.score": str,
+    "ood.threshold": float,
 }
 # by backend
 ONNX_FILES = {"onnx": "onnx/vision_model.onnx", "onnx-int8": "onnx/vision_model_int8.onnx"}
@@ -156,7 +156,7 @@ class NicheClassifier:
             other tensors.
         logit_scale: that multiplies cosines, with the temperature folded in.
         prototypes: (C, D) unit-length text_embeds of the canonical prompts.
-        shape: of the training images: `whitening` (D, D) and the classes' whitened `means` (C, D).
+        class_means: of the training images: `whitening` (D, D) and the classes' whitened `means` (C, D).
         settings: the content of nicheclip.json.
         text_tower: M texts -> unit-length text_embeds (M, D), where there is one.
     """
@@ -167,7 +167,7 @@ class NicheClassifier:
         logit_scale: float,
         image_processor,
         prototypes: torch.Tensor,
-        shape: dict[str, torch.Tensor],
+        class_means: dict[str, torch.Tensor],
         settings: dict,
         text_tower: Callable[[Sequence[str]], torch.Tensor] | None = None,
     ):
@@ -176,7 +176,7 @@ class NicheClassifier:
         self.logit_scale = logit_scale
         self.image_processor = image_processor
         self.prototypes = prototypes
-        self.shape = shape
+        self.class_means = class_means
         self.settings = settings
         self.class_names: list[str] = settings["class_names"]
         self.threshold: float = settings["abstention"]["threshold"]
@@ -291,7 +291,7 @@ class NicheClassifier:
         """Classifies images by their image_embeds (N, D)."""
         logits = self._logits(image_embeds)
         inside = (
-            self._domain_score(image_embeds, logits) >= self.settings["border"]["threshold"]
+            self._domain_score(image_embeds, logits) >= self.settings["ood"]["threshold"]
         ).tolist()
         probabilities = logits.softmax(dim=-1).cpu().numpy()
         return [
@@ -304,7 +304,7 @@ class NicheClassifier:
 
     def _domain_score(self, image_embeds: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """How much each image looks like one of the domain, (N,), by the score that calibrate.py has found best."""
-        match self.settings["border"]["score"]:
+        match self.settings["ood"]["score"]:
             case "confidence":
                 return logits.softmax(dim=-1).amax(dim=-1)
             case "energy":
@@ -313,11 +313,10 @@ class NicheClassifier:
                 return (image_embeds @ self.prototypes.T).amax(dim=-1)
             case "mahalanobis":
                 return -torch.cdist(
-                    image_embeds @ self.shape["whitening"], self.shape["means"]
+                    image_embeds @ self.class_means["whitening"], self.class_means["means"]
                 ).amin(dim=-1)
         raise ValueError(
-            f"{SETTINGS_FILE}: border.score is '{self.settings['border']['score']}', which is "
-            "unknown"
+            f"{SETTINGS_FILE}: ood.score is '{self.settings['ood']['score']}', which is unknown"
         )
 
     def _prediction(self, probabilities: np.ndarray, inside: bool) -> Prediction:

@@ -65,13 +65,13 @@ class Source(_Origin):
     kind: Literal["folder", "dataset", "commons", "facades"] = "folder"
 
 
-class OutsideSource(_Origin):
-    """Where the images of the outside task come from: class folders, a dataset, or drawn shapes (classes: colours)."""
+class RetentionSource(_Origin):
+    """Where the images of the retention task come from: class folders, a dataset, or drawn shapes (classes: colours)."""
 
     kind: Literal["folder", "dataset", "shapes"] = "folder"
 
     @model_validator(mode="after")
-    def _fits_kind(self) -> OutsideSource:
+    def _fits_kind(self) -> RetentionSource:
         if self.kind != "shapes" and self.path is None:
             raise ValueError("no path; give the class folders, or the id or path of the dataset")
         if self.kind == "shapes" and (self.path or self.options):
@@ -79,11 +79,11 @@ class OutsideSource(_Origin):
         return self
 
 
-class Outside(_Section):
+class Retention(_Section):
     """A zero-shot task outside of the domain: what the fine-tuned model should not forget."""
 
     title: Text
-    source: OutsideSource
+    source: RetentionSource
     classes: dict[Text, list[Text]]  # as those of the domain: prompts, the canonical one first
     images_per_class: int = Field(100, ge=1)  # at most; where there are more, a draw decides
 
@@ -195,7 +195,7 @@ class Domain(_Section):
     stages: list[Stage] = Field(min_length=1)
     gates: dict[GatedMetric, float]  # the target of each gated metric of the scorecard
     source: Source = Source()
-    outside: Outside | None = None  # none: nobody looks what fine-tuning forgets
+    retention: Retention | None = None  # none: nobody looks what fine-tuning forgets
     splits: Splits = Splits()
     quality_filter: QualityFilter = QualityFilter()
     samples_per_class: int = Field(280, ge=1)
@@ -212,6 +212,15 @@ class Domain(_Section):
     @classmethod
     def _classes(cls, classes: dict[str, list[str]]) -> dict[str, list[str]]:
         return _checked_classes(classes)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_former_names(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and "outside" in raw:
+            raise ValueError(
+                "the key 'outside' of older versions is called 'retention' now; rename it"
+            )
+        return raw
 
     @model_validator(mode="before")
     @classmethod
@@ -426,8 +435,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 _SECTION_OF_KEY: dict[str, type[BaseModel]] = {
     "source": Source,
-    "outside": Outside,
-    "outside.source": OutsideSource,
+    "retention": Retention,
+    "retention.source": RetentionSource,
     "splits": Splits,
     "quality_filter": QualityFilter,
     "augmentation": Augmentation,

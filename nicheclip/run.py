@@ -15,16 +15,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import datasets
 from datasets import DatasetDict
 from filelock import FileLock, Timeout
 
 from nicheclip.domain import Domain, DomainError
-from nicheclip.launch import processes
-from nicheclip.results import read_json, write_json
+from nicheclip.files import read_json, write_json
+from nicheclip.processes import processes
 
 # they speak of one model
 RESULTS = ("training.json", "trained_on.json", "calibration.json", "scorecard.json")
 TRAINED_ON = "trained_on.json"
+SPLITS = ("train", "validation", "calibration", "test")
 BEGUN = "begun.json"  # beside the checkpoints: the data and the settings that they depend on
 # filelock may empty the file that it locks, so who holds it stands in another
 LOCK, HOLDER = ".lock", ".holder"
@@ -33,7 +35,7 @@ PACKAGES = ("accelerate", "datasets", "numpy", "pillow", "torch", "transformers"
 
 
 @contextmanager
-def alone(run: Path) -> Iterator[None]:
+def run_lock(run: Path) -> Iterator[None]:
     """Keeps other commands from writing to the same run directory; the main process holds the lock for the others.
 
     The system lets go of the lock when its holder ends, however it ends: a lock file that is left
@@ -63,7 +65,7 @@ def alone(run: Path) -> Iterator[None]:
         lock.release()
 
 
-def made_with() -> dict[str, Any]:
+def provenance() -> dict[str, Any]:
     """What a result was made with: the command, the versions, and the commit if the project is a git clone."""
     root = Path(__file__).parents[1]
     commit = None
@@ -197,3 +199,45 @@ def check_unchanged(domain: Domain, report: dict, class_names: list[str]) -> Non
             f"{', '.join(changed)} changed in the domain file after data_prep; run `python -m "
             "data_prep` again, or change it back"
         )
+
+
+def features(class_names: list[str]) -> datasets.Features:
+    """The columns of a prepared dataset.
+
+    `repeats` is how often an epoch visits the image (oversampling without copies);
+    `zero_shot_score` is the base model's probability for the image's own label, and is null outside
+    of train, which alone is filtered.
+    """
+    return datasets.Features(
+        {
+            "image": datasets.Image(),
+            "label": datasets.ClassLabel(names=class_names),
+            "source_id": datasets.Value("string"),
+            "group_id": datasets.Value("string"),
+            "sha256": datasets.Value("string"),
+            "zero_shot_score": datasets.Value("float32"),
+            "repeats": datasets.Value("int32"),
+            "attribution": datasets.Value("string"),
+        }
+    )
+
+
+def load_prepared(run: str | Path) -> datasets.DatasetDict:
+    """Reads `RUN/data`.
+
+    Raises:
+        FileNotFoundError: if data_prep has not made it.
+        ValueError: if it is damaged.
+    """
+    folder = Path(run) / "data"
+    if not (folder / "dataset_dict.json").is_file():
+        raise FileNotFoundError(
+            f"'{folder}' holds no prepared data; run `python -m data_prep DOMAIN --run {run}` first"
+        )
+    try:
+        return datasets.load_from_disk(folder)
+    # a file of it is missing, cut short or foreign
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"'{folder}' is damaged ({error}); run `python -m data_prep DOMAIN --run {run}` again"
+        ) from error

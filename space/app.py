@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
 from nicheclip.classifier import NicheClassifier, Prediction
-from nicheclip.image_index import ImageIndex
+from nicheclip.publishing.image_index import ImageIndex
 from space.photo import UNREADABLE, open_photo, photo_input
 from space.scorecard import NBSP, percent, read_measures, scorecard_tab
 from space.search import Shown, captioned, open_index, pictures, search_tab

@@ -7,7 +7,8 @@ from typing import Any
 
 import gradio as gr
 
-from nicheclip.results import LOWER_IS_BETTER, METRIC_TITLES, Measure, read_json
+from nicheclip.evaluation.intervals import LOWER_IS_BETTER, METRIC_TITLES, Measure
+from nicheclip.files import read_json
 
 NBSP = "\N{NO-BREAK SPACE}"
 VERDICTS = {
@@ -22,7 +23,7 @@ FIGURES = {
     "classes": "F1 of each class, and a map of the test pictures on which similar ones lie together",
     "confusion": "Confusion matrix: which class is taken for which, classes of a cluster side by side",
     "reliability": "Accuracy against confidence, before and after calibration; errors against the share answered",
-    "outside": "How much test pictures, noise, textures, text and other strange pictures look like the domain",
+    "outside": "How much test pictures, noise, textures, text and other OOD pictures look like the domain",
 }
 
 

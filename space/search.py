@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from nicheclip.classifier import NicheClassifier
-from nicheclip.image_index import INDEX_FILE, Found, ImageIndex
+from nicheclip.publishing.image_index import INDEX_FILE, Found, ImageIndex
 from space.photo import UNREADABLE, open_photo, photo_input
 
 FOUND = 12

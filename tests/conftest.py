@@ -17,7 +17,7 @@ import calibrate  # noqa: E402
 import train  # noqa: E402
 from data_prep.prepare import prepare  # noqa: E402
 from model_card.build import build  # noqa: E402
-from nicheclip.domain import Domain  # noqa: E402
+from nicheclip.domain import Domain
 
 ROOT = Path(__file__).parents[1]
 FACADES = ROOT / "domains" / "facades"
@@ -30,7 +30,7 @@ def tiny_facades(folder: Path) -> Path:
     raw["source"]["options"] |= {
         "smallest_class": 4, "largest_class": 16, "validation": 4, "calibration": 10, "test": 9, "unreadable": 0.04
     }  # fmt: skip
-    raw["outside"]["images_per_class"] = 5
+    raw["retention"]["images_per_class"] = 5
     raw["samples_per_class"] = 12
     raw["stages"][0]["epochs"], raw["stages"][1]["epochs"] = 1, 2
     raw["training"] |= {"per_device_train_batch_size": 24, "disable_tqdm": True}

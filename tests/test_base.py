@@ -8,8 +8,8 @@ import torch
 from transformers import CLIPModel, CLIPProcessor, pipeline
 
 from data_prep.sources.painter import STYLES, draw
+from nicheclip.clip import encode_images, encode_texts, load_clip
 from nicheclip.domain import Domain
-from nicheclip.zero_shot import encode_images, encode_texts, load_clip
 from tests.conftest import FACADES
 
 PER_CLASS = 50

@@ -14,14 +14,15 @@ from PIL import Image, ImageOps
 
 from data_prep.duplicates import Fingerprints, connected_groups
 from data_prep.prepare import prepare
-from data_prep.quality import judge, out_of_fold_probabilities, visits_per_epoch
+from data_prep.quality import judge, out_of_fold_probabilities, samples_per_epoch
 from data_prep.sources.folders import read_folders
 from data_prep.sources.painter import STYLES, draw
 from data_prep.splits import assign_splits
 from data_prep.verify import verify_image
-from nicheclip.data import TrainingVisits, augment, load_prepared
+from nicheclip.clip import encode_images, load_clip
 from nicheclip.domain import Augmentation, Domain, QualityFilter, Source, Splits
-from nicheclip.zero_shot import encode_images, load_clip
+from nicheclip.run import load_prepared
+from nicheclip.training.data import TrainingSamples, augment
 
 HELD_OUT = ("validation", "calibration", "test")
 
@@ -90,31 +91,33 @@ def test_only_train_is_filtered(report):
 
 def test_an_epoch_visits_each_class_as_often_and_each_image_at_least_once(prepared, domain):
     train = load_prepared(prepared)["train"]
-    visits = TrainingVisits(
+    samples = TrainingSamples(
         train, domain.prompt_bank[1], domain.augmentation, load_clip(domain.base)[1], seed=0
     )
-    per_class = np.bincount(visits.labels)
+    per_class = np.bincount(samples.labels)
     own = np.bincount(train["label"])
     assert (per_class == np.maximum(domain.samples_per_class, own)).all()
-    assert set(visits.row_of_visit) == set(range(len(train)))
+    assert set(samples.row_of_sample) == set(range(len(train)))
     assert len(train) == len(set(train["sha256"])), "oversampling must not copy pixels"
 
 
 def test_each_visit_draws_its_own_view_and_prompt(prepared, domain):
     train = load_prepared(prepared)["train"]
-    visits = TrainingVisits(
+    samples = TrainingSamples(
         train, domain.prompt_bank[1], domain.augmentation, load_clip(domain.base)[1], seed=0
     )
     row = int(np.argmax(train["repeats"]))
-    same_image = np.flatnonzero(visits.row_of_visit == row)[:2]
-    first, second = (np.asarray(visits[int(visit)]["images"]) for visit in same_image)
+    same_image = np.flatnonzero(samples.row_of_sample == row)[:2]
+    first, second = (np.asarray(samples[int(sample)]["images"]) for sample in same_image)
     assert not np.array_equal(first, second)
-    again = np.asarray(visits[int(same_image[0])]["images"])
-    assert np.array_equal(first, again), "the same visit of the same epoch is always the same"
-    visits.set_epoch(1)
-    assert not np.array_equal(first, np.asarray(visits[int(same_image[0])]["images"]))
+    again = np.asarray(samples[int(same_image[0])]["images"])
+    assert np.array_equal(first, again), "the same sample of the same epoch is always the same"
+    samples.set_epoch(1)
+    assert not np.array_equal(first, np.asarray(samples[int(same_image[0])]["images"]))
     bank, _ = domain.prompt_bank
-    prompts = {bank[visits[int(visit)]["prompts"]] for visit in np.flatnonzero(visits.labels == 0)}
+    prompts = {
+        bank[samples[int(sample)]["prompts"]] for sample in np.flatnonzero(samples.labels == 0)
+    }
     assert len(prompts) > 1
     assert prompts <= set(domain.classes[domain.class_names[0]])
 
@@ -356,9 +359,9 @@ def test_the_probe_judges_an_image_without_having_seen_its_near_duplicates():
 
 def test_visits_make_up_for_small_classes():
     labels = np.repeat([0, 1, 2], [3, 10, 25])
-    visits = visits_per_epoch(labels, 20, np.random.default_rng(0))
-    assert np.bincount(labels, weights=visits).tolist() == [20, 20, 25]
-    assert visits[labels == 0].tolist() in ([7, 7, 6], [7, 6, 7], [6, 7, 7])
+    samples = samples_per_epoch(labels, 20, np.random.default_rng(0))
+    assert np.bincount(labels, weights=samples).tolist() == [20, 20, 25]
+    assert samples[labels == 0].tolist() in ([7, 7, 6], [7, 6, 7], [6, 7, 7])
 
 
 def split_of(labels: np.ndarray, groups: list[str], splits: Splits) -> dict[str, str]:

@@ -64,19 +64,19 @@ def broken(**changes) -> dict:
     return minimal() | changes
 
 
-def outside(**changes) -> dict:
+def retention(**changes) -> dict:
     task = {
         "title": "Pets",
         "source": {"path": "pets"},
         "classes": {"cat": ["a cat"], "dog": ["a dog"]},
     }
-    return broken(outside=task | changes)
+    return broken(retention=task | changes)
 
 
-def test_an_outside_task_is_optional_and_survives_saving(tmp_path):
-    assert load(tmp_path, minimal()).outside is None
-    domain = load(tmp_path, outside())
-    assert domain.outside.canonical_prompts == ["a cat", "a dog"]
+def test_a_retention_task_is_optional_and_survives_saving(tmp_path):
+    assert load(tmp_path, minimal()).retention is None
+    domain = load(tmp_path, retention())
+    assert domain.retention.canonical_prompts == ["a cat", "a dog"]
     domain.save(tmp_path / "copy.yaml")
     assert Domain.load(tmp_path / "copy.yaml") == domain
 
@@ -122,31 +122,34 @@ def test_an_outside_task_is_optional_and_survives_saving(tmp_path):
             broken(augmentation={"crop_scale": [0.9, 0.5]}),
             ["augmentation.crop_scale", "smallest <= largest"],
         ),
-        (outside(classes={"cat": ["a cat"]}), ["outside.classes", "at least two"]),
-        (outside(classes={"cat": ["a cat"], "dog": []}), ["class 'dog' has no prompt"]),
+        (retention(classes={"cat": ["a cat"]}), ["retention.classes", "at least two"]),
+        (retention(classes={"cat": ["a cat"], "dog": []}), ["class 'dog' has no prompt"]),
         (
-            outside(classes={"cat": ["a cat"], "dog": [" "]}),
-            ["outside.classes.dog.0", "expected some text"],
+            retention(classes={"cat": ["a cat"], "dog": [" "]}),
+            ["retention.classes.dog.0", "expected some text"],
         ),
-        (outside(titel="Pets"), ["unknown key 'outside.titel'", "did you mean 'title'"]),
+        (retention(titel="Pets"), ["unknown key 'retention.titel'", "did you mean 'title'"]),
         (
-            outside(source={"pth": "pets"}),
-            ["unknown key 'outside.source.pth'", "did you mean 'path'"],
+            retention(source={"pth": "pets"}),
+            ["unknown key 'retention.source.pth'", "did you mean 'path'"],
         ),
         (
-            outside(source={"kind": "facades"}),
-            ["outside.source.kind", "'folder', 'dataset' or 'shapes'", "'facades'"],
+            retention(source={"kind": "facades"}),
+            ["retention.source.kind", "'folder', 'dataset' or 'shapes'", "'facades'"],
         ),
-        (outside(source={"kind": "commons"}), ["outside.source.kind", "'commons'"]),
-        (outside(source={"kind": "folder"}), ["outside.source", "no path; give the class folders"]),
+        (retention(source={"kind": "commons"}), ["retention.source.kind", "'commons'"]),
         (
-            outside(source={"kind": "shapes", "options": {"n": 3}}),
-            ["outside.source", "remove them"],
+            retention(source={"kind": "folder"}),
+            ["retention.source", "no path; give the class folders"],
         ),
-        (outside(images_per_class=0), ["outside.images_per_class", "0"]),
         (
-            broken(outside={"title": "Pets"}),
-            ["missing key 'outside.source'", "missing key 'outside.classes'"],
+            retention(source={"kind": "shapes", "options": {"n": 3}}),
+            ["retention.source", "remove them"],
+        ),
+        (retention(images_per_class=0), ["retention.images_per_class", "0"]),
+        (
+            broken(retention={"title": "Pets"}),
+            ["missing key 'retention.source'", "missing key 'retention.classes'"],
         ),
         (broken(source={"kind": "shapes"}), ["source.kind", "'shapes'"]),
         ("classes: [", ["not valid YAML"]),

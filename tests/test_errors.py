@@ -14,8 +14,8 @@ from playwright.sync_api import sync_playwright
 from data_prep.prepare import prepare
 from data_prep.review import read_decisions
 from model_card.errors import DOUBTED, read_errors, write_errors
-from nicheclip.data import load_prepared
 from nicheclip.domain import Domain
+from nicheclip.run import load_prepared
 from tests.conftest import CHROMIUM, needs_chromium
 
 

@@ -12,16 +12,17 @@ import torch
 from transformers import CLIPModel
 
 import train
-from nicheclip import shards
-from nicheclip.data import TrainingVisits, Views, load_prepared
+from nicheclip import cached_map as shards
+from nicheclip.clip import load_clip
 from nicheclip.domain import Domain, Stage
-from nicheclip.feature_cache import encode_views
-from nicheclip.losses import multi_positive
-from nicheclip.stages import trainable_names
-from nicheclip.towers import PIXELS, begin_later, cut_before, pooled
-from nicheclip.trainer import StagedTrainer
-from nicheclip.training_args import StagedTrainingArguments
-from nicheclip.zero_shot import load_clip
+from nicheclip.run import load_prepared
+from nicheclip.training.arguments import StagedTrainingArguments
+from nicheclip.training.data import TrainingSamples, Views
+from nicheclip.training.feature_cache import encode_views
+from nicheclip.training.losses import multi_positive
+from nicheclip.training.stages import trainable_names
+from nicheclip.training.towers import PIXELS, begin_later, cut_before, pooled
+from nicheclip.training.trainer import StagedTrainer
 from tests.test_training import checkpoints, fresh, weights
 
 TEXT = ["text_model.*", "text_projection.*", "visual_projection.*", "logit_scale"]
@@ -43,14 +44,14 @@ STAGES = {
 
 
 @pytest.fixture
-def visits(prepared, domain) -> TrainingVisits:
+def samples(prepared, domain) -> TrainingSamples:
     _, processor = load_clip(domain.base)
     rows = load_prepared(prepared)["train"]
-    return TrainingVisits(rows, domain.prompt_bank[1], domain.augmentation, processor, seed=3)
+    return TrainingSamples(rows, domain.prompt_bank[1], domain.augmentation, processor, seed=3)
 
 
 def staged(
-    domain: Domain, visits: TrainingVisits, stage: Stage, folder: Path, **options
+    domain: Domain, samples: TrainingSamples, stage: Stage, folder: Path, **options
 ) -> StagedTrainer:
     """A trainer that has entered its only stage."""
     model, processor = load_clip(domain.base)
@@ -59,7 +60,7 @@ def staged(
     )
     domain = domain.model_copy(update={"stages": [stage]})
     trainer = StagedTrainer(
-        model, args, domain, processor, visits, Views(visits.rows.select(range(5)), processor)
+        model, args, domain, processor, samples, Views(samples.rows.select(range(5)), processor)
     )
     trainer._enter(stage, 0, None)
     return trainer
@@ -111,10 +112,10 @@ def plain_step(
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_the_fast_step_is_the_plain_step(name, domain, visits, tmp_path):
+def test_the_fast_step_is_the_plain_step(name, domain, samples, tmp_path):
     """From the same pixels: distinct prompts at their length, and the class token alone in the last block."""
-    trainer = staged(domain, visits, STAGES[name], tmp_path, cached_views=0)
-    batch = trainer.data_collator([visits[index] for index in range(0, 48, 4)])
+    trainer = staged(domain, samples, STAGES[name], tmp_path, cached_views=0)
+    batch = trainer.data_collator([samples[index] for index in range(0, 48, 4)])
     expected, expected_gradients = plain_step(domain, batch, STAGES[name], torch.float32)
     loss = trainer.compute_loss(trainer.model, batch)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
@@ -122,9 +123,9 @@ def test_the_fast_step_is_the_plain_step(name, domain, visits, tmp_path):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_in_double_precision_the_towers_agree_to_ten_digits(name, domain, visits):
+def test_in_double_precision_the_towers_agree_to_ten_digits(name, domain, samples):
     """Cut where the stage allows it, the states before it as they are."""
-    batch = torch.utils.data.default_collate([visits[index] for index in range(0, 48, 4)])
+    batch = torch.utils.data.default_collate([samples[index] for index in range(0, 48, 4)])
     expected, expected_gradients = plain_step(domain, batch, STAGES[name], torch.float64)
     model, processor = load_clip(domain.base)
     model.double()
@@ -158,12 +159,12 @@ def test_in_double_precision_the_towers_agree_to_ten_digits(name, domain, visits
 @pytest.mark.parametrize(
     "name", ["0 blocks", "1 block", "2 blocks", "all blocks", "the last layer norm"]
 )
-def test_kept_views_train_as_their_pixels_do(name, dtype, tolerance, domain, visits, tmp_path):
-    trainer = staged(domain, visits, STAGES[name], tmp_path, cached_views=2, feature_dtype=dtype)
+def test_kept_views_train_as_their_pixels_do(name, dtype, tolerance, domain, samples, tmp_path):
+    trainer = staged(domain, samples, STAGES[name], tmp_path, cached_views=2, feature_dtype=dtype)
     chosen = list(range(0, 48, 4))
-    kept = trainer.data_collator([visits[index] for index in chosen])
-    visits.features = None
-    pixels = trainer.data_collator([visits[index] for index in chosen])
+    kept = trainer.data_collator([samples[index] for index in chosen])
+    samples.features = None
+    pixels = trainer.data_collator([samples[index] for index in chosen])
     assert kept["images"].ndim in (2, 3)
     assert pixels["images"].ndim == 4
     losses = {
@@ -175,77 +176,77 @@ def test_kept_views_train_as_their_pixels_do(name, dtype, tolerance, domain, vis
     assert_equal(found["k"], found["p"], tolerance)
 
 
-def test_what_all_stages_leave_frozen_is_encoded_once(domain, visits, tmp_path):
+def test_what_all_stages_leave_frozen_is_encoded_once(domain, samples, tmp_path):
     """The pooled states are worked out from those after the blocks that no stage trains."""
     model, _ = load_clip(domain.base)
     begin_later(model)
     tower = model.vision_model.eval()
-    both = encode_views(tower, visits, 2, [2, pooled(tower)], tmp_path / "both", "float32")
-    alone = encode_views(tower, visits, 2, [pooled(tower)], tmp_path / "alone", "float32")
+    both = encode_views(tower, samples, 2, [2, pooled(tower)], tmp_path / "both", "float32")
+    alone = encode_views(tower, samples, 2, [pooled(tower)], tmp_path / "alone", "float32")
     assert {path.name for path in (tmp_path / "both").iterdir()} == {"after-block-2", "pooled"}
-    places = [(row, view) for view in range(2) for row in range(len(visits.rows))]
+    places = [(row, view) for view in range(2) for row in range(len(samples.rows))]
     np.testing.assert_allclose([both(*p) for p in places], [alone(*p) for p in places], atol=2e-5)
     assert both(0, 0).shape == (model.config.vision_config.hidden_size,)
     assert not np.allclose(both(0, 0), both(0, 1)), "each view is another one"
 
 
-def test_visits_take_the_views_in_turn(domain, visits):
-    visits.views = 3
+def test_visits_take_the_views_in_turn(domain, samples):
+    samples.views = 3
     seen: dict[int, list[int]] = {}
-    visits._images = lambda row, view: seen.setdefault(row, []).append(view)
+    samples._images = lambda row, view: seen.setdefault(row, []).append(view)
     for epoch in range(3):
-        visits.set_epoch(epoch)
-        for visit in range(len(visits)):
-            visits[visit]
+        samples.set_epoch(epoch)
+        for sample in range(len(samples)):
+            samples[sample]
     for row, views in seen.items():
-        assert len(views) == 3 * visits.repeats[row]
+        assert len(views) == 3 * samples.repeats[row]
         assert np.ptp(np.bincount(views, minlength=3)) == 0, (
             "in three epochs each view comes equally often"
         )
 
 
-def encoded(tower, visits, cache: Path, **options) -> set[str]:
+def encoded(tower, samples, cache: Path, **options) -> set[str]:
     """Names of the shards, each of which says what it was made of."""
-    encode_views(tower, visits, 1, [options.pop("cut", 2)], cache, **options)
+    encode_views(tower, samples, 1, [options.pop("cut", 2)], cache, **options)
     return {f"{path.parent.name}/{path.name}" for path in cache.glob("*/*") if path.is_dir()}
 
 
-def test_a_shard_is_known_by_everything_it_depends_on(domain, prepared, visits, tmp_path):
+def test_a_shard_is_known_by_everything_it_depends_on(domain, prepared, samples, tmp_path):
     model, processor = load_clip(domain.base)
     begin_later(model)
     tower = model.vision_model.eval()
     cache = tmp_path / "cache"
-    first = encoded(tower, visits, cache)
-    assert encoded(tower, visits, cache) == first
-    other_seed = TrainingVisits(
-        visits.rows, domain.prompt_bank[1], domain.augmentation, processor, seed=4
+    first = encoded(tower, samples, cache)
+    assert encoded(tower, samples, cache) == first
+    other_seed = TrainingSamples(
+        samples.rows, domain.prompt_bank[1], domain.augmentation, processor, seed=4
     )
     harder = domain.augmentation.model_copy(update={"hue": 0.3})
-    augmented = TrainingVisits(visits.rows, domain.prompt_bank[1], harder, processor, seed=3)
-    fewer = TrainingVisits(
-        visits.rows.select(range(9)), domain.prompt_bank[1], domain.augmentation, processor, seed=3
+    augmented = TrainingSamples(samples.rows, domain.prompt_bank[1], harder, processor, seed=3)
+    fewer = TrainingSamples(
+        samples.rows.select(range(9)), domain.prompt_bank[1], domain.augmentation, processor, seed=3
     )
     for changed in (other_seed, augmented, fewer):
         now = encoded(tower, changed, cache)
         assert not now & first, "a stale shard must not be read, nor lie about"
-    assert encoded(tower, visits, cache) == first
+    assert encoded(tower, samples, cache) == first
     for options in ({"dtype": "float32"}, {"autocast": torch.bfloat16}, {"cut": 1}):
-        assert not encoded(tower, visits, tmp_path / str(options), **options) & first
+        assert not encoded(tower, samples, tmp_path / str(options), **options) & first
     with torch.no_grad():
         model.vision_model.encoder.layers[3].mlp.fc1.bias += 1
-        assert encoded(tower, visits, cache) == first, "a block after the cut does not matter"
+        assert encoded(tower, samples, cache) == first, "a block after the cut does not matter"
         model.vision_model.encoder.layers[1].mlp.fc1.bias += 1
-        assert not encoded(tower, visits, cache) & first
+        assert not encoded(tower, samples, cache) & first
 
 
-def test_an_interrupted_encoding_goes_on(domain, visits, tmp_path, monkeypatch):
+def test_an_interrupted_encoding_goes_on(domain, samples, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "SHARD_ROWS", 16)
     model, _ = load_clip(domain.base)
     begin_later(model)
     tower = model.vision_model.eval()
-    whole = encode_views(tower, visits, 1, [2], tmp_path / "whole")
+    whole = encode_views(tower, samples, 1, [2], tmp_path / "whole")
 
-    class Interrupted(TrainingVisits):
+    class Interrupted(TrainingSamples):
         drawn, last = 0, 40
 
         def view(self, row: int, view: int) -> torch.Tensor:
@@ -256,19 +257,19 @@ def test_an_interrupted_encoding_goes_on(domain, visits, tmp_path, monkeypatch):
 
     _, processor = load_clip(domain.base)
     stopped = Interrupted(
-        visits.rows, domain.prompt_bank[1], domain.augmentation, processor, seed=3
+        samples.rows, domain.prompt_bank[1], domain.augmentation, processor, seed=3
     )
     with pytest.raises(KeyboardInterrupt):
         encode_views(tower, stopped, 1, [2], tmp_path / "cut")
     stopped.drawn, stopped.last = 0, 10_000
     resumed = encode_views(tower, stopped, 1, [2], tmp_path / "cut")
-    assert stopped.drawn == len(visits.rows) - 32, "two shards were whole"
-    for row in range(len(visits.rows)):
+    assert stopped.drawn == len(samples.rows) - 32, "two shards were whole"
+    for row in range(len(samples.rows)):
         np.testing.assert_array_equal(resumed(row, 0), whole(row, 0))
 
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
-    domain, visits, tmp_path, monkeypatch
+    domain, samples, tmp_path, monkeypatch
 ):
     model, _ = load_clip(domain.base)
     begin_later(model)
@@ -277,17 +278,17 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
     with pytest.raises(
         OSError, match=r"--cached_views 2.* needs 0\.0 GB in .* where 0\.0 GB are free"
     ):
-        encode_views(model.vision_model, visits, 2, [2], tmp_path / "full")
+        encode_views(model.vision_model, samples, 2, [2], tmp_path / "full")
     assert not list((tmp_path / "full").glob("*/*"))
 
 
-def test_states_that_the_kept_precision_can_not_hold_are_an_error(domain, visits, tmp_path):
+def test_states_that_the_kept_precision_can_not_hold_are_an_error(domain, samples, tmp_path):
     model, _ = load_clip(domain.base)
     begin_later(model)
     with torch.no_grad():
         model.vision_model.pre_layrnorm.bias += 1e6
     with pytest.raises(FloatingPointError, match="--feature_dtype float32"):
-        encode_views(model.vision_model, visits, 1, [0], tmp_path)
+        encode_views(model.vision_model, samples, 1, [0], tmp_path)
 
 
 def test_stages_in_any_order_resume_to_the_same_weights(prepared, domain, tmp_path):
@@ -324,5 +325,5 @@ def test_the_record_says_what_was_saved(prepared, tmp_path):
     record = json.loads((run / "training.json").read_text())["features"]
     assert record["views"] == 2
     assert record["encoded"] == 2 * len(load_prepared(run)["train"])
-    assert record["visits"] > record["encoded"]
+    assert record["samples"] > record["encoded"]
     assert 0 < record["bytes"] < 1e8

@@ -22,10 +22,9 @@ import train
 from calibrate import calibrate
 from data_prep.prepare import prepare
 from nicheclip import NicheClassifier
-from nicheclip.data import load_prepared
 from nicheclip.domain import Domain, DomainError, QualityFilter
-from nicheclip.results import read_json
-from nicheclip.run import HOLDER, LOCK, alone
+from nicheclip.files import read_json
+from nicheclip.run import HOLDER, LOCK, load_prepared, run_lock
 from tests.conftest import ROOT
 from tests.test_data_prep import photo_folders
 from tests.test_resume import command, contents
@@ -65,7 +64,7 @@ def test_a_second_command_is_told_who_is_at_work_and_a_dead_one_is_not_in_the_wa
 ):
     script = (
         "import pathlib, sys, time, nicheclip.run\n"
-        "with nicheclip.run.alone(pathlib.Path(sys.argv[1])):\n"
+        "with nicheclip.run.run_lock(pathlib.Path(sys.argv[1])):\n"
         "    print(flush=True)\n"
         "    time.sleep(99)\n"
     )
@@ -84,7 +83,7 @@ def test_a_second_command_is_told_who_is_at_work_and_a_dead_one_is_not_in_the_wa
     holder.kill()
     holder.wait()
     assert str(holder.pid) in (copy / HOLDER).read_text(), "it is left behind"
-    with alone(copy):
+    with run_lock(copy):
         assert str(os.getpid()) in (copy / HOLDER).read_text()
 
 
@@ -246,14 +245,14 @@ def test_the_seed_decides_what_is_painted(domain, report_of_seed_0, tmp_path):
 def test_the_seed_draws_who_is_visited_more_often(two_classes, tmp_path):
     """And not the splits of photos: they depend on the images alone, so that one that is added moves no other."""
     photos = photo_folders(tmp_path / "photos", per_class=14)
-    reports, visits, splits = [], [], []
+    reports, samples, splits = [], [], []
     for n, seed in enumerate((3, 3, 4)):
         reports.append(prepare(two_classes, tmp_path / str(n), images=photos, seed=seed))
         data = load_prepared(tmp_path / str(n))
-        visits.append(data["train"]["repeats"][:])
+        samples.append(data["train"]["repeats"][:])
         splits.append({name: data[name]["source_id"][:] for name in data})
     assert reports[0]["fingerprint"] == reports[1]["fingerprint"] != reports[2]["fingerprint"]
-    assert visits[0] == visits[1] != visits[2]
+    assert samples[0] == samples[1] != samples[2]
     assert splits[0] == splits[1] == splits[2]
 
 
@@ -277,7 +276,7 @@ def two_classes(domain: Domain) -> Domain:
 
 def test_a_run_says_what_it_was_made_with(run):
     for name in ("data/report.json", "training.json"):
-        made = read_json(run / name, "")["made_with"]
+        made = read_json(run / name, "")["provenance"]
         assert made["command"].startswith("python ")
         assert made["python"] == ".".join(map(str, sys.version_info[:3]))
         assert set(made["packages"]) >= {"torch", "transformers", "datasets", "pillow"}

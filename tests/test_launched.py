@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from nicheclip.data import load_prepared
 from nicheclip.domain import Domain
-from nicheclip.sampler import ClusterBatchSampler
+from nicheclip.run import load_prepared
+from nicheclip.training.sampler import ClusterBatchSampler
 from tests.conftest import ROOT
 
 KILLS = 10
@@ -79,8 +79,8 @@ def test_two_processes_see_each_batch_once_and_learn_as_one(prepared, tmp_path):
     alone, together = fresh(prepared, tmp_path / "alone"), fresh(prepared, tmp_path / "together")
     script = tmp_path / "watched.py"  # train.py, which writes down who visits what
     script.write_text(
-        "import json, os, sys, train\nfrom nicheclip.data import TrainingVisits\nseen, visit = "
-        "[], TrainingVisits.__getitem__\ndef watched(self, index):\n    seen.append([self.epoch, "
+        "import json, os, sys, train\nfrom nicheclip.training.data import TrainingSamples\nseen, visit = "
+        "[], TrainingSamples.__getitem__\ndef watched(self, index):\n    seen.append([self.epoch, "
         "int(index)])\n    return visit(self, index)\nTrainingVisits.__getitem__ = "
         f"watched\ntrain.main()\njson.dump(seen, open(os.path.join({str(tmp_path)!r}, 'rank' + "
         "os.environ.get('RANK', '') + '.json'), 'w'))\n"

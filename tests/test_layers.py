@@ -1,54 +1,38 @@
-"""The core imports downwards only, and never from the rooms that use it."""
+"""Each package of the library imports only from those below it, and none from the rooms that use it."""
 
 from __future__ import annotations
 
 import ast
+from graphlib import TopologicalSorter
 
 import pytest
 
 from tests.conftest import ROOT
 
-# From the ground up; a module may import only from those before it.
-ORDER = [
-    "domain",
-    "results",
-    "pages",
-    "launch",
-    "run",
-    "metrics",
-    "calibration",
-    "probe",
-    "losses",
-    "sampler",
-    "stages",
-    "towers",
-    "data",
-    "shards",
-    "zero_shot",
-    "outside",
-    "wise_ft",
-    "stability",
-    "strange",
-    "answers",
-    "scorecard",
-    "classifier",
-    "image_index",
-    "hub",
-    "feature_cache",
-    "callbacks",
-    "training_args",
-    "checkpoints",
-    "trainer",
-    "training_record",
-    "__init__",
+LAYERS = [
+    ("files", "domain", "processes"),
+    ("images", "run", "cached_map"),
+    ("clip",),
+    ("evaluation",),
+    ("classifier",),
+    ("training",),
+    ("publishing",),
+    ("__init__",),
 ]
+HEIGHT = {package: height for height, layer in enumerate(LAYERS) for package in layer}
+LIBRARY = ROOT / "nicheclip"
+MODULES = sorted(LIBRARY.rglob("*.py"))
 
 
 def imported(path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module == "nicheclip":
-            names |= {f"nicheclip.{alias.name}" for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nicheclip"):
+            module = ROOT.joinpath(*node.module.split("."))
+            names |= {
+                f"{node.module}.{alias.name}" if module.is_dir() else node.module
+                for alias in node.names
+            }
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module)
         elif isinstance(node, ast.Import):
@@ -56,37 +40,31 @@ def imported(path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "nicheclip").glob("*.py")), ids=lambda path: path.stem
-)
+def dotted(path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def package(name: str) -> str:
+    return name.split(".")[1]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
 def test_imports_point_downwards(path):
-    below = ORDER[: ORDER.index(path.stem)]
+    own = package(dotted(path))
     for name in imported(path):
-        root, _, module = name.partition(".")
-        assert root not in (
-            "data_prep",
-            "model_card",
-            "space",
-            "train",
-            "calibrate",
-            "domains",
-            "benchmarks",
-        ), name
-        if root == "nicheclip":
-            assert module in below, f"{path.name} imports {name}, which is not below it"
+        root = name.split(".")[0]
+        assert root not in ("data_prep", "model_card", "space", "train", "calibrate", "benchmarks")
+        if root == "nicheclip" and package(name) != own:
+            assert HEIGHT[package(name)] <= HEIGHT[own], f"{dotted(path)} imports {name}"
 
 
-def test_the_classifier_needs_little():
-    """The Space carries classifier.py along, so it must not pull in the rest."""
-    roots = {name.partition(".")[0] for name in imported(ROOT / "nicheclip" / "classifier.py")}
-    third_party = roots - {
-        "__future__",
-        "collections",
-        "dataclasses",
-        "io",
-        "json",
-        "math",
-        "pathlib",
+def test_no_module_imports_itself_by_way_of_others():
+    graph = {
+        dotted(path): {name for name in imported(path) if name.startswith("nicheclip.")}
+        for path in MODULES
     }
-    needed = {"torch", "transformers", "safetensors", "huggingface_hub", "PIL", "numpy"}
-    assert third_party == needed | {"onnxruntime"}  # the last only for an ONNX backend
+    TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_every_package_has_its_layer():
+    assert {package(dotted(path)) for path in MODULES} == set(HEIGHT) - {"images"}

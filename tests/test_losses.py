@@ -13,7 +13,14 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
-from nicheclip.losses import LOSSES, class_prompts, gather, info_nce, loss_floor, multi_positive
+from nicheclip.training.losses import (
+    LOSSES,
+    class_prompts,
+    gather,
+    info_nce,
+    loss_floor,
+    multi_positive,
+)
 from tests.conftest import ROOT
 from tests.two_processes import gradients, joint_batch, tiny_model
 

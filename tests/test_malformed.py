@@ -22,8 +22,8 @@ from PIL import Image, PngImagePlugin
 
 from data_prep.sources.painter import STYLES, draw
 from nicheclip import NicheClassifier
-from nicheclip.data import load_prepared
 from nicheclip.domain import Domain
+from nicheclip.run import load_prepared
 from space.app import LAUNCH, UNREADABLE, build_app
 from tests.conftest import ROOT
 
@@ -207,7 +207,7 @@ def test_data_prep_keeps_each_file_or_says_why_not(folder, malformed, domain: Do
         "classes": {style: domain.classes[style] for style in STYLES[:2]},
         "clusters": {"arches": list(STYLES[:2])},
         "source": {"kind": "folder", "path": str(folder)},
-        "outside": None,
+        "retention": None,
     }
     (tmp_path / "odd.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
     command = [

@@ -21,8 +21,8 @@ from sklearn.metrics import (
     top_k_accuracy_score,
 )
 
-from nicheclip import metrics
-from nicheclip.calibration import (
+from nicheclip.evaluation import metrics
+from nicheclip.evaluation.calibration import (
     calibrate_temperature,
     fit_abstention,
     fit_conformal,
@@ -30,9 +30,15 @@ from nicheclip.calibration import (
     nll,
     prediction_sets,
 )
-from nicheclip.probe import fit_probe
-from nicheclip.results import Measure, bootstrap, judge_gate, proportion, resample_groups
-from nicheclip.stability import prompt_answers
+from nicheclip.evaluation.intervals import (
+    Measure,
+    bootstrap,
+    judge_gate,
+    proportion,
+    resample_groups,
+)
+from nicheclip.evaluation.probe import fit_probe
+from nicheclip.evaluation.robustness import prompt_answers
 
 
 @pytest.fixture

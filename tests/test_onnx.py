@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from model_card.onnx_export import MAX_FP32_DIFFERENCE, add_onnx
 from nicheclip import NicheClassifier
 from nicheclip.classifier import ONNX_FILES
-from nicheclip.data import load_prepared
+from nicheclip.publishing.onnx import MAX_FP32_DIFFERENCE, add_onnx
+from nicheclip.run import load_prepared
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def published(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(run / "hub", folder)
     with pytest.MonkeyPatch.context() as patch:
         # of 120 images the ECE moves by 0.02 by chance
-        patch.setattr("model_card.onnx_export.MAX_ECE_GROWTH", 0.1)
+        patch.setattr("nicheclip.publishing.onnx.MAX_ECE_GROWTH", 0.1)
         add_onnx(run, folder)
     return folder
 
@@ -144,7 +144,7 @@ def test_what_is_no_image_is_refused(run, image, error, words):
         ({"format_version": 99}, "or install the NicheCLIP that made it"),
         ({"class_names": "gothic"}, "class_names is 'gothic', expected a list"),
         ({"temperature": None}, "temperature is None, expected a float"),
-        ({"border": {"score": "energy"}}, "border.threshold is None, expected a float"),
+        ({"ood": {"score": "energy"}}, "ood.threshold is None, expected a float"),
         (None, "is damaged"),
     ],
 )

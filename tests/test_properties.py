@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from scipy.special import softmax
 
 from data_prep.splits import HELD_OUT, assign_splits
-from nicheclip.calibration import (
+from nicheclip.domain import Domain, DomainError, Splits, class_key
+from nicheclip.evaluation.calibration import (
     FEW_ERRORS,
     calibrate_temperature,
     fit_abstention,
@@ -25,8 +26,7 @@ from nicheclip.calibration import (
     nll,
     prediction_sets,
 )
-from nicheclip.domain import Domain, DomainError, Splits, class_key
-from nicheclip.sampler import ClusterBatchSampler
+from nicheclip.training.sampler import ClusterBatchSampler
 from tests.test_domain import minimal
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")

@@ -23,8 +23,7 @@ import model_card.__main__
 import train
 from model_card.build import build
 from nicheclip import NicheClassifier
-from nicheclip.data import load_prepared
-from nicheclip.run import check_not_trained_on
+from nicheclip.run import check_not_trained_on, load_prepared
 from tests.conftest import ROOT
 
 STOCK = """
@@ -96,9 +95,9 @@ def test_the_classifier_gives_the_scorecards_prediction_sets_and_border(
         for label, each in zip(predictions["label"], given, strict=True)
     ]
     assert measured["conformal_coverage"]["value"] == pytest.approx(np.mean(covered))
-    border = classifier.settings["border"]["threshold"]
+    threshold = classifier.settings["ood"]["threshold"]
     assert [each.outside for each in given] == [
-        score < border for score in predictions["domain_score"]
+        score < threshold for score in predictions["domain_score"]
     ]
     assert measured["in_domain_accepted"]["value"] == pytest.approx(
         1 - np.mean([each.outside for each in given])
@@ -169,7 +168,7 @@ def test_the_folder_holds_what_it_should_and_no_pickle(run):
     assert {
         "README.md", "config.json", "model.safetensors", "nicheclip.json", "prototypes.safetensors", "scorecard.json",
     } <= files  # fmt: skip
-    figures = {"scorecard", "confusion", "classes", "reliability", "outside"}
+    figures = {"scorecard", "confusion", "classes", "reliability", "retention"}
     assert {f"figures/{name}.{kind}" for name in figures for kind in ("png", "svg")} <= files
     assert not {name for name in files if name.endswith((".bin", ".pt", ".pkl", ".pth"))}
     assert len([name for name in files if name.startswith("examples/")]) == 3

@@ -22,8 +22,8 @@ from datasets import Dataset, load_from_disk
 from transformers import CLIPModel, CLIPProcessor, pipeline
 
 from nicheclip import NicheClassifier
-from nicheclip.data import load_prepared
-from nicheclip.hub import push
+from nicheclip.publishing.hub import push
+from nicheclip.run import load_prepared
 from tests.hub_server import READER, WRITER, Commit, File, HubServer, Repository
 
 ROOT = Path(__file__).parents[1]

@@ -18,7 +18,7 @@ from PIL import Image
 from data_prep.report import SHOWN, write_report
 from data_prep.sources.painter import STYLES, draw
 from nicheclip.domain import Domain
-from nicheclip.pages import LONG_SIDE, SHORT_SIDE
+from nicheclip.publishing.pages import LONG_SIDE, SHORT_SIDE
 
 DOMAIN = Domain.load(Path(__file__).parents[1] / "domains" / "facades")
 UNREADABLE = "train/gothic/broken.jpg"
@@ -62,7 +62,7 @@ def report() -> dict[str, Any]:
     sizes = {"train": 20, "validation": 5, "calibration": 5, "test": 12}
     judged = {"images": 21, "wanted": 1, "suspect": 1, "dropped": 0}
     classes = [
-        {"name": name, **sizes, "quarantined": 0, "visits": 120, "filter": judged}
+        {"name": name, **sizes, "quarantined": 0, "samples": 120, "filter": judged}
         for name in DOMAIN.class_names
     ]
     kept = {split: size * len(classes) for split, size in sizes.items()}
@@ -71,7 +71,7 @@ def report() -> dict[str, Any]:
         "counts": {
             "read": sum(kept.values()) + len(quarantined) + 1,
             "quarantined": dict(Counter(entry["reason"].split(":")[0] for entry in quarantined)),
-            "dropped_by_filter": 1, "kept": kept, "train_visits_per_epoch": 120 * len(classes),
+            "dropped_by_filter": 1, "kept": kept, "train_samples_per_epoch": 120 * len(classes),
         },
         "filter": {"mode": "linear_probe", "threshold": None, "max_drop_share": 0.3, "action": "drop"},
         "classes": classes, "warnings": [], "mended": {"EXIF orientation": 31}, "quarantined": quarantined,
@@ -245,7 +245,7 @@ def test_the_funnel_adds_up_and_classes_in_trouble_are_marked(report, tmp_path):
     ]
     counts = report["counts"]
     assert left[0] == counts["read"]
-    assert left[-2:] == [sum(counts["kept"].values()), counts["train_visits_per_epoch"]]
+    assert left[-2:] == [sum(counts["kept"].values()), counts["train_samples_per_epoch"]]
     assert left[:-1] == sorted(left[:-1], reverse=True)
     marked = re.findall(r'<tr><th>([^<]+) <b class="flag">', section(page, "classes"))
     assert marked == [few["name"], capped["name"]]

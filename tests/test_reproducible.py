@@ -50,7 +50,7 @@ def results(run: Path) -> dict[str, Any]:
     """Fingerprint, digests of the best and of the last weights, epochs, scorecard, nicheclip.json, predictions."""
     training = json.loads((run / "training.json").read_text())
     scorecard = json.loads((run / "scorecard.json").read_text())
-    scorecard.pop("made_with")
+    scorecard.pop("provenance")
     last = max(
         (run / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])
     )
@@ -104,7 +104,7 @@ def made(folder: Path, seed: int) -> tuple[str, str, dict]:
     train.train([str(run), "--seed", str(seed)])
     calibrate.calibrate(run)
     scorecard = json.loads((run / "scorecard.json").read_text())
-    assert scorecard.pop("made_with")["packages"]["torch"]
+    assert scorecard.pop("provenance")["packages"]["torch"]
     return report["fingerprint"], weights_digest(run / "model"), scorecard
 
 

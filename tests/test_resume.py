@@ -17,8 +17,7 @@ from filelock import FileLock
 from PIL import Image
 
 from data_prep.prepare import prepare
-from nicheclip.data import load_prepared
-from nicheclip.run import LOCK
+from nicheclip.run import LOCK, load_prepared
 from tests.conftest import ROOT
 
 
@@ -38,7 +37,7 @@ def contents(run: Path) -> dict[str, Any]:
     """Every byte that training and a reader see but the command; state.json holds random names."""
     files = [*(run / "data").rglob("*.arrow"), run / "data" / "report.html", run / "review.csv"]
     report = json.loads((run / "data" / "report.json").read_text())
-    del report["made_with"]["command"]
+    del report["provenance"]["command"]
     return {path.relative_to(run).as_posix(): path.read_bytes() for path in files} | {
         "report": report
     }
@@ -92,7 +91,7 @@ def test_two_processes_make_the_same_dataset(prepared, uninterrupted, tmp_path):
     run, script = tmp_path / "run", tmp_path / "launched.py"
     script.write_text(
         "from data_prep.__main__ import main\n"
-        "from nicheclip.launch import processes\n"
+        "from nicheclip.processes import processes\n"
         "if __name__ == '__main__':\n"
         "    assert processes().num_processes == 2\n"
         "    main()\n"

@@ -12,8 +12,8 @@ from PIL import Image
 from data_prep.prepare import prepare
 from data_prep.review import Suspicion, read_decisions, write_review
 from data_prep.sources.painter import STYLES, draw
-from nicheclip.data import load_prepared
 from nicheclip.domain import Domain, QualityFilter, Source, Splits
+from nicheclip.run import load_prepared
 
 CLASSES = list(STYLES[:3])
 

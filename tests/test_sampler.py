@@ -11,7 +11,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from torch.utils.data import DataLoader, TensorDataset
 
-from nicheclip.sampler import ClusterBatchSampler
+from nicheclip.training.sampler import ClusterBatchSampler
 
 CLASS_CLUSTERS = [0, 0, 1, 1, 2, 3]
 
@@ -173,7 +173,7 @@ def test_composition_by_counting_every_pair():
             )
     found = sampler.composition()
     assert found["batches"] == len(sampler)
-    assert found["visits"] == 7 * len(sampler)
+    assert found["samples"] == 7 * len(sampler)
     assert found["distinct"] == len(labels)
     assert found["same_class_pairs"] == pytest.approx(same_class / pairs)
     assert found["hard_pairs"] == pytest.approx(hard / pairs)

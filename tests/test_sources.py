@@ -17,8 +17,8 @@ from data_prep.prepare import prepare
 from data_prep.sources.folders import read_folders
 from data_prep.sources.painter import STYLES, draw
 from data_prep.sources.tables import is_table, read_table
-from nicheclip.data import load_prepared
 from nicheclip.domain import Domain, QualityFilter, Source, Splits
+from nicheclip.run import load_prepared
 
 CLASSES = list(STYLES[:2])
 

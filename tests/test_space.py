@@ -13,7 +13,8 @@ from PIL import Image
 
 from data_prep.sources.facades import ATTRIBUTION
 from nicheclip import NicheClassifier, Prediction
-from nicheclip.results import Measure, read_json
+from nicheclip.evaluation.intervals import Measure
+from nicheclip.files import read_json
 from space import __main__ as entry
 from space.app import EMPTY, LAUNCH, TOP_CLASSES, answer, build_app
 from space.photo import UNREADABLE

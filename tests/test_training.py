@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from nicheclip.callbacks import TrainingInterrupted
+from nicheclip.clip import load_clip
 from nicheclip.domain import Domain, Stage
-from nicheclip.losses import LOSSES, multi_positive
-from nicheclip.stages import check_stages, current_stage, trainable_names
-from nicheclip.training_args import StagedTrainingArguments
-from nicheclip.zero_shot import load_clip
+from nicheclip.training.arguments import StagedTrainingArguments
+from nicheclip.training.callbacks import TrainingInterrupted
+from nicheclip.training.losses import LOSSES, multi_positive
+from nicheclip.training.stages import check_stages, current_stage, trainable_names
 from tests.conftest import FACADES
 
 
@@ -43,9 +43,9 @@ def fresh(run: Path, folder: Path, **changes) -> Path:
     return copy
 
 
-def visits_per_epoch(run: Path) -> int:
+def samples_per_epoch(run: Path) -> int:
     return json.loads((run / "data" / "report.json").read_text())["counts"][
-        "train_visits_per_epoch"
+        "train_samples_per_epoch"
     ]
 
 
@@ -174,10 +174,10 @@ def test_the_best_epoch_on_validation_is_kept(trained):
 
 def test_the_record_tells_how_batches_were_composed(trained):
     batches = json.loads((trained / "training.json").read_text())["batches"]
-    assert (batches["batches"], batches["visits"], batches["distinct"]) == (
+    assert (batches["batches"], batches["samples"], batches["distinct"]) == (
         7,
         7 * 24,
-        visits_per_epoch(trained),
+        samples_per_epoch(trained),
     )
     assert 0 < batches["same_class_pairs"] < batches["hard_pairs"] < 1
     assert 0 < batches["loss_floor"] < math.log(24)
@@ -268,12 +268,12 @@ def test_other_losses_train_and_resume_with_workers(prepared, tmp_path, loss):
 
 def test_accumulating_is_a_larger_batch_for_class_prompts(prepared, base, tmp_path):
     """It has no in-batch negatives: an epoch at once, and in two halves, give the same step up to rounding."""
-    stage, visits, results = Domain.load(prepared).stages[0], visits_per_epoch(prepared), []
+    stage, samples, results = Domain.load(prepared).stages[0], samples_per_epoch(prepared), []
     for name, parts in (("at once", 1), ("in halves", 2)):
         run = fresh(prepared, tmp_path / name, stages=[stage.model_copy(update={"warmup": 0})])
         options = [
             "--per_device_train_batch_size",
-            str(visits // parts),
+            str(samples // parts),
             "--gradient_accumulation_steps",
             str(parts),
         ]
@@ -366,7 +366,7 @@ def test_wise_ft_mixes_the_base_in_and_says_what_each_mixture_is_worth(
         torch.testing.assert_close(mixed[name], (base[name] + tuned[name]) / 2)
     record = json.loads((run / "training.json").read_text())["wise_ft"]
     assert [row["alpha"] for row in record["mixtures"]] == [0, 0.5, 1]
-    assert all(0.3 < row["outside"]["value"] <= 1 for row in record["mixtures"])
+    assert all(0.3 < row["retention"]["value"] <= 1 for row in record["mixtures"])
 
 
 def test_logit_scale_is_clamped(prepared, tmp_path, domain):

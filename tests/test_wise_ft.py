@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep.sources import outside_rows
-from nicheclip.data import load_prepared
+from data_prep.sources import retention_rows
+from nicheclip.clip import encode_images, encode_texts, load_clip, zero_shot_logits
 from nicheclip.domain import Domain
-from nicheclip.metrics import correct
-from nicheclip.outside import outside_accuracy
-from nicheclip.wise_ft import choose_alpha, interpolate
-from nicheclip.zero_shot import encode_images, encode_texts, load_clip, zero_shot_logits
+from nicheclip.evaluation.metrics import correct
+from nicheclip.evaluation.retention import retention_accuracy
+from nicheclip.run import load_prepared
+from nicheclip.training.wise_ft import choose_alpha, interpolate
 from tests.conftest import FACADES
 
 
@@ -32,7 +32,7 @@ def facades() -> Domain:
 
 @pytest.fixture(scope="module")
 def colours(facades):
-    return outside_rows(facades)
+    return retention_rows(facades)
 
 
 def perturbed(model, strength: float):
@@ -100,16 +100,16 @@ def test_each_alpha_is_measured_as_the_model_it_gives(base, prepared, facades, c
     validation = load_prepared(prepared)["validation"]
     tuned = perturbed(model, 0.3)
     colours = colours.select(range(0, len(colours), 5))
-    prompts, outside = facades.canonical_prompts, (colours, facades.outside.canonical_prompts)
+    prompts, retention = facades.canonical_prompts, (colours, facades.retention.canonical_prompts)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     alpha, table = choose_alpha(
-        model, tuned, processor, validation, prompts, outside, (0, 0.5, 1), progress=False
+        model, tuned, processor, validation, prompts, retention, (0, 0.5, 1), progress=False
     )
     assert [row.alpha for row in table] == [0, 0.5, 1]
     for row, same in ((table[0], model), (table[2], tuned)):
         assert row.accuracy.value == asked(same, processor, validation, prompts)
-        assert row.outside.value == asked(same, processor, *outside)
-    assert (table[0].accuracy.n, table[0].outside.n) == (len(validation), len(colours))
+        assert row.retention.value == asked(same, processor, *retention)
+    assert (table[0].accuracy.n, table[0].retention.n) == (len(validation), len(colours))
     best = max(row.accuracy.value for row in table)
     assert alpha == min(row.alpha for row in table if row.accuracy.value == best)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -123,7 +123,7 @@ def test_of_equals_the_one_nearest_to_the_base_is_chosen(base, prepared, facades
         model, model, processor, validation, prompts, alphas=(1, 0.5, 0.25), progress=False
     )
     assert (alpha, len({row.accuracy.value for row in table})) == (0.25, 1)
-    assert table[0].to_dict()["outside"] is None
+    assert table[0].to_dict()["retention"] is None
 
 
 def test_a_destroyed_model_is_not_chosen(base, prepared, facades):
@@ -157,24 +157,26 @@ def test_the_views_of_large_photos_are_those_of_the_processor(base, prepared, fa
     assert row.accuracy.value == asked(model, processor, large, facades.canonical_prompts)
 
 
-def test_the_shipped_outside_task_is_even_repeatable_and_known_to_the_base(base, facades, colours):
-    assert colours.features["label"].names == list(facades.outside.classes)
-    assert np.bincount(colours["label"]).tolist() == [40] * len(facades.outside.classes)
-    again, other = outside_rows(facades), outside_rows(facades, seed=1)
+def test_the_shipped_retention_task_is_even_repeatable_and_known_to_the_base(
+    base, facades, colours
+):
+    assert colours.features["label"].names == list(facades.retention.classes)
+    assert np.bincount(colours["label"]).tolist() == [40] * len(facades.retention.classes)
+    again, other = retention_rows(facades), retention_rows(facades, seed=1)
     assert all(
         one["image"].tobytes() == two["image"].tobytes()
         for one, two in zip(colours, again, strict=True)
     )
     assert colours[0]["image"].tobytes() != other[0]["image"].tobytes()
     images = (row["image"] for row in colours)
-    prompts = facades.outside.canonical_prompts
-    measure = outside_accuracy(*base, images, np.array(colours["label"]), prompts, progress=False)
-    assert (measure.n, measure.split) == (240, "outside")
+    prompts = facades.retention.canonical_prompts
+    measure = retention_accuracy(*base, images, np.array(colours["label"]), prompts, progress=False)
+    assert (measure.n, measure.split) == (240, "retention")
     assert measure.low > 0.6  # by chance 0.17
 
 
 def photos(facades: Domain, folder, **changes) -> Domain:
-    """The façades with an outside task of cats and dogs: noise in class folders, one file of it broken."""
+    """The façades with an retention task of cats and dogs: noise in class folders, one file of it broken."""
     rng = np.random.default_rng(0)
     for split in ("train", "test"):
         for name in ("cat", "dog"):
@@ -183,46 +185,46 @@ def photos(facades: Domain, folder, **changes) -> Domain:
                 noise = Image.fromarray(rng.integers(0, 256, (50, 60, 3), dtype=np.uint8))
                 noise.save(folder / split / name / f"{index}.png")
     (folder / "test" / "dog" / "2.png").write_bytes(b"no image")
-    outside = {
+    retention = {
         "title": "Pets",
         "source": {"kind": "folder", "path": str(folder)},
         "classes": {"cat": ["a photo of a cat"], "dog": ["a photo of a dog"]},
     }
-    return Domain.model_validate(facades.model_dump() | {"outside": outside | changes})
+    return Domain.model_validate(facades.model_dump() | {"retention": retention | changes})
 
 
 def test_folders_give_their_test_split_without_what_is_broken(facades, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
-        rows = outside_rows(photos(facades, tmp_path))
+        rows = retention_rows(photos(facades, tmp_path))
     assert rows["label"][:] == [0] * 6 + [1] * 5
     assert rows[0]["image"].size == (60, 50)
     assert "left out 1 unreadable images of 'dog'" in caplog.text
 
 
 def test_no_more_are_drawn_than_asked_for(facades, tmp_path):
-    rows = outside_rows(photos(facades, tmp_path, images_per_class=3))
+    rows = retention_rows(photos(facades, tmp_path, images_per_class=3))
     assert rows["label"][:3] == [0] * 3 and len(rows) <= 6
 
 
 def test_a_dataset_gives_the_same(facades, colours, tmp_path):
     colours.to_parquet(tmp_path / "colours.parquet")
-    outside = facades.outside.model_dump() | {
+    retention = facades.retention.model_dump() | {
         "source": {"kind": "dataset", "path": str(tmp_path / "colours.parquet")}
     }
-    rows = outside_rows(Domain.model_validate(facades.model_dump() | {"outside": outside}))
+    rows = retention_rows(Domain.model_validate(facades.model_dump() | {"retention": retention}))
     assert rows["label"][:] == colours["label"][:]
     assert rows[7]["image"].tobytes() == colours[7]["image"].tobytes()
 
 
 def test_what_can_not_be_asked_is_named(facades, tmp_path):
-    without = facades.model_copy(update={"outside": None})
-    with pytest.raises(ValueError, match="no outside task; add `outside`"):
-        outside_rows(without)
-    circles = facades.outside.model_dump() | {"classes": {"red": ["red"], "circle": ["a circle"]}}
+    without = facades.model_copy(update={"retention": None})
+    with pytest.raises(ValueError, match="no retention task; add `retention`"):
+        retention_rows(without)
+    circles = facades.retention.model_dump() | {"classes": {"red": ["red"], "circle": ["a circle"]}}
     with pytest.raises(ValueError, match="no shape is 'circle'.*red, pink"):
-        outside_rows(Domain.model_validate(facades.model_dump() | {"outside": circles}))
+        retention_rows(Domain.model_validate(facades.model_dump() | {"retention": circles}))
     task = photos(facades, tmp_path)
     for path in (tmp_path / "test" / "dog").iterdir():
         path.write_bytes(b"no image")
-    with pytest.raises(ValueError, match="no image of outside class 'dog' can be read"):
-        outside_rows(task)
+    with pytest.raises(ValueError, match="no image of the retention class 'dog' can be read"):
+        retention_rows(task)

@@ -14,7 +14,7 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from transformers import CLIPConfig, CLIPModel
 
-from nicheclip.losses import LOSSES, gather
+from nicheclip.training.losses import LOSSES, gather
 
 BATCH, CLASSES = 8, 5
 TOWER = {

@@ -67,8 +67,8 @@ def read_source(
     return read_folders(location, domain.class_names)
 
 
-def outside_rows(domain: Domain, seed: int = 0) -> datasets.Dataset:
-    """The images of the domain's outside task, at most `outside.images_per_class` a class.
+def retention_rows(domain: Domain, seed: int = 0) -> datasets.Dataset:
+    """The images of the domain's retention task, at most `retention.images_per_class` a class.
 
     Where the images come in splits, those of the test split are taken. What does not decode is left
     out, with a warning.
@@ -78,21 +78,21 @@ def outside_rows(domain: Domain, seed: int = 0) -> datasets.Dataset:
 
     Returns:
         image (shrunk as the domain's own, decoded on access) and label (the index of the class in
-        `outside.classes`).
+        `retention.classes`).
 
     Raises:
-        ValueError: if the domain has no outside task, or its labels don't fit, or no image of a
+        ValueError: if the domain has no retention task, or its labels don't fit, or no image of a
             class can be read.
         FileNotFoundError: if there are no images.
     """
-    outside = domain.outside
-    if outside is None:
+    retention = domain.retention
+    if retention is None:
         raise ValueError(
-            f"domain '{domain.name}' has no outside task; add `outside` to the domain file"
+            f"domain '{domain.name}' has no retention task; add `retention` to the domain file"
         )
-    names, source = list(outside.classes), outside.source
+    names, source = list(retention.classes), retention.source
     if source.path is None:  # of shapes only, which are drawn
-        rows = draw_shapes(names, outside.images_per_class, seed)
+        rows = draw_shapes(names, retention.images_per_class, seed)
     elif source.kind == "dataset":
         rows, _ = read_table(source.path, names, **source.options)
     else:
@@ -101,7 +101,7 @@ def outside_rows(domain: Domain, seed: int = 0) -> datasets.Dataset:
     taken = splits == "test" if "test" in splits else np.ones(len(rows), bool)
     rng = np.random.default_rng(seed)
     drawn = [
-        rng.permutation(np.flatnonzero(taken & (of_class == name)))[: outside.images_per_class]
+        rng.permutation(np.flatnonzero(taken & (of_class == name)))[: retention.images_per_class]
         for name in names
     ]
     images, labels = [], []
@@ -113,12 +113,12 @@ def outside_rows(domain: Domain, seed: int = 0) -> datasets.Dataset:
         readable = [entry["image"] for entry in verified if entry["error"] is None]
         if not readable:
             raise ValueError(
-                f"no image of outside class '{names[label]}' can be read; check outside.source"
+                f"no image of the retention class '{names[label]}' can be read; check retention.source"
             )
         if len(readable) < len(verified):
             unreadable = len(verified) - len(readable)
             logger.warning(
-                "outside: left out %d unreadable images of '%s'", unreadable, names[label]
+                "retention task: left out %d unreadable images of '%s'", unreadable, names[label]
             )
         images += readable
         labels += [label] * len(readable)

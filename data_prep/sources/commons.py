@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from data_prep.sources.rows import read_options
 from data_prep.sources.wikimedia import EXTENSIONS, Commons, CommonsFile
-from nicheclip.results import read_json, write_json
+from nicheclip.files import read_json, write_json
 
 Choice = tuple[str, CommonsFile]  # the name of a class, and a file of it
 # the thumbnails that Wikimedia serves, as far as they suit photos

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from data_prep.sources.painter import draw
 from data_prep.sources.rows import read_options
-from nicheclip.results import read_json, replaced_folder, write_json
+from nicheclip.files import read_json, replaced_folder, write_json
 
 ATTRIBUTION = "drawn by NicheCLIP, CC0"
 

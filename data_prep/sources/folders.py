@@ -16,7 +16,7 @@ from typing import Any
 import datasets
 
 from data_prep.sources.rows import SOURCE_FEATURES, check_classes
-from nicheclip.data import SPLITS
+from nicheclip.run import SPLITS
 
 SIDECARS = frozenset({"metadata.jsonl", "metadata.csv", "skipped.jsonl", "truth.json"})
 

@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 
 from data_prep.sources.rows import SOURCE_FEATURES, check_classes, read_options
-from nicheclip.data import SPLITS
+from nicheclip.run import SPLITS
 
 ALIASES = {"val": "validation", "valid": "validation", "dev": "validation"}
 SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}

@@ -17,10 +17,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from nicheclip.data import Views
-from nicheclip.shards import map_shards, stored_digests, weights_digest
-from nicheclip.towers import PIXELS, VisionTower, pooled, weights_before
-from nicheclip.zero_shot import prefetched
+from nicheclip.cached_map import map_shards, stored_digests, weights_digest
+from nicheclip.clip import prefetched
+from nicheclip.training.data import Views
+from nicheclip.training.towers import PIXELS, VisionTower, pooled, weights_before
 
 BATCH = 64  # views encoded at once
 DTYPES = {"float16": np.float16, "float32": np.float32}

@@ -13,8 +13,8 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
-from nicheclip.metrics import expected_calibration_error
-from nicheclip.results import resample_groups
+from nicheclip.evaluation.intervals import resample_groups
+from nicheclip.evaluation.metrics import expected_calibration_error
 
 TEMPERATURE_BOUNDS = (0.02, 50.0)
 FEW_ERRORS = 20  # with fewer, the temperature is hardly known
@@ -126,7 +126,7 @@ def calibrate_temperature(
 
 @dataclass(frozen=True)
 class Abstention:
-    """Answers with a confidence below `threshold` are "not sure".
+    """Predictions with a confidence below `threshold` are "not sure".
 
     It aims at `target`, a share of right answers (`aim` is "selective_accuracy") or of answers
     ("coverage"); `selective_accuracy` and `coverage` are what it gives on the images that it was

@@ -21,7 +21,7 @@ from PIL.Image import Resampling
 from tqdm.auto import tqdm
 
 from nicheclip.classifier import NicheClassifier
-from nicheclip.data import quiet_datasets
+from nicheclip.files import quiet_datasets
 
 INDEX_FILE = "index/images.parquet"
 SIDE = 320  # longest side of a published image, in pixels

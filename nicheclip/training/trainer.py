@@ -1,6 +1,6 @@
 """`transformers.Trainer` with stages: each unfreezes its own parameters, with its own optimiser and schedule.
 
-trainer = StagedTrainer(model, args, domain, processor, train_dataset=visits, eval_dataset=rows)
+trainer = StagedTrainer(model, args, domain, processor, train_dataset=samples, eval_dataset=rows)
 trainer.train()
 """
 
@@ -23,7 +23,11 @@ from transformers import CLIPModel, CLIPProcessor, ProgressCallback, Trainer, Tr
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
-from nicheclip.callbacks import (
+from nicheclip.clip import encode_texts, tokenize
+from nicheclip.domain import Domain, Stage
+from nicheclip.evaluation.metrics import Accuracy, ExpectedCalibrationError, MacroF1
+from nicheclip.training.arguments import StagedTrainingArguments
+from nicheclip.training.callbacks import (
     ClampLogitScale,
     EndOfStage,
     EpochLines,
@@ -31,17 +35,18 @@ from nicheclip.callbacks import (
     TrainingInterrupted,
     ignore_interrupts,
 )
-from nicheclip.checkpoints import best_checkpoint, checkpoint_at, find_checkpoint, read_state
-from nicheclip.data import TrainingVisits, Views, tokenize
-from nicheclip.domain import Domain, Stage
-from nicheclip.feature_cache import encode_views
-from nicheclip.losses import LOSSES, class_prompts, gather
-from nicheclip.metrics import Accuracy, ExpectedCalibrationError, MacroF1
-from nicheclip.sampler import ClusterBatchSampler
-from nicheclip.stages import current_stage, set_trainable, trainable_names
-from nicheclip.towers import PIXELS, begin_later, cut_before
-from nicheclip.training_args import StagedTrainingArguments
-from nicheclip.zero_shot import encode_texts
+from nicheclip.training.checkpoints import (
+    best_checkpoint,
+    checkpoint_at,
+    find_checkpoint,
+    read_state,
+)
+from nicheclip.training.data import TrainingSamples, Views
+from nicheclip.training.feature_cache import encode_views
+from nicheclip.training.losses import LOSSES, class_prompts, gather
+from nicheclip.training.sampler import ClusterBatchSampler
+from nicheclip.training.stages import current_stage, set_trainable, trainable_names
+from nicheclip.training.towers import PIXELS, begin_later, cut_before
 
 # spawn key: the prompts that a step draws are no visit's and no epoch's stream of chance
 OF_STEPS = (1,)
@@ -68,7 +73,7 @@ class StagedTrainer(Trainer):
 
     model: CLIPModel
     args: StagedTrainingArguments
-    train_dataset: TrainingVisits
+    train_dataset: TrainingSamples
     eval_dataset: Views
     processing_class: CLIPProcessor
 
@@ -78,7 +83,7 @@ class StagedTrainer(Trainer):
         args: StagedTrainingArguments,
         domain: Domain,
         processor: CLIPProcessor,
-        train_dataset: TrainingVisits,
+        train_dataset: TrainingSamples,
         eval_dataset: Views,
     ):
         self._vision, self._text = begin_later(model)
@@ -362,7 +367,7 @@ class StagedTrainer(Trainer):
         loss_function, labels, self._visits = (
             LOSSES[self.args.loss],
             inputs["labels"],
-            inputs["visits"],
+            inputs["samples"],
         )
         if loss_function is class_prompts:
             prompts = self._prompt_of_each_class()
@@ -413,7 +418,7 @@ class StagedTrainer(Trainer):
         }
 
     def _stop_not_finite(self, what: str, value: float) -> None:
-        rows = self.train_dataset.row_of_visit[self._visits.cpu().numpy()]
+        rows = self.train_dataset.row_of_sample[self._visits.cpu().numpy()]
         raise FloatingPointError(
             f"the {what} is {value} at step {self.state.global_step + 1}, in stage "
             f"'{self.stage.name}'; remove '{self.args.output_dir}' and train afresh with a lower "

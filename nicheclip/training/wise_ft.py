@@ -19,11 +19,11 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import CLIPModel, CLIPProcessor
 
-from nicheclip.calibration import nll
-from nicheclip.metrics import correct
-from nicheclip.outside import outside_accuracy
-from nicheclip.results import Measure, proportion
-from nicheclip.zero_shot import encode_images, encode_texts, load_clip, zero_shot_logits
+from nicheclip.clip import encode_images, encode_texts, load_clip, zero_shot_logits
+from nicheclip.evaluation.calibration import nll
+from nicheclip.evaluation.intervals import Measure, proportion
+from nicheclip.evaluation.metrics import correct
+from nicheclip.evaluation.retention import retention_accuracy
 
 ALPHAS = tuple(step / 10 for step in range(11))
 
@@ -35,7 +35,7 @@ class Interpolation:
     alpha: float
     accuracy: Measure  # on validation
     nll: float  # on validation, in nats, not calibrated
-    outside: Measure | None  # accuracy on the outside task, if there is one
+    retention: Measure | None  # accuracy on the retention task, if there is one
 
     def to_dict(self) -> dict[str, Any]:
         """As training.json has it."""
@@ -43,7 +43,7 @@ class Interpolation:
             "alpha": self.alpha,
             "accuracy": self.accuracy.to_dict(),
             "nll": self.nll,
-            "outside": self.outside and self.outside.to_dict(),
+            "retention": self.retention and self.retention.to_dict(),
         }
 
 
@@ -96,7 +96,7 @@ def choose_alpha(
     processor: CLIPProcessor,
     validation: datasets.Dataset,
     canonical_prompts: list[str],
-    outside: tuple[datasets.Dataset, list[str]] | None = None,
+    retention: tuple[datasets.Dataset, list[str]] | None = None,
     alphas: Sequence[float] = ALPHAS,
     progress: bool = True,
 ) -> tuple[float, list[Interpolation]]:
@@ -108,7 +108,7 @@ def choose_alpha(
     Args:
         validation: the prepared split: image, label, group_id.
         canonical_prompts: one of each class (C,).
-        outside: rows of image and label, and the canonical prompts, of the task outside of the
+        retention: rows of image and label, and the canonical prompts, of the task outside of the
             domain. It is measured and does not choose.
 
     Returns:
@@ -121,11 +121,11 @@ def choose_alpha(
     """
     images = _as_the_model_sees(processor, validation)
     labels, groups = np.array(validation["label"]), np.array(validation["group_id"])
-    if outside is not None:
-        outside_rows, outside_prompts = outside
-        outside_images, outside_labels = (
-            _as_the_model_sees(processor, outside_rows),
-            np.array(outside_rows["label"]),
+    if retention is not None:
+        retention_rows, retention_prompts = retention
+        retention_images, retention_labels = (
+            _as_the_model_sees(processor, retention_rows),
+            np.array(retention_rows["label"]),
         )
     start, end, model = base.state_dict(), tuned.state_dict(), copy.deepcopy(base).float().eval()
     table = []
@@ -142,13 +142,13 @@ def choose_alpha(
                 proportion(correct(logits, labels), groups, "validation"),
                 nll(logits, labels),
                 None
-                if outside is None
-                else outside_accuracy(
+                if retention is None
+                else retention_accuracy(
                     model,
                     processor,
-                    outside_images,
-                    outside_labels,
-                    outside_prompts,
+                    retention_images,
+                    retention_labels,
+                    retention_prompts,
                     progress=False,
                 ),
             )
@@ -163,7 +163,7 @@ def mix_with_base(
     asked: str,
     validation: datasets.Dataset,
     canonical_prompts: list[str],
-    outside: tuple[datasets.Dataset, list[str]] | None = None,
+    retention: tuple[datasets.Dataset, list[str]] | None = None,
 ) -> dict[str, Any]:
     """Mixes the base into `tuned`, in place.
 
@@ -178,7 +178,7 @@ def mix_with_base(
     start, processor = load_clip(base)
     alphas = ALPHAS if asked == "auto" else sorted({0.0, float(asked), 1.0})
     best, table = choose_alpha(
-        start, tuned, processor, validation, canonical_prompts, outside, alphas
+        start, tuned, processor, validation, canonical_prompts, retention, alphas
     )
     alpha = best if asked == "auto" else float(asked)
     tuned.load_state_dict(interpolate(start.state_dict(), tuned.state_dict(), alpha))

@@ -3,80 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageFilter
-from transformers import BatchEncoding, CLIPProcessor
+from transformers import CLIPProcessor
 
+from nicheclip.clip import image_side
 from nicheclip.domain import Augmentation
 
 VIEW = (2,)  # spawn key: the views that are kept are no visit's stream of chance
-SPLITS = ("train", "validation", "calibration", "test")
-
-
-def features(class_names: list[str]) -> datasets.Features:
-    """The columns of a prepared dataset.
-
-    `repeats` is how often an epoch visits the image (oversampling without copies);
-    `zero_shot_score` is the base model's probability for the image's own label, and is null outside
-    of train, which alone is filtered.
-    """
-    return datasets.Features(
-        {
-            "image": datasets.Image(),
-            "label": datasets.ClassLabel(names=class_names),
-            "source_id": datasets.Value("string"),
-            "group_id": datasets.Value("string"),
-            "sha256": datasets.Value("string"),
-            "zero_shot_score": datasets.Value("float32"),
-            "repeats": datasets.Value("int32"),
-            "attribution": datasets.Value("string"),
-        }
-    )
-
-
-@contextmanager
-def quiet_datasets() -> Iterator[None]:
-    """No progress bars of `datasets`; the steps that take long have their own."""
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
-
-
-def load_prepared(run: str | Path) -> datasets.DatasetDict:
-    """Reads `RUN/data`.
-
-    Raises:
-        FileNotFoundError: if data_prep has not made it.
-        ValueError: if it is damaged.
-    """
-    folder = Path(run) / "data"
-    if not (folder / "dataset_dict.json").is_file():
-        raise FileNotFoundError(
-            f"'{folder}' holds no prepared data; run `python -m data_prep DOMAIN --run {run}` first"
-        )
-    try:
-        return datasets.load_from_disk(folder)
-    # a file of it is missing, cut short or foreign
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ValueError(
-            f"'{folder}' is damaged ({error}); run `python -m data_prep DOMAIN --run {run}` again"
-        ) from error
-
-
-def image_side(processor: CLIPProcessor) -> int:
-    """The side of the square image that the model sees, in pixels."""
-    return processor.image_processor.crop_size["height"]
 
 
 def augment(
@@ -174,7 +113,7 @@ class Views(torch.utils.data.Dataset):
         ][0]
 
 
-class TrainingVisits(Views):
+class TrainingSamples(Views):
     """The visits of one epoch: each image as often as its `repeats`, each visit with a view and a prompt.
 
     What a visit draws depends on seed, epoch and its index alone, so not on workers, processes or a
@@ -207,9 +146,9 @@ class TrainingVisits(Views):
         self.views = 0
         self.epoch = 0
         self.repeats = np.asarray(rows["repeats"])
-        self.row_of_visit = np.repeat(np.arange(len(rows)), self.repeats)
-        self.first_visit = np.cumsum(self.repeats) - self.repeats
-        self.labels = self.labels[self.row_of_visit]
+        self.row_of_sample = np.repeat(np.arange(len(rows)), self.repeats)
+        self.first_sample = np.cumsum(self.repeats) - self.repeats
+        self.labels = self.labels[self.row_of_sample]
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer (through accelerate's data loader) before each epoch."""
@@ -231,28 +170,21 @@ class TrainingVisits(Views):
         }
 
     def __len__(self) -> int:
-        return len(self.row_of_visit)
+        return len(self.row_of_sample)
 
-    def __getitem__(self, visit: int) -> dict[str, Any]:
-        rng = np.random.default_rng([self.seed, self.epoch, visit])
-        row = int(self.row_of_visit[visit])
+    def __getitem__(self, sample: int) -> dict[str, Any]:
+        rng = np.random.default_rng([self.seed, self.epoch, sample])
+        row = int(self.row_of_sample[sample])
         if self.views:
-            turn = self.epoch * self.repeats[row] + visit - self.first_visit[row]
+            turn = self.epoch * self.repeats[row] + sample - self.first_sample[row]
             images = self._images(row, int(turn % self.views))
         else:
             images = self._augmented(self.rows[row]["image"], rng)
-        label = int(self.labels[visit])
+        label = int(self.labels[sample])
         prompts = self.prompts_of_class[label]
         prompt = int(prompts[rng.integers(len(prompts))])
-        return {"images": images, "prompts": prompt, "labels": label, "visits": visit}
+        return {"images": images, "prompts": prompt, "labels": label, "samples": sample}
 
     def _augmented(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
         view = augment(image.convert("RGB"), self.side, self.augmentation, rng)
         return self._pixels(view, do_resize=False, do_center_crop=False)
-
-
-def tokenize(processor: CLIPProcessor, prompts: list[str]) -> BatchEncoding:
-    """`input_ids` and `attention_mask`, each (P, L), padded to the longest prompt only."""
-    return processor.tokenizer(
-        prompts, padding=True, truncation=True, max_length=77, return_tensors="pt"
-    )

@@ -14,7 +14,9 @@ from PIL import Image
 from scipy.special import softmax
 from transformers import CLIPModel, CLIPProcessor
 
-from nicheclip.calibration import (
+from nicheclip.clip import encode_images, encode_texts, image_side, zero_shot_logits
+from nicheclip.domain import Domain
+from nicheclip.evaluation.calibration import (
     Abstention,
     Conformal,
     Objective,
@@ -25,20 +27,17 @@ from nicheclip.calibration import (
     nll,
     prediction_sets,
 )
-from nicheclip.data import image_side
-from nicheclip.domain import Domain
-from nicheclip.stability import CHANGES
-from nicheclip.strange import (
+from nicheclip.evaluation.ood import (
     KINDS,
     PER_KIND,
-    DomainBorder,
+    OODThreshold,
     Score,
     domain_scores,
-    fit_border,
-    fit_shape,
-    strange_pictures,
+    fit_class_means,
+    fit_ood_threshold,
+    ood_pictures,
 )
-from nicheclip.zero_shot import encode_images, encode_texts, zero_shot_logits
+from nicheclip.evaluation.robustness import CHANGES
 
 CHANGED_IMAGES = 300  # of a split, on which stability is measured
 
@@ -70,12 +69,12 @@ class DomainClassifier:
         """`embed` of a split."""
         return self.embed((row["image"] for row in rows), len(rows), what)
 
-    def embed_strange(self, own: Dataset, seed: int) -> dict[str, np.ndarray]:
-        """image_embeds (M, D) of strange pictures by kind; some are made of pictures of a split."""
+    def embed_ood(self, own: Dataset, seed: int) -> dict[str, np.ndarray]:
+        """image_embeds (M, D) of OOD pictures by kind; some are made of pictures of a split."""
         side = image_side(self.processor)
         pictures = [row["image"] for row in own.select(range(min(PER_KIND, len(own))))]
-        drawn = chain.from_iterable(strange_pictures(kind, side, seed, pictures) for kind in KINDS)
-        embeds = self.embed(drawn, PER_KIND * len(KINDS), "strange pictures")
+        drawn = chain.from_iterable(ood_pictures(kind, side, seed, pictures) for kind in KINDS)
+        embeds = self.embed(drawn, PER_KIND * len(KINDS), "OOD pictures")
         return dict(zip(KINDS, np.split(embeds, len(KINDS)), strict=True))
 
     def logits(self, image_embeds: np.ndarray) -> np.ndarray:
@@ -137,7 +136,7 @@ def fit(
 
 
 @dataclass(frozen=True)
-class Answers:
+class Predictions:
     """What a classifier says about the N images of a split."""
 
     logits: np.ndarray  # (N, C) uncalibrated
@@ -160,19 +159,19 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Outputs(Answers):
+class Outputs(Predictions):
     """What a CLIPModel says about the N images of a split, and about pictures that are none of them."""
 
     log_logit_scale: float  # as the model has learned it
     calibration_embeds: np.ndarray  # (K, D) of the calibration split
-    shape: dict[str, np.ndarray]  # of the training images, see `fit_shape`
+    class_means: dict[str, np.ndarray]  # of the training images, see `fit_class_means`
     image_embeds: np.ndarray  # (N, D)
     similarity: np.ndarray  # (N, P) cosine with every prompt of the bank
     prompt_classes: np.ndarray  # (P,)
-    border: DomainBorder
+    ood: OODThreshold
     own_scores: dict[Score, np.ndarray]  # of the images (N,), by score
-    # of strange pictures (M,), by kind and score
-    strange_scores: dict[str, dict[Score, np.ndarray]]
+    # of OOD pictures (M,), by kind and score
+    ood_scores: dict[str, dict[Score, np.ndarray]]
     # cosine and whether the answer stays, (N,), NaN: not tried
     changed: dict[str, tuple[np.ndarray, np.ndarray]]
 
@@ -195,7 +194,7 @@ def fit_and_run(
         ValueError: if all calibration images are wrong.
     """
     calibration, test = splits["calibration"], splits["test"]
-    shape = fit_shape(train_embeds, np.array(splits["train"]["label"]))
+    class_means = fit_class_means(train_embeds, np.array(splits["train"]["label"]))
 
     embeds = classifier.embed_rows(calibration, "calibration split")
     logits = classifier.logits(embeds)
@@ -211,23 +210,25 @@ def fit_and_run(
     def scores(image_embeds: np.ndarray) -> dict[Score, np.ndarray]:
         temperature = fitted.temperature.value
         scaled = classifier.logits(image_embeds) / temperature
-        return domain_scores(image_embeds, scaled, classifier.logit_scale / temperature, shape)
+        return domain_scores(
+            image_embeds, scaled, classifier.logit_scale / temperature, class_means
+        )
 
-    # Other strange pictures choose the score than those that the scorecard is made of.
-    strange = scores(np.concatenate(list(classifier.embed_strange(calibration, seed=1).values())))
+    # Other OOD pictures choose the score than those that the scorecard is made of.
+    strange = scores(np.concatenate(list(classifier.embed_ood(calibration, seed=1).values())))
     image_embeds = classifier.embed_rows(test, "test split")
     return Outputs(
         classifier.logits(image_embeds),
         fitted,
         classifier.model.logit_scale.item(),
         embeds,
-        shape,
+        class_means,
         image_embeds,
         image_embeds @ classifier.prompt_embeds.T,
         classifier.prompt_classes,
-        fit_border(scores(embeds), strange),
+        fit_ood_threshold(scores(embeds), strange),
         scores(image_embeds),
-        {kind: scores(of_kind) for kind, of_kind in classifier.embed_strange(test, seed=0).items()},
+        {kind: scores(of_kind) for kind, of_kind in classifier.embed_ood(test, seed=0).items()},
         _changed(classifier, test, image_embeds),
     )
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
-from nicheclip.feature_cache import DTYPES as FEATURE_DTYPES
-from nicheclip.losses import LOSSES
-from nicheclip.sampler import CLUSTER_DRAWS
+from nicheclip.training.feature_cache import DTYPES as FEATURE_DTYPES
+from nicheclip.training.losses import LOSSES
+from nicheclip.training.sampler import CLUSTER_DRAWS
 
 METRICS = ("accuracy", "macro_f1", "ece", "loss")  # of validation, each epoch
 _OF_THE_STAGES = {

@@ -151,7 +151,7 @@ class ClusterBatchSampler(Sampler[list[int]]):
         """What the batches of this epoch are made of, over all processes.
 
         Returns:
-            "batches" and "visits" of the epoch, the "distinct" samples among the visits, and shares
+            "batches" and "samples" of the epoch, the "distinct" samples among the samples, and shares
             of the ordered pairs i != j within a batch: "same_class_pairs", and "hard_pairs" of
             different classes in one cluster.
         """
@@ -160,7 +160,7 @@ class ClusterBatchSampler(Sampler[list[int]]):
         pairs = max(1, batches.size * (batches.shape[1] - 1))  # a batch of one has none
         return {
             "batches": len(batches),
-            "visits": batches.size,
+            "samples": batches.size,
             "distinct": len(np.unique(batches)),
             "same_class_pairs": same_class / pairs,
             "hard_pairs": (_equal_pairs(self._clusters[batches]) - same_class) / pairs,

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from nicheclip.losses import loss_floor
-from nicheclip.results import format_table
-from nicheclip.towers import PIXELS
-from nicheclip.trainer import StagedTrainer
+from nicheclip.evaluation.intervals import format_table
+from nicheclip.training.losses import loss_floor
+from nicheclip.training.towers import PIXELS
+from nicheclip.training.trainer import StagedTrainer
 
 LOGGED = ("loss", "eval_accuracy", "eval_macro_f1", "eval_ece")
 
@@ -61,7 +61,7 @@ def feature_record(trainer: StagedTrainer, epochs: list[dict[str, Any]]) -> dict
     return {
         "views": views,
         "encoded": views * len(trainer.train_dataset.rows),
-        "visits": served * len(trainer.train_dataset),
+        "samples": served * len(trainer.train_dataset),
         "bytes": sum(path.stat().st_size for path in trainer.feature_cache.rglob("*.arrow")),
         "seconds": round(trainer.encoding_seconds, 1),
     }
@@ -93,7 +93,7 @@ def print_training(training: dict[str, Any]) -> None:
     if features["views"]:
         print(
             f"{features['encoded']:,} views, encoded in {features['seconds']:.0f} s, took the "
-            f"place of {features['visits']:,} passes through the frozen part of the visual tower "
+            f"place of {features['samples']:,} passes through the frozen part of the visual tower "
             f"({features['bytes'] / 1e6:.0f} MB are kept, see --feature_cache)"
         )
     mixtures = {row["alpha"]: row for row in training["wise_ft"]["mixtures"]}
@@ -101,8 +101,10 @@ def print_training(training: dict[str, Any]) -> None:
         told = (
             f"weights {alpha:.0%} fine-tuned: validation {mixtures[alpha]['accuracy']['value']:.1%}"
         )
-        outside = mixtures[alpha]["outside"]
+        retention = mixtures[alpha]["retention"]
         told += (
-            f", outside the domain {outside['value']:.1%} (n = {outside['n']})" if outside else ""
+            f", outside the domain {retention['value']:.1%} (n = {retention['n']})"
+            if retention
+            else ""
         )
         print(told + (", kept" if alpha == kept else ""))

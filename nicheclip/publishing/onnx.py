@@ -18,9 +18,9 @@ import torch
 from transformers import CLIPModel
 
 from nicheclip.classifier import ONNX_FILES, NicheClassifier, VisualTower
-from nicheclip.data import load_prepared
-from nicheclip.metrics import expected_calibration_error
-from nicheclip.results import write_json
+from nicheclip.evaluation.metrics import expected_calibration_error
+from nicheclip.files import write_json
+from nicheclip.run import load_prepared
 
 MAX_IMAGES = 500  # of the calibration split, on which ONNX is compared with torch
 MAX_FP32_DIFFERENCE = 1e-4  # of any number of the image_embeds

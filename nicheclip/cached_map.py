@@ -18,9 +18,8 @@ import datasets
 import torch
 from tqdm.auto import tqdm
 
-from nicheclip.data import quiet_datasets
-from nicheclip.launch import processes
-from nicheclip.results import replaced_folder
+from nicheclip.files import quiet_datasets, replaced_folder
+from nicheclip.processes import processes
 
 SHARD_ROWS = 128
 Step = Callable[[datasets.Dataset], datasets.Dataset]

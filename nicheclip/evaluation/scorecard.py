@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.special import log_softmax
 
-from nicheclip import metrics
-from nicheclip.answers import Answers, Outputs
 from nicheclip.domain import Domain
-from nicheclip.results import Measure, bootstrap, proportion
-from nicheclip.stability import prompt_answers
+from nicheclip.evaluation import metrics
+from nicheclip.evaluation.intervals import Measure, bootstrap, proportion
+from nicheclip.evaluation.predictions import Outputs, Predictions
+from nicheclip.evaluation.robustness import prompt_answers
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Statistic:
 
 
 def statistics(
-    answers: Answers, labels: np.ndarray, groups: np.ndarray, domain: Domain
+    answers: Predictions, labels: np.ndarray, groups: np.ndarray, domain: Domain
 ) -> dict[str, Statistic]:
     """Those that any classifier has, from its answers to the test split, labels (N,) and groups (N,)."""
     calibrated, count = answers.calibrated, len(domain.classes)
@@ -133,11 +133,11 @@ def clip_statistics(
         if with_prompts.shape[1] > 1
         else np.full(len(labels), np.nan)
     )
-    noise = outputs.strange_scores["noise"]["confidence"]
-    score, threshold = outputs.border.score, outputs.border.threshold
+    noise = outputs.ood_scores["noise"]["confidence"]
+    score, threshold = outputs.ood.score, outputs.ood.threshold
     own, strange = (
         outputs.own_scores[score],
-        np.concatenate([kind[score] for kind in outputs.strange_scores.values()]),
+        np.concatenate([kind[score] for kind in outputs.ood_scores.values()]),
     )
     scores, number = np.concatenate([own, strange]), len(own)
     groups_of_both = np.concatenate(
@@ -151,7 +151,7 @@ def clip_statistics(
         def compute(chosen: np.ndarray) -> float:
             return metric(scores[chosen[chosen < number]], scores[chosen[chosen >= number]])
 
-        return Statistic(compute, groups_of_both, "test and strange")
+        return Statistic(compute, groups_of_both, "test and OOD")
 
     found = statistics(outputs, labels, groups, domain) | {
         "hard_negative_pass_rate": mean(
@@ -170,7 +170,7 @@ def clip_statistics(
         ),
         "ood_auroc": told_apart(metrics.auroc),
         "ood_fpr95": told_apart(metrics.fpr95),
-        "ood_accepted": mean(strange >= threshold, np.arange(len(strange)), "strange", share=True),
+        "ood_accepted": mean(strange >= threshold, np.arange(len(strange)), "OOD", share=True),
         "in_domain_accepted": mean(own >= threshold, groups, share=True),
         "same_answer": mean(
             np.mean([same for _, same in outputs.changed.values()], axis=0), groups
@@ -210,7 +210,7 @@ def compare(
     return measures
 
 
-def perfect_ece(answers: Answers) -> Measure:
+def perfect_ece(answers: Predictions) -> Measure:
     """What the ECE would be by chance if the confidences were right: its mean and the range of 95 % of draws."""
     draws = metrics.ece_of_perfect(answers.calibrated.max(axis=1))
     low, high = np.percentile(draws, [2.5, 97.5])
@@ -238,9 +238,9 @@ def class_table(
     }
 
 
-def outside_table(outputs: Outputs) -> dict[str, dict[str, float]]:
-    """Each kind of strange picture: how confident the model is, and how well each score tells it from test images."""
-    threshold, chosen = outputs.border.threshold, outputs.border.score
+def ood_table(outputs: Outputs) -> dict[str, dict[str, float]]:
+    """Each kind of OOD picture: how confident the model is, and how well each score tells it from test images."""
+    threshold, chosen = outputs.ood.threshold, outputs.ood.score
     return {
         kind: {
             "n": len(scores[chosen]),
@@ -256,7 +256,7 @@ def outside_table(outputs: Outputs) -> dict[str, dict[str, float]]:
             f"fpr95_{name}": metrics.fpr95(outputs.own_scores[name], scores[name])
             for name in scores
         }
-        for kind, scores in outputs.strange_scores.items()
+        for kind, scores in outputs.ood_scores.items()
     }
 
 

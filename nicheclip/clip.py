@@ -11,9 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import CLIPModel, CLIPProcessor
-
-from nicheclip.data import tokenize
+from transformers import BatchEncoding, CLIPModel, CLIPProcessor
 
 
 def load_clip(base: str | Path) -> tuple[CLIPModel, CLIPProcessor]:
@@ -110,3 +108,15 @@ def _batched(items: Iterable[Image.Image], size: int) -> Iterator[Sequence[Image
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
+
+
+def tokenize(processor: CLIPProcessor, prompts: list[str]) -> BatchEncoding:
+    """`input_ids` and `attention_mask`, each (P, L), padded to the longest prompt only."""
+    return processor.tokenizer(
+        prompts, padding=True, truncation=True, max_length=77, return_tensors="pt"
+    )
+
+
+def image_side(processor: CLIPProcessor) -> int:
+    """The side of the square image that the model sees, in pixels."""
+    return processor.image_processor.crop_size["height"]

@@ -8,12 +8,12 @@ import numpy as np
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
-from nicheclip.metrics import correct
-from nicheclip.results import Measure, proportion
-from nicheclip.zero_shot import encode_images, encode_texts, zero_shot_logits
+from nicheclip.clip import encode_images, encode_texts, zero_shot_logits
+from nicheclip.evaluation.intervals import Measure, proportion
+from nicheclip.evaluation.metrics import correct
 
 
-def outside_accuracy(
+def retention_accuracy(
     model: CLIPModel,
     processor: CLIPProcessor,
     images: Iterable[Image.Image],
@@ -21,19 +21,19 @@ def outside_accuracy(
     canonical_prompts: list[str],
     progress: bool = True,
 ) -> Measure:
-    """The share of images that the zero-shot classifier of the outside task names rightly.
+    """The share of images that the zero-shot classifier of the retention task names rightly.
 
     Args:
-        images: those of the task, see `data_prep.sources.outside_rows`.
+        images: those of the task, see `data_prep.sources.retention_rows`.
         labels: (N,) int, their class.
         canonical_prompts: one of each class (C,).
         progress: whether to show a progress bar.
     """
     image_embeds = encode_images(
-        model, processor, images, len(labels), description="outside", progress=progress
+        model, processor, images, len(labels), description="retention", progress=progress
     )
     # (N, C)
     logits = zero_shot_logits(
         model, image_embeds, encode_texts(model, processor, canonical_prompts)
     )
-    return proportion(correct(logits, labels), np.arange(len(labels)), "outside")
+    return proportion(correct(logits, labels), np.arange(len(labels)), "retention")

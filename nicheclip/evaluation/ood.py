@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from scipy.spatial.distance import cdist
 from scipy.special import logsumexp, softmax
 
-from nicheclip.metrics import auroc
+from nicheclip.evaluation.metrics import auroc
 
 PER_KIND = 100
 KINDS = ("noise", "texture", "flat colour", "page of text", "object", "crop of 4 %", "heavy blur")
@@ -28,7 +28,7 @@ SCORES: tuple[Score, ...] = ("confidence", "energy", "prompt_cosine", "mahalanob
 WORDS = "the of and in to a for is on that by with as was at from are an be it which this or its not stone new".split()
 
 
-def strange_pictures(
+def ood_pictures(
     kind: str, side: int, seed: int, own: Sequence[Image.Image] = ()
 ) -> Iterator[Image.Image]:
     """`PER_KIND` RGB pictures of a kind of `KINDS`.
@@ -123,7 +123,7 @@ def _image(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
-def fit_shape(image_embeds: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+def fit_class_means(image_embeds: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
     """Where the training images lie: `whitening` (D, D) and the classes' whitened means, `means` (C, D), float32.
 
     After the whitening the images of a class spread alike in all directions; so the distance to a
@@ -149,7 +149,10 @@ def fit_shape(image_embeds: np.ndarray, labels: np.ndarray) -> dict[str, np.ndar
 
 
 def domain_scores(
-    image_embeds: np.ndarray, logits: np.ndarray, logit_scale: float, shape: dict[str, np.ndarray]
+    image_embeds: np.ndarray,
+    logits: np.ndarray,
+    logit_scale: float,
+    class_means: dict[str, np.ndarray],
 ) -> dict[Score, np.ndarray]:
     """How much a picture looks like one of the domain, higher is more: (N,) by each of `SCORES`.
 
@@ -160,21 +163,23 @@ def domain_scores(
         image_embeds: (N, D) unit length.
         logits: (N, C) calibrated.
         logit_scale: that divides them into cosines.
-        shape: as `fit_shape` gives it.
+        class_means: as `fit_class_means` gives it.
     """
     return {
         "confidence": softmax(logits, axis=1).max(axis=1),
         "energy": logsumexp(logits, axis=1),
         "prompt_cosine": logits.max(axis=1) / logit_scale,
-        "mahalanobis": -cdist(image_embeds @ shape["whitening"], shape["means"]).min(axis=1),
+        "mahalanobis": -cdist(image_embeds @ class_means["whitening"], class_means["means"]).min(
+            axis=1
+        ),
     }
 
 
 @dataclass(frozen=True)
-class DomainBorder:
+class OODThreshold:
     """A picture whose `score` is below `threshold` is outside of the domain.
 
-    `auroc` says of each score how well it told the calibration images from strange pictures; the
+    `auroc` says of each score how well it told the calibration images from OOD pictures; the
     best was taken.
     """
 
@@ -183,8 +188,10 @@ class DomainBorder:
     auroc: dict[Score, float]
 
 
-def fit_border(own: dict[Score, np.ndarray], strange: dict[Score, np.ndarray]) -> DomainBorder:
-    """The score that tells calibration images (N,) from strange pictures (M,) best, at `ACCEPTED` of the former."""
+def fit_ood_threshold(
+    own: dict[Score, np.ndarray], strange: dict[Score, np.ndarray]
+) -> OODThreshold:
+    """The score that tells calibration images (N,) from OOD pictures (M,) best, at `ACCEPTED` of the former."""
     found = {name: auroc(own[name], strange[name]) for name in SCORES}
     best = max(SCORES, key=lambda name: found[name])
-    return DomainBorder(best, float(np.quantile(own[best], 1 - ACCEPTED, method="lower")), found)
+    return OODThreshold(best, float(np.quantile(own[best], 1 - ACCEPTED, method="lower")), found)

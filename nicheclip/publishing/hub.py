@@ -11,10 +11,10 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from safetensors.torch import load_file, save_file
 
-from nicheclip.classifier import FORMAT_VERSION, PROTOTYPES_FILE, SETTINGS_FILE, SHAPE_FILE
+from nicheclip.classifier import CLASS_MEANS_FILE, FORMAT_VERSION, PROTOTYPES_FILE, SETTINGS_FILE
+from nicheclip.clip import encode_texts, load_clip
 from nicheclip.domain import Domain
-from nicheclip.results import read_json, write_json
-from nicheclip.zero_shot import encode_texts, load_clip
+from nicheclip.files import read_json, write_json
 
 
 def save_published_model(
@@ -38,7 +38,7 @@ def save_published_model(
         "prompt_embeds": encode_texts(model, processor, prompts).cpu().contiguous(),
         "prompt_classes": torch.tensor(prompt_classes),  # (P,)
     }
-    save_file(embeds | load_file(run / SHAPE_FILE), folder / PROTOTYPES_FILE)
+    save_file(embeds | load_file(run / CLASS_MEANS_FILE), folder / PROTOTYPES_FILE)
     write_json(
         folder / SETTINGS_FILE,
         {
@@ -52,7 +52,7 @@ def save_published_model(
             "fitted_on": {"split": calibration["split"], "n": calibration["n"]},
             "abstention": calibration["abstention"],
             "conformal": calibration["conformal"],
-            "border": calibration["border"],
+            "ood": calibration["ood"],
         },
     )
 

@@ -11,8 +11,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
-from nicheclip.calibration import nll
-from nicheclip.metrics import correct
+from nicheclip.evaluation.calibration import nll
+from nicheclip.evaluation.metrics import correct
 
 STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1000.0)
 
