@@ -5,34 +5,18 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
-from functools import cache
 from typing import Any
 
 import datasets
 import imagehash
-import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-VERIFY_VERSION = 3  # to be raised when the same file would be stored or hashed in another way
+from nicheclip.images import encode_jpeg, readable_formats, to_rgb
+
+VERIFY_VERSION = 4  # to be raised when the same file would be stored or hashed in another way
 JPEG_QUALITY = 95
 # coefficients a side: 64 bits did not tell cropped copies from other drawings of one style, 144 did
 HASH_SIDE = 12
-# no EPS
-FORMATS = (
-    "JPEG",
-    "PNG",
-    "GIF",
-    "WEBP",
-    "TIFF",
-    "BMP",
-    "MPO",
-    "AVIF",
-    "JPEG2000",
-    "PPM",
-    "TGA",
-    "ICO",
-)
-
 VERIFIED_FEATURES = datasets.Features(
     {
         "image": datasets.Image(decode=False),
@@ -102,20 +86,13 @@ def verify_image(
     side = 4 * HASH_SIDE  # to which imagehash shrinks
     small = image.convert("L").resize((side, side), Image.Resampling.LANCZOS)
     return {
-        "image": {"bytes": content or _encode(image), "path": None},
+        "image": {"bytes": content or encode_jpeg(image, JPEG_QUALITY), "path": None},
         "sha256": digest,
         "phash": str(imagehash.phash(small, hash_size=HASH_SIDE)),
         "mirrored_phash": str(imagehash.phash(ImageOps.mirror(small), hash_size=HASH_SIDE)),
         "mended": "; ".join(mended) or None,
         "error": None,
     }
-
-
-@cache
-def readable_formats() -> list[str]:
-    """Those of `FORMATS` that this build of Pillow reads."""
-    Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
 
 
 class _UnusableError(Exception):
@@ -152,27 +129,10 @@ def _read(
         "RGB",
         (width * stored_short_side // short_side + 1, height * stored_short_side // short_side + 1),
     )
-    image = opened
-    if image.mode.startswith("I"):
-        image = _eight_bits(image)
-        mended.append("16 bits to 8")
-    elif image.mode == "F":
-        raise _UnusableError("unreadable: floating-point pixels, whose range is not known")
-    image.load()
-    if image.getexif().get(0x0112, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-        mended.append("EXIF orientation")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        if image.getchannel("A").getextrema() != (255, 255):
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            mended.append("transparency on white")
-    elif image.mode not in ("RGB", "L"):
-        mended.append(f"{image.mode} to RGB")
+    image = to_rgb(opened, mended)
     # may tell where and by whom it was taken
     private = {"exif", "xmp", "comment", "photoshop"} & set(opened.info)
     as_is = as_is and not mended and not private
-    image = image.convert("RGB")
     if min(image.size) > stored_short_side:
         scale = stored_short_side / min(image.size)
         image = image.resize(
@@ -181,17 +141,3 @@ def _read(
     if image.getcolors(maxcolors=1):
         raise _UnusableError("blank: every pixel has the same colour")
     return image, mended, as_is
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    values = np.asarray(image)
-    if values.min() < 0 or values.max() > 0xFFFF:
-        raise _UnusableError("unreadable: 32-bit pixels, whose range is not known")
-    return Image.fromarray((values >> 8).astype(np.uint8))
-
-
-def _encode(image: Image.Image) -> bytes:
-    encoded = io.BytesIO()
-    # else Pillow passes the source's on
-    image.save(encoded, "JPEG", quality=JPEG_QUALITY, comment=b"")
-    return encoded.getvalue()

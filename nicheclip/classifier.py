@@ -9,7 +9,6 @@ onnxruntime.
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -19,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
-from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+from nicheclip.images import Photo, open_image
 
 SETTINGS_FILE = "nicheclip.json"
 PROTOTYPES_FILE = "prototypes.safetensors"  # prototypes, prompt bank, and the shape of the domain
@@ -39,9 +39,6 @@ SETTINGS = {  # what is read of nicheclip.json
 }
 # by backend
 ONNX_FILES = {"onnx": "onnx/vision_model.onnx", "onnx-int8": "onnx/vision_model_int8.onnx"}
-
-
-Photo = str | Path | Image.Image | bytes | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -250,7 +247,7 @@ class NicheClassifier:
             ValueError: for an address.
         """
         pixel_values = self.image_processor(
-            [_open(image) for image in images], return_tensors="pt"
+            [open_image(image) for image in images], return_tensors="pt"
         )["pixel_values"]
         return self.tower(pixel_values)
 
@@ -358,35 +355,3 @@ def _read_settings(path: Path) -> dict:
                 f"'{path}': {name} is {value!r}, expected a {kind.__name__}; fetch or build it anew"
             )
     return settings
-
-
-def _open(image: Photo) -> Image.Image:
-    opened: Image.Image
-    expected = "a path, a PIL image, the bytes of a file, or a uint8 array (H, W, 3) or (H, W)"
-    try:
-        match image:
-            case str() if image.startswith(("http://", "https://")):
-                raise ValueError(
-                    f"'{image}' is an address, and nothing is downloaded here; save the image first"
-                )
-            case str() | Path():
-                opened = Image.open(image)
-            case bytes():
-                opened = Image.open(io.BytesIO(image))
-            case Image.Image():
-                opened = image
-            case np.ndarray() if image.dtype == np.uint8 and image.shape[2:] in ((), (3,)):
-                opened = Image.fromarray(image)
-            case np.ndarray():
-                raise TypeError(
-                    f"got an array of {image.dtype}, {image.shape}; expected {expected}"
-                )
-            case _:
-                raise TypeError(f"got a {type(image).__name__}; expected {expected}")
-        return ImageOps.exif_transpose(opened).convert("RGB")
-    # what Pillow raises depends on the format
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        named = f"'{image}'" if isinstance(image, (str, Path)) else f"a {type(image).__name__}"
-        raise OSError(
-            f"{named} can't be read as an image ({error}); expected a JPEG, PNG or WebP file"
-        ) from error

@@ -67,4 +67,4 @@ def test_no_module_imports_itself_by_way_of_others():
 
 
 def test_every_package_has_its_layer():
-    assert {package(dotted(path)) for path in MODULES} == set(HEIGHT) - {"images"}
+    assert {package(dotted(path)) for path in MODULES} == set(HEIGHT)
