@@ -168,7 +168,7 @@ def test_the_folder_holds_what_it_should_and_no_pickle(run):
     assert {
         "README.md", "config.json", "model.safetensors", "nicheclip.json", "prototypes.safetensors", "scorecard.json",
     } <= files  # fmt: skip
-    figures = {"scorecard", "confusion", "classes", "reliability", "retention"}
+    figures = {"scorecard", "confusion", "classes", "reliability", "outside"}
     assert {f"figures/{name}.{kind}" for name in figures for kind in ("png", "svg")} <= files
     assert not {name for name in files if name.endswith((".bin", ".pt", ".pkl", ".pth"))}
     assert len([name for name in files if name.startswith("examples/")]) == 3
