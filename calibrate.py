@@ -43,7 +43,7 @@ from nicheclip.evaluation.scorecard import (
     stability_table,
 )
 from nicheclip.evaluation.scorecard import statistics as statistics_of
-from nicheclip.files import quiet_datasets, replaced_folder, write_json
+from nicheclip.files import quiet_datasets, replaced_file, replaced_folder, write_json
 from nicheclip.processes import keep_freed_memory
 from nicheclip.run import (
     check_not_trained_on,
@@ -179,9 +179,8 @@ def save_predictions(
         ],
         "domain_score": tuned.own_scores[tuned.ood.score].tolist(),
     }
-    with quiet_datasets():
-        Dataset.from_dict(predictions).to_parquet(run / "predictions.parquet.tmp")
-    (run / "predictions.parquet.tmp").rename(run / "predictions.parquet")
+    with quiet_datasets(), replaced_file(run / "predictions.parquet") as unfinished:
+        Dataset.from_dict(predictions).to_parquet(unfinished)
 
 
 def print_scorecard(measures: dict[str, Measure], gates: dict[GatedMetric, Verdict]) -> None:

@@ -17,6 +17,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
+from nicheclip.files import replaced_file
+
 Share = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
 GatedMetric = Literal[
@@ -300,12 +302,10 @@ class Domain(_Section):
 
     def save(self, path: str | Path) -> None:
         """Writes the file in one piece."""
-        unfinished = Path(f"{path}.tmp")
-        unfinished.write_text(
-            yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
-            "utf-8",
-        )
-        unfinished.replace(path)
+        fields = self.model_dump(mode="json")
+        text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+        with replaced_file(path) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
 
     @property
     def class_names(self) -> list[str]:

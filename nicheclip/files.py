@@ -1,4 +1,4 @@
-"""Files that are written beside their place and then renamed into it; a reader never sees half of one."""
+"""Files and folders that take their place once they are whole: a reader never sees half of one."""
 
 from __future__ import annotations
 
@@ -13,15 +13,56 @@ from typing import Any
 import datasets
 
 
-def write_json(path: str | Path, content: Any) -> None:
-    """Writes under a temporary name and renames it into place, so that a reader never sees half a file."""
-    path = Path(path)
+@contextmanager
+def replaced_file(path: str | Path) -> Iterator[Path]:
+    """A place to write to, which becomes the file `path` once all is written; a link stays one."""
+    path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(
-        json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-    )
-    temporary.replace(path)
+    unfinished = _beside(path, "unfinished")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def replaced_folder(folder: str | Path) -> Iterator[Path]:
+    """An empty folder to write into, which becomes `folder` once all is written; a link stays one.
+
+    Its files get the usual permissions: safetensors makes them readable by their owner only.
+    """
+    folder = Path(folder).resolve()
+    unfinished, former = _beside(folder, "unfinished"), _beside(folder, "former")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    yield unfinished
+    for file in unfinished.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~_umask())
+    shutil.rmtree(former, ignore_errors=True)
+    if folder.exists():
+        folder.rename(former)  # deleting takes longer than renaming, and may be interrupted
+    unfinished.rename(folder)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def _beside(path: Path, state: str) -> Path:
+    """A hidden name that no user gives a file: what a killed command leaves there may be removed."""
+    return path.with_name(f".{path.name}.nicheclip-{state}")
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # there is no way to read it without setting it
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Writes JSON in one piece."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    with replaced_file(path) as unfinished:
+        unfinished.write_text(text + "\n", encoding="utf-8")
 
 
 def read_json(path: str | Path, remedy: str, keys: Sequence[str] = ()) -> Any:
@@ -44,21 +85,6 @@ def read_json(path: str | Path, remedy: str, keys: Sequence[str] = ()) -> Any:
             f"{remedy}"
         )
     return content
-
-
-@contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder to write into, which takes the place of `folder` once all is written."""
-    unfinished = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    yield unfinished
-    former = folder.with_name(f"{folder.name}.old")
-    shutil.rmtree(former, ignore_errors=True)
-    if folder.exists():
-        folder.rename(former)  # deleting takes longer than renaming, and may be interrupted
-    unfinished.rename(folder)
-    shutil.rmtree(former, ignore_errors=True)
 
 
 @contextmanager

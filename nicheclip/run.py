@@ -241,3 +241,9 @@ def load_prepared(run: str | Path) -> datasets.DatasetDict:
         raise ValueError(
             f"'{folder}' is damaged ({error}); run `python -m data_prep DOMAIN --run {run}` again"
         ) from error
+
+
+def load_retention(run: str | Path) -> datasets.Dataset | None:
+    """RUN/data/retention: images and labels of the task that should not be forgotten, if any."""
+    folder = Path(run) / "data" / "retention"
+    return datasets.load_from_disk(folder) if folder.is_dir() else None
