@@ -1,4 +1,7 @@
-"""Zero-shot classification: prompts -> class prototypes (C, D), images -> image_embeds (N, D), logits (N, C)."""
+"""A CLIPModel as a zero-shot classifier.
+
+Prompts -> class prototypes (C, D), images -> image_embeds (N, D), both -> logits (N, C).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each package of the library imports only from those below it, and none from the rooms that use it."""
+"""Each package of the library imports only from those below it, and none of its users."""
 
 from __future__ import annotations
 
