@@ -15,7 +15,7 @@ import calibrate
 import train
 from data_prep.prepare import prepare
 from nicheclip.domain import Domain, QualityFilter
-from nicheclip.evaluation.intervals import format_table
+from nicheclip.evaluation.summary import format_table
 from nicheclip.files import read_json
 
 MODES = ("none", "zero_shot", "linear_probe")

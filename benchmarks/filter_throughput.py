@@ -30,7 +30,7 @@ from data_prep.verify import verify_rows
 from nicheclip.cached_map import map_shards
 from nicheclip.clip import encode_texts, zero_shot_logits
 from nicheclip.domain import Domain
-from nicheclip.evaluation.intervals import format_table
+from nicheclip.evaluation.summary import format_table
 from nicheclip.files import quiet_datasets
 
 PROMPTS = [f"a photo of {name}" for name in Domain.load("domains/architecture").class_names]

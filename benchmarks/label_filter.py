@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data_prep.prepare import prepare
 from nicheclip.domain import Domain, QualityFilter
-from nicheclip.evaluation.intervals import format_table
+from nicheclip.evaluation.summary import format_table
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import torch
 from transformers import CLIPConfig, CLIPModel
 
 from nicheclip.classifier import OnnxTower, VisualTower
-from nicheclip.evaluation.intervals import format_table
+from nicheclip.evaluation.summary import format_table
 from nicheclip.publishing.onnx import export_tower, quantize
 
 GATE = 200.0  # ms

@@ -40,7 +40,7 @@ from nicheclip.evaluation.calibration import fit_temperature
 from nicheclip.evaluation.ood import PER_KIND, ood_pictures
 from nicheclip.evaluation.predictions import DomainClassifier
 from nicheclip.evaluation.probe import STRENGTHS, fit_probe
-from nicheclip.evaluation.retention import retention_accuracy
+from nicheclip.evaluation.robustness import retention_accuracy
 from nicheclip.files import read_json, write_json
 from nicheclip.run import load_prepared
 from nicheclip.training.callbacks import TrainingInterrupted

@@ -19,7 +19,7 @@ import psutil
 from data_prep.prepare import prepare
 from data_prep.sources.facades import paint_facades
 from nicheclip.domain import Domain
-from nicheclip.evaluation.intervals import format_table
+from nicheclip.evaluation.summary import format_table
 
 
 def main() -> None:

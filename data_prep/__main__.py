@@ -16,7 +16,7 @@ from typing import Any
 
 from data_prep.prepare import prepare
 from nicheclip.domain import Domain
-from nicheclip.evaluation.intervals import format_table
+from nicheclip.evaluation.summary import format_table
 from nicheclip.processes import keep_freed_memory
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from scipy.stats import binomtest
 from sklearn.manifold import TSNE
 
-from nicheclip.domain import Domain, GatedMetric
+from nicheclip.domain import Domain
 from nicheclip.evaluation.intervals import METRIC_TITLES, Measure, Verdict
 from nicheclip.evaluation.metrics import N_BINS, class_scores, correct, reliability
 from nicheclip.evaluation.predictions import Outputs
@@ -55,7 +55,7 @@ def draw_figures(
     tuned: Outputs,
     base: Outputs,
     measures: dict[str, Measure],
-    gates: dict[GatedMetric, Verdict],
+    gates: dict[str, Verdict],
 ) -> None:
     """Writes scorecard, confusion, classes, reliability and outside into `folder`, as PNG and SVG.
 
@@ -79,9 +79,7 @@ def _figure(width: float, height: float, columns: int = 1, **options: Any) -> tu
     return figure, figure.subplots(1, columns, **options)
 
 
-def _scorecard(
-    domain: Domain, measures: dict[str, Measure], gates: dict[GatedMetric, Verdict]
-) -> Figure:
+def _scorecard(domain: Domain, measures: dict[str, Measure], gates: dict[str, Verdict]) -> Figure:
     figure, axes = _figure(8, 0.62 * len(gates) + 1.2)
     names = list(gates)[::-1]
     labelled = max(names, key=lambda name: measures[name].probe is not None)  # in the legend, once
@@ -104,7 +102,7 @@ def _scorecard(
                 capsize=3,
                 label=label if name == labelled else None,
             )
-        target = domain.gates[name]
+        target = domain.gates[name]  # type: ignore[index]
         named = None if height else "gate"
         axes.plot(
             [target] * 2, [height - 0.38, height + 0.38], color=GATE, linewidth=2, label=named

@@ -26,6 +26,7 @@ from nicheclip.processes import processes
 # they speak of one model
 RESULTS = ("training.json", "trained_on.json", "calibration.json", "scorecard.json")
 TRAINED_ON = "trained_on.json"
+CLASS_MEANS_FILE = "class_means.safetensors"
 SPLITS = ("train", "validation", "calibration", "test")
 BEGUN = "begun.json"  # beside the checkpoints: the data and the settings that they depend on
 # filelock may empty the file that it locks, so who holds it stands in another
@@ -134,13 +135,14 @@ def write_trained_on(run: Path, splits: DatasetDict) -> None:
     write_json(run / TRAINED_ON, seen)
 
 
-def check_not_trained_on(run: Path, splits: DatasetDict) -> None:
-    """Refuses an exam whose images, or near-duplicates of theirs, were seen before.
+def check_exam(run: Path, splits: DatasetDict) -> None:
+    """Refuses to judge a model on images that it, or the choice of its epoch, may have seen.
 
     Raises:
-        ValueError: naming some of the images.
+        ValueError: if near-duplicates of the exam were seen, or the data is another than then.
     """
-    seen = read_json(run / TRAINED_ON, f"run `accelerate launch train.py {run}` first")
+    remedy = f"run `accelerate launch train.py {run}` again"
+    seen = read_json(run / TRAINED_ON, remedy)
     trained = {
         sha256: f"the {name} images of the training" for name in seen for sha256 in seen[name]
     }
@@ -164,21 +166,11 @@ def check_not_trained_on(run: Path, splits: DatasetDict) -> None:
             f"{', '.join(leaks[:5])}{', …' if len(leaks) > 5 else ''}; run `python -m data_prep` "
             f"and `accelerate launch train.py {run}` again"
         )
-
-
-def check_trained_on(run: Path) -> None:
-    """Refuses a model that was trained on other data than the run holds now.
-
-    Raises:
-        ValueError: if it was.
-    """
-    key, remedy = "data_fingerprint", f"run `accelerate launch train.py {run}` first"
-    trained_on = read_json(run / "training.json", remedy, [key])[key]
-    prepared = read_report(run)["fingerprint"]
-    if trained_on != prepared:
+    trained_on = read_json(run / "training.json", remedy, ["data_fingerprint"])
+    if trained_on["data_fingerprint"] != read_report(run)["fingerprint"]:
         raise ValueError(
             f"'{run / 'model'}' was trained on other data than '{run / 'data'}' holds now (so "
-            f"test images may have been trained on); run `accelerate launch train.py {run}` again"
+            f"test images may have been trained on); {remedy}"
         )
 
 

@@ -19,10 +19,9 @@ from nicheclip import NicheClassifier
 from nicheclip.clip import load_clip
 from nicheclip.domain import QualityFilter
 from nicheclip.evaluation import metrics
-from nicheclip.evaluation.calibration import calibrate_temperature, fit_abstention
+from nicheclip.evaluation.calibration import calibrate_temperature, fit, fit_abstention
 from nicheclip.evaluation.intervals import Measure, bootstrap, judge_gate
 from nicheclip.evaluation.ood import fit_class_means
-from nicheclip.evaluation.predictions import fit
 from nicheclip.evaluation.scorecard import mean
 from nicheclip.publishing.image_index import ImageIndex, write_index
 from nicheclip.run import load_prepared

@@ -14,7 +14,7 @@ from data_prep.sources import retention_rows
 from nicheclip.clip import encode_images, encode_texts, load_clip, zero_shot_logits
 from nicheclip.domain import Domain
 from nicheclip.evaluation.metrics import correct
-from nicheclip.evaluation.retention import retention_accuracy
+from nicheclip.evaluation.robustness import retention_accuracy
 from nicheclip.run import load_prepared
 from nicheclip.training.wise_ft import choose_alpha, interpolate
 from tests.conftest import FACADES

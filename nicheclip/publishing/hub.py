@@ -11,10 +11,11 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from safetensors.torch import load_file, save_file
 
-from nicheclip.classifier import CLASS_MEANS_FILE, FORMAT_VERSION, PROTOTYPES_FILE, SETTINGS_FILE
+from nicheclip.classifier import FORMAT_VERSION, PROTOTYPES_FILE, SETTINGS_FILE
 from nicheclip.clip import encode_texts, load_clip
 from nicheclip.domain import Domain
 from nicheclip.files import read_json, write_json
+from nicheclip.run import CLASS_MEANS_FILE
 
 
 def save_published_model(
