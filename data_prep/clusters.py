@@ -127,9 +127,7 @@ def gather(domain: Domain, run: Path) -> Evidence:
                 "again"
             )
         model, processor = load_clip(base)
-        image_embeds = encode_rows(
-            model, processor, rows, run / "cache" / "clusters", "encoding with the base model"
-        )
+        image_embeds = encode_rows(model, processor, rows, run / "cache" / "clusters")
     text_embeds = encode_texts(model, processor, domain.canonical_prompts)
     zero_shot = softmax(zero_shot_logits(model, image_embeds, text_embeds), axis=1)  # (N, C)
     labels, groups = (np.array(rows[name][:]) for name in ("label", "group_id"))

@@ -6,7 +6,6 @@ and which pictures are shown, is in report.html.jinja.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -36,11 +35,7 @@ KINDS = {
     "unreadable": (READING, "The file does not decode, or not to its end."),
     "too small": (READING, "Below smallest_side of the domain file."),
     "blank": (READING, "Every pixel has the same colour."),
-    "no label": (READING, "The dataset gives it no class."),
-    "not in a class folder": (
-        READING,
-        "The file lies beside the class folders, so it has no label.",
-    ),
+    "no class": (READING, "Beside the class folders, or without a label."),
 }
 
 ENVIRONMENT = environment(Path(__file__).parent)
@@ -98,16 +93,8 @@ def _quarantine(quarantined: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     kinds: dict[str, dict] = {kind: {} for kind in KINDS}
     for entry in quarantined:
-        kind, _, particulars = entry["reason"].partition(":")
-        named = re.fullmatch(
-            r" near-duplicate of (.+?)(?:, which is (?:under|in) (.+))?", particulars
-        )
-        other, other_label = named.groups() if named else (None, None)
-        entry = entry | {
-            "particulars": particulars.strip(),
-            "other": other,
-            "other_label": other_label,
-        }
+        kind, other = entry["kind"], entry["other"]
+        entry = entry | {"particulars": entry["detail"] or "", "other_label": None}
         kinds.setdefault(kind, {}).setdefault(frozenset({entry["source_id"], other}), entry)
     filled = sorted((kind for kind in kinds if kinds[kind]), key=lambda kind: len(kinds[kind]))
     room, shown = SHOWN, {}

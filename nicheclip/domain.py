@@ -53,32 +53,44 @@ class _Section(BaseModel):
 
 
 class _Origin(_Section):
-    kind: str
-    path: str | None = None  # of the folders, or the id or path of the dataset
-    options: dict[str, Any] = {}  # passed on to the source, see `data_prep.sources`
+    """Where images come from.
+
+    `path` names class folders, a dataset (Hub id, Parquet or Arrow), or a module that writes class
+    folders; `options` are passed on, see `data_prep.sources`.
+    """
+
+    path: str | None = None
+    options: dict[str, Any] = {}
+
+    @field_validator("kind", mode="before", check_fields=False)
+    @classmethod
+    def _former_kinds(cls, kind: Any) -> Any:
+        if kind in ("facades", "shapes"):
+            module = {"facades": "paint", "shapes": "shapes"}[kind]
+            raise ValueError(
+                f"the kind '{kind}' of older versions is a module now; write `kind: module` and "
+                f"`path: domains.facades.{module}`"
+            )
+        return kind
 
 
 class Source(_Origin):
-    """Where the images come from: class folders, a dataset (Hub id, Parquet or Arrow), Wikimedia Commons, façades.
+    """Where the images of the domain come from; `--images` overrides its path."""
 
-    `--images` overrides its path.
-    """
+    kind: Literal["folder", "dataset", "commons", "module"] = "folder"
 
-    kind: Literal["folder", "dataset", "commons", "facades"] = "folder"
+    @model_validator(mode="after")
+    def _module_is_named(self) -> Source:
+        if self.kind == "module" and self.path is None:
+            raise ValueError("no path; give the module that draws, as domains.facades.paint")
+        return self
 
 
 class RetentionSource(_Origin):
-    """Where the images of the retention task come from: class folders, a dataset, or drawn shapes (classes: colours)."""
+    """Where the images of the retention task come from."""
 
-    kind: Literal["folder", "dataset", "shapes"] = "folder"
-
-    @model_validator(mode="after")
-    def _fits_kind(self) -> RetentionSource:
-        if self.kind != "shapes" and self.path is None:
-            raise ValueError("no path; give the class folders, or the id or path of the dataset")
-        if self.kind == "shapes" and (self.path or self.options):
-            raise ValueError("the shapes are drawn and know neither path nor options; remove them")
-        return self
+    kind: Literal["folder", "dataset", "module"] = "folder"
+    path: str
 
 
 class Retention(_Section):
@@ -101,7 +113,7 @@ class Retention(_Section):
 
 
 class Splits(_Section):
-    """How many images (an integer) or which share (a float below 1) of each class each held-out split takes."""
+    """What each held-out split takes of each class: an integer of images, or a share below 1."""
 
     validation: float = Field(0.15, gt=0)
     calibration: float = Field(0.15, gt=0)
