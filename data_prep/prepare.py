@@ -17,7 +17,7 @@ from PIL import Image
 from scipy.special import softmax
 from transformers import CLIPModel, CLIPProcessor
 
-from data_prep import findings
+from data_prep import clusters, findings
 from data_prep.divide import Catalogue, Division, divide
 from data_prep.duplicates import Fingerprints
 from data_prep.encode import encode_rows
@@ -110,7 +110,11 @@ def prepare(
             {**catalogue.name(index), "sha256": catalogue.sha256[index], "reason": reason}
             for index, reason in sorted(division.reasons.items())
         ]
-        quarantined = unplaced + unreadable + aside
+        quarantined: list[dict[str, Any]] = [*unplaced, *unreadable, *aside]
+        for entry in quarantined:  # until the steps give data
+            kind, _, detail = entry["reason"].partition(": ")
+            kind = "no class" if kind in ("no label", "not in a class folder") else kind
+            entry.update(kind=kind, other=None, detail=detail, label=entry.get("label"))
         alike = findings.alike_across_splits(catalogue, division, fingerprints)
         classes = findings.classes(domain, splits, quarantined, suspects, verdict)
         report = {
@@ -142,6 +146,9 @@ def prepare(
             ),
             "near_duplicates": findings.near_duplicates(splits, domain.class_names),
             "alike_across_splits": alike,
+            "confusions": clusters.measure(
+                domain, catalogue, division, dropped, image_embeds, zero_shot, seed
+            ),
         }
         if truth := planted_faults(location):
             group_of = dict(zip(catalogue.source_ids, division.groups.tolist(), strict=True))
