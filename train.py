@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 from transformers import HfArgumentParser, set_seed
 
 from data_prep.prepare import prepare
-from data_prep.sources import retention_rows
 from nicheclip.clip import load_clip
 from nicheclip.domain import Domain, DomainError
 from nicheclip.files import replaced_folder, write_json
@@ -29,6 +28,7 @@ from nicheclip.run import (
     check_not_begun,
     check_unchanged,
     load_prepared,
+    load_retention,
     provenance,
     read_report,
     run_lock,
@@ -94,7 +94,7 @@ def fine_tune(
         if resume is None:
             check_not_begun(run, Path(args.output_dir))
     outside = (
-        (retention_rows(domain), domain.retention.canonical_prompts) if domain.retention else None
+        (load_retention(run), domain.retention.canonical_prompts) if domain.retention else None
     )
     set_seed(args.seed)
     model, processor = load_clip(domain.base)

@@ -43,8 +43,8 @@ from benchmarks.training_speed_report import (
     hours_by_part,
     report,
 )
-from data_prep.sources.painter import STYLES, draw
 from data_prep.verify import JPEG_QUALITY
+from domains.facades.painter import STYLES, draw
 from nicheclip.domain import Domain
 from nicheclip.files import quiet_datasets, write_json
 from nicheclip.processes import keep_freed_memory

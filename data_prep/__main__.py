@@ -1,10 +1,10 @@
 """python -m data_prep DOMAIN [--images FOLDER_OR_DATASET] [--base MODEL] [--run RUN]
 
-Reads class folders, a dataset or Wikimedia Commons (or paints the embedded façades), verifies each
+Reads class folders, a dataset or Wikimedia Commons (or lets a module draw), verifies each
 image, groups near-duplicates, makes the four splits, suspects wrong labels in train, and writes
 RUN/data with report.html, and RUN/review.csv for a person to decide on the suspects. A killed run
 goes on where it was. On several GPUs: accelerate launch -m data_prep DOMAIN; in two processes on a
-CPU: the same with --cpu --num_processes 2 after launch.
+CPU: torchrun --nproc_per_node 2 -m data_prep DOMAIN.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
-from data_prep.prepare import prepare
+from data_prep.prepare import Report, prepare
 from nicheclip.domain import Domain
-from nicheclip.evaluation.intervals import format_table
+from nicheclip.evaluation.summary import format_table
 from nicheclip.processes import keep_freed_memory
 
 
@@ -53,7 +52,7 @@ def main() -> None:
         print(f"next: accelerate launch train.py {run}")
 
 
-def summary(report: dict[str, Any]) -> str:
+def summary(report: Report) -> str:
     """What was read, what became of it, and the classes, in plain text."""
     counts = report["counts"]
     quarantined = (
@@ -67,11 +66,6 @@ def summary(report: dict[str, Any]) -> str:
         f"{dropped}",
         f"kept: {kept}; an epoch visits {counts['train_samples_per_epoch']} training views",
     ]
-    for fault, found in report.get("planted_faults", {}).items():
-        lines.append(
-            f"planted {fault.replace('_', ' ')}: "
-            + ", ".join(f"{n} {what}" for what, n in found.items())
-        )
     lines += report["warnings"]
     rows = [
         [

@@ -1,4 +1,4 @@
-"""Which image goes where: copies and contradictions are set aside, and near-duplicates stay in one split."""
+"""Which image goes where: contradictions are set aside, near-duplicates stay in one split."""
 
 from __future__ import annotations
 
@@ -13,6 +13,16 @@ from data_prep.splits import HELD_OUT, assign_splits
 from nicheclip.domain import Domain
 
 PRECEDENCE = (*HELD_OUT, "train")
+Decisions = dict[tuple[str, str], str]  # "keep" or "drop" by sha256 and class name
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why an image is set aside: a kind, the other image that it is about, and particulars."""
+
+    kind: str
+    other: str | None = None
+    detail: str | None = None
 
 
 @dataclass(frozen=True)
@@ -38,10 +48,14 @@ class Catalogue:
 
     def name(self, index: int) -> dict[str, str]:
         """How report.json names an image."""
-        return {"source_id": self.source_ids[index], "label": self.class_names[index]}
+        return {
+            "source_id": self.source_ids[index],
+            "label": self.class_names[index],
+            "sha256": self.sha256[index],
+        }
 
     def rank(self, index: int) -> int:
-        """The lower, the more an image is worth: one of the test is used rather than its copy in train."""
+        """The lower, the more an image is worth: one of test rather than its copy in train."""
         return PRECEDENCE.index(self.given[index] or "train")
 
 
@@ -57,64 +71,52 @@ class Division:
 
     parts: np.ndarray
     groups: np.ndarray
-    reasons: dict[int, str]
+    reasons: dict[int, Reason]
 
 
 def divide(
-    catalogue: Catalogue,
-    fingerprints: Fingerprints,
-    domain: Domain,
-    decisions: dict[tuple[str, str], str],
-    seed: int = 0,
+    catalogue: Catalogue, fingerprints: Fingerprints, domain: Domain, decisions: Decisions
 ) -> Division:
-    """Sets copies and contradictions aside, groups the near-duplicates, and deals the groups out to the splits.
+    """Sets copies and contradictions aside, and deals groups of near-duplicates to the splits.
 
     Args:
-        decisions: "keep" or "drop" by sha256 and class name, for images that a person has looked
-            at.
+        decisions: for images that a person has looked at.
 
     Raises:
         ValueError: if a split would have no image of a class.
-        RuntimeError: if the final audit, which compares all pairs of splits, finds a picture on
-            both sides.
     """
-    decided = [
-        decisions.get(key, "") for key in zip(catalogue.sha256, catalogue.class_names, strict=True)
-    ]
-    reasons = {
-        index: "dropped by hand" for index, decision in enumerate(decided) if decision == "drop"
-    }
+    keys = zip(catalogue.sha256, catalogue.class_names, strict=True)
+    decided = [decisions.get(key, "") for key in keys]
+    dropped = (index for index, decision in enumerate(decided) if decision == "drop")
+    reasons = {index: Reason("dropped by hand") for index in dropped}
     _set_copies_aside(catalogue, decided, reasons)
-    pairs = fingerprints.near_duplicates(seed)
-    while True:  # what the search has missed and the audit finds is grouped in the next round
-        division = _place(catalogue, pairs, domain, decided, dict(reasons))
-        missed = leaks(division, fingerprints)
-        fresh = {tuple(pair) for pair in missed.tolist()} - {tuple(pair) for pair in pairs.tolist()}
-        if not fresh:
-            break
-        pairs = np.concatenate([pairs, np.array(sorted(fresh))])
-    if len(missed):
-        first, second = (catalogue.source_ids[index] for index in missed[0])
-        raise RuntimeError(
-            f"{len(missed)} pictures lie on both sides of a split, the first is '{first}', a "
-            f"near-duplicate of '{second}'; drop one of each pair in review.csv, and please "
-            "report this"
-        )
-    _check_every_class(catalogue, division.parts, domain.class_names)
-    return division
+    pairs = fingerprints.near_duplicates()
+    groups = _group_names(catalogue.sha256, pairs)
+    for first, second in pairs.tolist():
+        if catalogue.class_names[first] != catalogue.class_names[second]:
+            _set_contradiction_aside(catalogue, first, second, decided, reasons)
+            _set_contradiction_aside(catalogue, second, first, decided, reasons)
+    parts = np.array([split or "train" for split in catalogue.given], dtype="<U11")
+    parts[list(reasons)] = ""
+    to_fill = tuple(name for name in HELD_OUT if name not in catalogue.given)
+    pool = np.flatnonzero(parts == "train")
+    if to_fill and len(pool):
+        labels, own = catalogue.labels[pool], groups[pool].tolist()
+        parts[pool] = assign_splits(labels, own, domain.splits, to_fill)
+    owners: dict[str, int] = {}  # the first image of each group, in the split that keeps it
+    for name in PRECEDENCE:
+        for index in np.flatnonzero(parts == name).tolist():
+            owner = owners.setdefault(groups[index], index)
+            if parts[owner] != name:
+                kept_in = str(parts[owner])
+                reasons[index] = Reason("leak", catalogue.source_ids[owner], kept_in)
+    parts[list(reasons)] = ""
+    _check_every_class(catalogue, parts, domain.class_names)
+    return Division(parts, groups, reasons)
 
 
-def leaks(division: Division, fingerprints: Fingerprints) -> np.ndarray:
-    """The pairs of the same picture in different splits, (P, 2) int; compares all of them."""
-    used = np.flatnonzero(division.parts != "")
-    return used[fingerprints.take(used).across(division.parts[used])]
-
-
-def _set_copies_aside(catalogue: Catalogue, decided: list[str], reasons: dict[int, str]) -> None:
-    """The same file twice is used once.
-
-    Under two labels not at all, unless a person has kept one of them.
-    """
+def _set_copies_aside(catalogue: Catalogue, decided: list[str], reasons: dict[int, Reason]) -> None:
+    """The same file is used once; under two labels never, unless a person has kept one of them."""
     members = defaultdict(list)
     for index, sha256 in enumerate(catalogue.sha256):
         if index not in reasons:
@@ -128,46 +130,27 @@ def _set_copies_aside(catalogue: Catalogue, decided: list[str], reasons: dict[in
         )
         for index in same:
             if index not in usable:
-                reasons[index] = f"conflict: the same file under {' and '.join(labels)}"
+                other = next(i for i in same if i != index)
+                told = f"the same file under {' and '.join(labels)}"
+                reasons[index] = Reason("conflict", catalogue.source_ids[other], told)
             elif index != usable[0]:
-                reasons[index] = f"exact duplicate: of {catalogue.source_ids[usable[0]]}"
+                reasons[index] = Reason("exact duplicate", catalogue.source_ids[usable[0]])
 
 
-def _place(
-    catalogue: Catalogue,
-    pairs: np.ndarray,
-    domain: Domain,
-    decided: list[str],
-    reasons: dict[int, str],
-) -> Division:
-    groups = _group_names(catalogue.sha256, pairs)
-    for first, second in pairs.tolist():
-        if catalogue.class_names[first] != catalogue.class_names[second]:
-            _set_contradiction_aside(catalogue, first, second, decided, reasons)
-            _set_contradiction_aside(catalogue, second, first, decided, reasons)
-    parts = np.array([split or "train" for split in catalogue.given], dtype="<U11")
-    parts[list(reasons)] = ""
-    to_fill = tuple(name for name in HELD_OUT if name not in catalogue.given)
-    pool = np.flatnonzero(parts == "train")
-    if to_fill and len(pool):
-        parts[pool] = assign_splits(
-            catalogue.labels[pool], groups[pool].tolist(), domain.splits, to_fill
-        )
-    owners: dict[str, int] = {}  # the first image of each group, in the split that keeps it
-    for name in PRECEDENCE:
-        for index in np.flatnonzero(parts == name).tolist():
-            owner = owners.setdefault(groups[index], index)
-            if parts[owner] != name:
-                reasons[index] = (
-                    f"leak: near-duplicate of {catalogue.source_ids[owner]}, which is in "
-                    f"{parts[owner]}"
-                )
-    parts[list(reasons)] = ""
-    return Division(parts, groups, reasons)
+def _set_contradiction_aside(
+    catalogue: Catalogue, index: int, other: int, decided: list[str], reasons: dict[int, Reason]
+) -> None:
+    """The same picture under two labels tells nothing; that of an exam is rather believed."""
+    if decided[index] == "keep" or catalogue.rank(index) < catalogue.rank(other):
+        return
+    settled = other in reasons and reasons[other].kind in ("dropped by hand", "exact duplicate")
+    if index not in reasons and not settled:
+        told = f"a near-duplicate of it is under {catalogue.class_names[other]}"
+        reasons[index] = Reason("conflict", catalogue.source_ids[other], told)
 
 
 def _group_names(sha256: list[str], pairs: np.ndarray) -> np.ndarray:
-    """A group is called after the smallest hash among its files, which stays when most others come or go."""
+    """A group is called after its smallest hash, which stays when most others come or go."""
     smallest: dict[int, str] = {}
     numbers = connected_groups(pairs, len(sha256)).tolist()
     for number, name in zip(numbers, sha256, strict=True):
@@ -175,27 +158,10 @@ def _group_names(sha256: list[str], pairs: np.ndarray) -> np.ndarray:
     return np.array([smallest[number] for number in numbers])
 
 
-def _set_contradiction_aside(
-    catalogue: Catalogue, index: int, other: int, decided: list[str], reasons: dict[int, str]
-) -> None:
-    """The same picture under two labels tells nothing.
-
-    That of an exam is believed rather than that of train.
-    """
-    if decided[index] == "keep" or catalogue.rank(index) < catalogue.rank(other):
-        return
-    if index not in reasons and not reasons.get(other, "").startswith(("dropped by hand", "exact")):
-        reasons[index] = (
-            f"conflict: near-duplicate of {catalogue.source_ids[other]}, which is under "
-            f"{catalogue.class_names[other]}"
-        )
-
-
 def _check_every_class(catalogue: Catalogue, parts: np.ndarray, class_names: list[str]) -> None:
     for split in PRECEDENCE:
         present = {catalogue.class_names[index] for index in np.flatnonzero(parts == split)}
-        empty = [name for name in class_names if name not in present]
-        if empty:
+        if empty := [name for name in class_names if name not in present]:
             raise ValueError(
                 f"the {split} split has no image of: {', '.join(empty)}; add images, merge "
                 "classes, or change splits in the domain file"

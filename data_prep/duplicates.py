@@ -1,9 +1,8 @@
-"""Pictures that are the same, or nearly: which, in which groups, and whether any lie on both sides of a split."""
+"""Pictures that are the same, or nearly: which, and in which groups."""
 
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,8 +19,6 @@ POSSIBLE = 32
 REMOTE = 40  # up to here they are if it finds them as alike as most copies
 # bits; things that are symmetric, such as façades, resemble each other's mirror images
 MIRROR_PENALTY = 8
-MISSED = 0.01  # chance that the search misses a pair at POSSIBLE; nearer pairs are far safer
-BUCKET = 64  # neighbours that are looked at within one bucket of the search
 COPIES = 256  # made of so many pictures, to learn how alike copies are
 CELLS = 1 << 22  # pairs that are compared at a time
 
@@ -89,47 +86,20 @@ class Fingerprints:
         same[doubt] = cosine >= needed
         return same
 
-    def near_duplicates(self, seed: int = 0) -> np.ndarray:
-        """Pairs of pictures that are the same, (P, 2) int, by locality-sensitive hashing on random bits of the hashes.
+    def near_duplicates(self) -> np.ndarray:
+        """All pairs of pictures that are the same, (P, 2) int; compares every pair, in blocks.
 
-        Pairs that agree in all bits of a random sample come into question; there are so many
-        samples, of about log2(N) bits, that hardly a pair is missed. Time grows a little faster
-        than N, not with its square.
+        A matrix product of bits as +1 and -1 tells the Hamming distances of a block at once.
         """
-        count, width = self.hashes.shape[1], self.hashes.shape[2] * 8
-        bits = np.unpackbits(np.concatenate(self.hashes), axis=1)  # (2N, width)
-        sampled = max(12, math.ceil(math.log2(2 * count)))
-        hit = math.comb(width - POSSIBLE, sampled) / math.comb(width, sampled)
-        rng = np.random.default_rng(seed)
-        found = [np.empty((0, 2), dtype=np.int64)]
-        for _ in range(math.ceil(math.log(MISSED) / math.log(1 - hit))):
-            columns = rng.choice(width, sampled, replace=False)
-            keys = bits[:, columns] @ (1 << np.arange(sampled, dtype=np.int64))
-            order = np.argsort(keys, kind="stable")
-            keys = keys[order]
-            for shift in range(1, min(BUCKET, count)):
-                together = np.flatnonzero(keys[shift:] == keys[:-shift])
-                if not len(together):
-                    break
-                pairs = np.stack([order[together], order[together + shift]], axis=1) % count
-                pairs = np.unique(np.sort(pairs[pairs[:, 0] != pairs[:, 1]], axis=1), axis=0)
-                found.append(pairs[self.same(*pairs.T)])
-        return np.unique(np.concatenate(found), axis=0)
-
-    def across(self, parts: np.ndarray) -> np.ndarray:
-        """Pairs of the same picture in different `parts` (N,), (P, 2) int.
-
-        Compares every such pair of pictures.
-        """
-        # (N, bits) each
         plain, mirrored = np.unpackbits(self.hashes, axis=2).astype(np.float32) * 2 - 1
-        least = plain.shape[1] - 2 * REMOTE  # the inner product of two hashes at that distance
+        least = plain.shape[1] - 2 * REMOTE  # the product of two hashes at that distance
         found = [np.empty((0, 2), dtype=np.int64)]
-        for own, others in _blocks(parts):
-            near = (
-                np.maximum(plain[own] @ plain[others].T, plain[own] @ mirrored[others].T) >= least
-            )
-            pairs = np.stack([own[near.nonzero()[0]], others[near.nonzero()[1]]], axis=1)
+        size = max(1, CELLS // len(plain))
+        for start in range(0, len(plain), size):
+            own = plain[start : start + size]
+            near = np.maximum(own @ plain[start:].T, own @ mirrored[start:].T) >= least
+            first, second = near.nonzero()
+            pairs = start + np.stack([first, second], axis=1)[first < second]
             found.append(pairs[self.same(*pairs.T)])
         return np.concatenate(found)
 

@@ -17,9 +17,8 @@ def encode_rows(
     processor: CLIPProcessor,
     rows: datasets.Dataset,
     cache: Path,
-    description: str,
 ) -> np.ndarray:
-    """Unit-length image_embeds (N, D) float32 of the rows' images, in bfloat16 where that is fast."""
+    """Unit-length image_embeds (N, D) float32 of the rows, by bfloat16 where that is fast."""
     dtype = fast_dtype(model.device)
 
     def encode(shard: datasets.Dataset) -> datasets.Dataset:
@@ -36,7 +35,12 @@ def encode_rows(
         f"{weights_digest(model.state_dict())} {processor.image_processor.to_json_string()} {dtype}"
     )
     encoded = map_shards(
-        rows.select_columns("image"), encode, stored_digests(rows), settings, cache, description
+        rows.select_columns("image"),
+        encode,
+        stored_digests(rows),
+        settings,
+        cache,
+        "encoding with the base model",
     )
     return np.concatenate(
         [batch["image_embeds"] for batch in encoded.with_format("numpy").iter(4096)]

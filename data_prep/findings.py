@@ -11,17 +11,18 @@ import numpy as np
 from data_prep.divide import Catalogue, Division
 from data_prep.duplicates import Fingerprints
 from data_prep.quality import Verdict
-from data_prep.report import SMALL_EXAM
 from data_prep.review import Suspicion
 from nicheclip.domain import Domain
 from nicheclip.run import SPLITS
 
 LEAST_LIKELY = 24  # images, and
 MOST_ALIKE = 12  # pairs, for a person to look at
+SMALL_EXAM = 10  # test images of a class; with fewer, its own accuracy says next to nothing
+Entry = dict[str, Any]  # an image of the report: source_id, label, sha256 and more
 
 
 def counts(
-    splits: dict[str, datasets.Dataset], quarantined: list[dict[str, str]], dropped: int, read: int
+    splits: dict[str, datasets.Dataset], quarantined: list[Entry], dropped: int, read: int
 ) -> dict[str, Any]:
     """How many images went which way.
 
@@ -35,7 +36,7 @@ def counts(
         )
     return {
         "read": read,
-        "quarantined": dict(Counter(entry["reason"].split(":")[0] for entry in quarantined)),
+        "quarantined": dict(Counter(entry["kind"] for entry in quarantined)),
         "dropped_by_filter": dropped,
         "kept": kept,
         "train_samples_per_epoch": int(np.sum(splits["train"]["repeats"][:])),
@@ -45,20 +46,17 @@ def counts(
 def classes(
     domain: Domain,
     splits: dict[str, datasets.Dataset],
-    quarantined: list[dict[str, str]],
-    suspects: list[dict[str, Any]],
+    quarantined: list[Entry],
+    suspects: list[Entry],
     verdict: Verdict,
-) -> list[dict[str, Any]]:
+) -> list[Entry]:
     """The same of each class."""
     sizes = {name: Counter(rows["label"][:]) for name, rows in splits.items()}
-    aside = Counter(entry.get("label") for entry in quarantined)
+    aside = Counter(entry["label"] for entry in quarantined)
     dropped = Counter(entry["label"] for entry in suspects if entry["outcome"] == "dropped")
-    train = splits["train"]
-    samples = (
-        np.bincount(train["label"][:], train["repeats"][:], len(domain.classes))
-        .astype(int)
-        .tolist()
-    )
+    samples: Counter[int] = Counter()
+    for label, repeats in zip(splits["train"]["label"], splits["train"]["repeats"], strict=True):
+        samples[label] += repeats
     return [
         {
             "name": name,
@@ -71,83 +69,62 @@ def classes(
     ]
 
 
-def class_warnings(classes: list[dict[str, Any]]) -> list[str]:
-    """Classes whose filter the cap held back, and those with too few test images."""
-    warnings = []
+def warnings(
+    classes: list[Entry],
+    catalogue: Catalogue,
+    decided: dict[tuple[str, str], Suspicion],
+    alike: list[Entry],
+    fingerprints: Fingerprints,
+) -> list[str]:
+    """What someone should look at before training."""
+    found = []
     for entry in classes:
-        wanted, images = entry["filter"]["wanted"], entry["filter"]["images"]
-        if wanted > entry["filter"]["suspect"]:
-            warnings.append(
+        wanted, images, taken = (entry["filter"][key] for key in ("wanted", "images", "suspect"))
+        if wanted > taken:
+            found.append(
                 f"{entry['name']}: the filter wanted {wanted} of {images} images "
                 f"({wanted / images:.0%}); this is rather a class that the base model does not "
-                f"know, not noise, and the cap held the filter to {entry['filter']['suspect']}"
+                f"know, not noise, and the cap held the filter to {taken}"
             )
-    small = [
-        f"{entry['name']} ({entry['test']})" for entry in classes if entry["test"] < SMALL_EXAM
-    ]
+    small = [f"{e['name']} ({e['test']})" for e in classes if e["test"] < SMALL_EXAM]
     if small:
-        warnings.append(
+        found.append(
             f"fewer than {SMALL_EXAM} test images, so that the class's own accuracy will say next "
             f"to nothing: {', '.join(small)}; add images, or merge it with a class that it is like"
         )
-    return warnings
-
-
-def unused_decisions(catalogue: Catalogue, decided: dict[tuple[str, str], Suspicion]) -> list[str]:
-    """Decisions whose picture is gone, or now lies under another label."""
     present = set(zip(catalogue.sha256, catalogue.class_names, strict=True))
-    unused = [line.source_id for key, line in decided.items() if key not in present]
-    return (
-        [f"{len(unused)} decisions in review.csv match no image, the first is {unused[0]}"]
-        if unused
-        else []
-    )
+    if unused := [line.source_id for key, line in decided.items() if key not in present]:
+        found.append(
+            f"{len(unused)} decisions in review.csv match no image, the first is {unused[0]}"
+        )
+    # The search asks the hash first, and a crop changes that soon.
+    if striking := sum(pair["cosine"] >= fingerprints.cosines[-1] for pair in alike):
+        number = f"{striking}{' or more' if striking == len(alike) else ''}"
+        found.append(
+            f"{number} pairs of pictures in different splits are as alike to the base model as a "
+            "picture and its copy; look at them under “most alike across splits”"
+        )
+    return found
 
 
-def alike_warning(alike: list[dict[str, Any]], fingerprints: Fingerprints) -> list[str]:
-    """What the audit can't tell for certain: it asks the hash first, and a crop changes that soon."""
-    striking = sum(pair["cosine"] >= fingerprints.cosines[-1] for pair in alike)
-    if not striking:
-        return []
-    number = f"{striking}{' or more' if striking == len(alike) else ''}"
-    return [
-        f"{number} pairs of pictures in different splits are as alike to the base model as a "
-        "picture and its copy; look at them under “most alike across splits”"
-    ]
-
-
-def suspects(
+def judged(
     domain: Domain, catalogue: Catalogue, train: np.ndarray, verdict: Verdict
-) -> list[dict[str, Any]]:
-    """The suspected training images, the most suspect first, and what becomes of them."""
-    outcome = {"drop": "dropped", "flag": "flagged"}[domain.quality_filter.action]
-    order = np.argsort(verdict.scores, kind="stable")
-    return [
-        _judged(domain, catalogue, train, verdict, position) | {"outcome": outcome}
-        for position in order[verdict.suspect[order]]
-    ]
-
-
-def _judged(
-    domain: Domain, catalogue: Catalogue, train: np.ndarray, verdict: Verdict, position: int
-) -> dict[str, Any]:
-    return {
-        **catalogue.name(train[position]),
-        "sha256": catalogue.sha256[train[position]],
-        "suspected_label": domain.class_names[verdict.suspected_labels[position]],
-        "score": round(float(verdict.scores[position]), 5),
-    }
-
-
-def least_likely_kept(
-    domain: Domain, catalogue: Catalogue, train: np.ndarray, verdict: Verdict, dropped: set[str]
-) -> list[dict[str, Any]]:
-    """The train images with the lowest scores among those that are kept."""
-    order = np.argsort(verdict.scores, kind="stable")
-    kept = [position for position in order if catalogue.source_ids[train[position]] not in dropped]
-    return [
-        _judged(domain, catalogue, train, verdict, position) for position in kept[:LEAST_LIKELY]
-    ]
+) -> tuple[list[Entry], list[Entry]]:
+    """The suspected training images and what becomes of them; the least likely of those kept."""
+    drop = domain.quality_filter.action == "drop"
+    suspects: list[Entry] = []
+    kept: list[Entry] = []
+    for position in np.argsort(verdict.scores, kind="stable"):
+        entry = {
+            **catalogue.name(train[position]),
+            "suspected_label": domain.class_names[verdict.suspected_labels[position]],
+            "score": round(float(verdict.scores[position]), 5),
+        }
+        if verdict.suspect[position]:
+            suspects.append(entry | {"outcome": "dropped" if drop else "flagged"})
+        if not (verdict.suspect[position] and drop) and len(kept) < LEAST_LIKELY:
+            kept.append(entry)
+    return suspects, kept
 
 
 def near_duplicates(
@@ -156,18 +133,16 @@ def near_duplicates(
     """The members of each group of near-duplicates that are kept, the largest group first."""
     members = defaultdict(list)
     for name, rows in splits.items():
-        for group, source_id, label in zip(
-            rows["group_id"], rows["source_id"], rows["label"], strict=True
-        ):
-            members[group].append(
-                {"source_id": source_id, "label": class_names[label], "split": name}
-            )
+        columns = (rows[column][:] for column in ("group_id", "source_id", "label"))
+        for group, source_id, label in zip(*columns, strict=True):
+            entry = {"source_id": source_id, "label": class_names[label], "split": name}
+            members[group].append(entry)
     return sorted((group for group in members.values() if len(group) > 1), key=len, reverse=True)
 
 
 def alike_across_splits(
     catalogue: Catalogue, division: Division, fingerprints: Fingerprints
-) -> list[dict[str, Any]]:
+) -> list[Entry]:
     """The pairs of pictures in different splits that the base model finds most alike."""
     used = np.flatnonzero(division.parts != "")
     pairs = fingerprints.take(used).most_alike_across(division.parts[used], MOST_ALIKE)
@@ -181,21 +156,21 @@ def alike_across_splits(
     ]
 
 
-def suspicions(report: dict[str, Any]) -> list[Suspicion]:
+def suspicions(quarantined: list[Entry], suspects: list[Entry]) -> list[Suspicion]:
     """The lines of review.csv: conflicts, and suspects of the filter."""
     conflicts = [
         Suspicion(
             entry["source_id"],
             entry["label"],
             entry["sha256"],
-            entry["reason"],
+            f"conflict: {entry['detail']} ({entry['other']})",
             outcome="set aside",
         )
-        for entry in report["quarantined"]
-        if entry["reason"].startswith("conflict")
+        for entry in quarantined
+        if entry["kind"] == "conflict"
     ]
     wrong = [
         Suspicion(**entry | {"score": f"{entry['score']:.5f}", "reason": "wrong label?"})
-        for entry in report["suspects"]
+        for entry in suspects
     ]
     return conflicts + wrong

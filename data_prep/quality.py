@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
@@ -39,7 +39,7 @@ def out_of_fold_probabilities(
         (N, C) float, rows add up to 1. A class that a fold's training part lacks has probability 0
         there.
     """
-    # enough to choose the regularisation
+    # Enough to choose the regularisation.
     few = np.random.default_rng(seed).permutation(len(labels))[:4000]
     losses = []
     with tqdm(
@@ -64,27 +64,27 @@ def _out_of_fold(
     strength: float,
     seed: int,
 ) -> np.ndarray:
+    present, own = np.unique(labels, return_inverse=True)
     probabilities = np.zeros((len(labels), classes))
-    splits = min(5, len(np.unique(groups)), np.bincount(labels).max())
-    if splits < 2:
-        # nothing to learn from, so nobody is suspected
+    splits = min(5, len(np.unique(groups)), np.bincount(own).max())
+    if splits < 2 or len(present) < 2:
+        # There is nothing to learn from, so nobody is suspected.
         return np.full_like(probabilities, 1 / classes)
-    folds = StratifiedGroupKFold(splits, shuffle=True, random_state=seed)
     # Threads would spend more time on waiting for each other than on matrices of this size.
     with threadpool_limits(1), warnings.catch_warnings():
-        # A class may be smaller than the number of folds, and a probe that is nearly converged is
-        # as good here.
-        warnings.filterwarnings("ignore", "The least populated class", UserWarning)
+        # A class may be smaller than the number of folds, or missing in one; and a probe that is
+        # nearly converged is as good here.
+        for message in ("The least populated class", "Number of classes in training fold"):
+            warnings.filterwarnings("ignore", message)
         warnings.simplefilter("ignore", ConvergenceWarning)
-        for others, fold in folds.split(image_embeds, labels, groups):
-            known = np.unique(labels[others])
-            if len(known) == 1:
-                probabilities[fold, known[0]] = 1.0
-                continue
-            probe = LogisticRegression(C=strength, tol=1e-3, max_iter=500).fit(
-                image_embeds[others], labels[others]
-            )
-            probabilities[np.ix_(fold, known)] = probe.predict_proba(image_embeds[fold])
+        probabilities[:, present] = cross_val_predict(
+            LogisticRegression(C=strength, tol=1e-3, max_iter=500),
+            image_embeds,
+            own,
+            groups=groups,
+            cv=StratifiedGroupKFold(splits, shuffle=True, random_state=seed),
+            method="predict_proba",
+        )
     return probabilities
 
 
@@ -114,7 +114,7 @@ def judge(
     how: QualityFilter,
     trusted: np.ndarray | None = None,
 ) -> Verdict:
-    """Finds the images whose own label is unlikely, at most `how.max_drop_share` of a class, the least likely first.
+    """Finds the images whose own label is unlikely, at most `how.max_drop_share` of a class.
 
     A threshold relative to the class keeps it from deleting a class of which the base model knows
     little: where all images of a class have a low probability, a low one is nothing suspicious.
@@ -151,7 +151,7 @@ def judge(
 def samples_per_epoch(
     labels: np.ndarray, samples_per_class: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """How often an epoch samples each image, so that each class has `samples_per_class` samples; at least once.
+    """How often an epoch samples each image, at least once: `samples_per_class` in each class.
 
     Args: labels (N,) int. Returns: (N,) int.
     """

@@ -14,12 +14,12 @@ from typing import Any
 from PIL import Image
 
 from data_prep.clusters import agreement, proposal
+from data_prep.findings import SMALL_EXAM
 from data_prep.quality import threshold_of
 from nicheclip.domain import Domain, QualityFilter
 from nicheclip.evaluation.intervals import detectable_difference
 from nicheclip.publishing.pages import Thumbnails, environment
 
-SMALL_EXAM = 10  # test images of a class; with fewer, its own accuracy says next to nothing
 SHOWN = 60  # entries of a gallery
 
 # The kinds of what is set aside, those worth a look first: after which step of the funnel they are
@@ -27,7 +27,10 @@ SHOWN = 60  # entries of a gallery
 READING, COPIES, LEAKS = "readable, with a label", "unique, uncontradicted", "without leaks"
 KINDS = {
     "conflict": (COPIES, "The same picture under two labels: at least one of them is wrong."),
-    "leak": (LEAKS, "Nearly the same as a held-out image, which it would make too easy."),
+    "leak": (
+        LEAKS,
+        "Nearly the same as an image of the split named here, which it would make too easy.",
+    ),
     "exact duplicate": (COPIES, "The same file again, under the same label. It is used once."),
     "dropped by hand": (COPIES, "Someone wrote “drop” into review.csv."),
     "unreadable": (READING, "The file does not decode, or not to its end."),

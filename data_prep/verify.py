@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -17,15 +18,14 @@ VERIFY_VERSION = 4  # to be raised when the same file would be stored or hashed 
 JPEG_QUALITY = 95
 # coefficients a side: 64 bits did not tell cropped copies from other drawings of one style, 144 did
 HASH_SIDE = 12
+TEXTS = ("sha256", "phash", "mirrored_phash", "mended", "error_kind", "error_detail")
 VERIFIED_FEATURES = datasets.Features(
-    {
-        "image": datasets.Image(decode=False),
-        **{
-            name: datasets.Value("string")
-            for name in ("sha256", "phash", "mirrored_phash", "mended", "error")
-        },
-    }
+    {"image": datasets.Image(decode=False), **dict.fromkeys(TEXTS, datasets.Value("string"))}
 )
+
+
+class UnusableError(Exception):
+    """The file is of no use: kind and detail of the reason."""
 
 
 def verify_rows(
@@ -39,10 +39,7 @@ def verify_rows(
 def verify_image(
     source: dict[str, Any] | None, stored_short_side: int, smallest_side: int = 1
 ) -> dict[str, Any]:
-    """Reads, checks and shrinks one image.
-
-    The first frame of an animation is taken, EXIF orientation is applied, transparent pixels are
-    put on white, 16 bits become 8, and any colour model becomes RGB.
+    """Reads, checks and shrinks one image; its pixels are those of `nicheclip.images.to_rgb`.
 
     Args:
         source: `path` or `bytes`, as `datasets.Image(decode=False)` gives them.
@@ -52,61 +49,44 @@ def verify_image(
     Returns:
         image (encoded bytes for `datasets.Image`), sha256 of the file, phash and mirrored_phash
         (144-bit perceptual hashes of the picture and of its mirror image, as hex), mended (what had
-        to be done to read it, or None) and
-        error: None, or why the file can't be used: "unreadable", "too small" or "blank", a colon,
-            and the particulars.
+        to be done to read it, or None), and why the file can't be used: error_kind, "unreadable",
+        "too small" or "blank", and error_detail, both None if it can.
     """
-    if source is None:
-        return _quarantined("unreadable: the row has no image")
+    nothing = dict.fromkeys(VERIFIED_FEATURES)
     try:
-        file = (
-            io.BytesIO(source["bytes"])
-            if source["bytes"] is not None
-            else open(source["path"], "rb")
-        )
-        with file, warnings.catch_warnings():
-            # twice as large is an error
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            if not file.read(1):
-                return _quarantined("unreadable: empty file")
-            file.seek(0)
-            with Image.open(file, formats=readable_formats()) as opened:
-                image, mended, as_is = _read(opened, stored_short_side, smallest_side)
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            file.seek(0)
-            content = file.read() if as_is else None
+        return nothing | _verified(source, stored_short_side, smallest_side)
+    except UnusableError as error:
+        kind, detail = error.args
     except UnidentifiedImageError:
-        return _quarantined("unreadable: not an image")
-    except _UnusableError as error:
-        return _quarantined(str(error))
-    # decoders raise nearly anything for a broken file; the reason is kept
+        kind, detail = "unreadable", "not an image"
+    # Decoders raise nearly anything for a broken file; the reason is kept.
     except Exception as error:
-        return _quarantined(f"unreadable: {(str(error) or type(error).__name__).splitlines()[0]}")
+        kind, detail = "unreadable", (str(error) or type(error).__name__).splitlines()[0]
+    return nothing | {"error_kind": kind, "error_detail": detail}
+
+
+def _verified(
+    source: dict[str, Any] | None, stored_short_side: int, smallest_side: int
+) -> dict[str, Any]:
+    if source is None:
+        raise UnusableError("unreadable", "the row has no image")
+    content = source["bytes"] if source["bytes"] is not None else Path(source["path"]).read_bytes()
+    if not content:
+        raise UnusableError("unreadable", "empty file")
+    with warnings.catch_warnings():
+        # A picture of twice as many pixels is an error.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(io.BytesIO(content), formats=readable_formats()) as opened:
+            image, mended, as_is = _read(opened, stored_short_side, smallest_side)
     side = 4 * HASH_SIDE  # to which imagehash shrinks
     small = image.convert("L").resize((side, side), Image.Resampling.LANCZOS)
+    stored = content if as_is else encode_jpeg(image, JPEG_QUALITY)
     return {
-        "image": {"bytes": content or encode_jpeg(image, JPEG_QUALITY), "path": None},
-        "sha256": digest,
+        "image": {"bytes": stored, "path": None},
+        "sha256": hashlib.sha256(content).hexdigest(),
         "phash": str(imagehash.phash(small, hash_size=HASH_SIDE)),
         "mirrored_phash": str(imagehash.phash(ImageOps.mirror(small), hash_size=HASH_SIDE)),
         "mended": "; ".join(mended) or None,
-        "error": None,
-    }
-
-
-class _UnusableError(Exception):
-    """The file decodes, and is still of no use; the message is the reason."""
-
-
-def _quarantined(reason: str) -> dict[str, Any]:
-    return {
-        "image": None,
-        "sha256": None,
-        "phash": None,
-        "mirrored_phash": None,
-        "mended": None,
-        "error": reason,
     }
 
 
@@ -114,30 +94,27 @@ def _read(
     opened: Image.Image, stored_short_side: int, smallest_side: int
 ) -> tuple[Image.Image, list[str], bool]:
     """The image as it is stored, what was mended, and whether the file can be stored as it is."""
-    mended = []
     width, height = opened.size
     short_side = min(opened.size)
     if short_side < smallest_side:
-        raise _UnusableError(
-            f"too small: {width} x {height} px, expected at least {smallest_side} on the short side"
+        raise UnusableError(
+            "too small",
+            f"{width} x {height} px, expected at least {smallest_side} on the short side",
         )
-    # of an MPO the others are previews
+    mended = []
+    # Of an MPO the others are previews.
     if getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO":
         mended.append("first frame of an animation")
-    as_is = opened.format == "JPEG" and opened.mode == "RGB" and short_side <= stored_short_side
-    opened.draft(
-        "RGB",
-        (width * stored_short_side // short_side + 1, height * stored_short_side // short_side + 1),
-    )
+    plain = opened.format == "JPEG" and opened.mode == "RGB" and short_side <= stored_short_side
+    enough = [side * stored_short_side // short_side + 1 for side in (width, height)]
+    opened.draft("RGB", (enough[0], enough[1]))
     image = to_rgb(opened, mended)
-    # may tell where and by whom it was taken
+    # They may tell where and by whom it was taken.
     private = {"exif", "xmp", "comment", "photoshop"} & set(opened.info)
-    as_is = as_is and not mended and not private
     if min(image.size) > stored_short_side:
         scale = stored_short_side / min(image.size)
-        image = image.resize(
-            [max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC
-        )
+        size = [max(1, round(side * scale)) for side in image.size]
+        image = image.resize(size, Image.Resampling.BICUBIC)
     if image.getcolors(maxcolors=1):
-        raise _UnusableError("blank: every pixel has the same colour")
-    return image, mended, as_is
+        raise UnusableError("blank", "every pixel has the same colour")
+    return image, mended, plain and not mended and not private

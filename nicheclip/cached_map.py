@@ -1,4 +1,4 @@
-"""Long work in shards: each is written once, in one piece, so that a killed run goes on where it was.
+"""Long work in shards, each written once and in one piece: a killed run goes on where it was.
 
 Under `accelerate launch` the shards are dealt out to the processes.
 """

@@ -10,22 +10,22 @@ onnxruntime.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
-from safetensors.torch import load_file
+from safetensors.numpy import load_file
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
+from nicheclip.head import SCORES, Head, prediction_sets, softmax
 from nicheclip.images import Photo, open_image
 
 SETTINGS_FILE = "nicheclip.json"
-PROTOTYPES_FILE = "prototypes.safetensors"  # prototypes, prompt bank, and the shape of the domain
-CLASS_MEANS_FILE = "class_means.safetensors"  # of a run
+PROTOTYPES_FILE = "prototypes.safetensors"  # prototypes, prompt bank, class means and precision
 FORMAT_VERSION = 3
 SETTINGS = {  # what is read of nicheclip.json
     "class_names": list,
@@ -37,7 +37,6 @@ SETTINGS = {  # what is read of nicheclip.json
     "ood.score": str,
     "ood.threshold": float,
 }
-# by backend
 ONNX_FILES = {"onnx": "onnx/vision_model.onnx", "onnx-int8": "onnx/vision_model_int8.onnx"}
 
 
@@ -76,14 +75,14 @@ class Prediction:
     def __str__(self) -> str:
         if self.outside:
             return "outside my domain"
-        among = (
-            f", one of: {', '.join(self.prediction_set)}" if len(self.prediction_set) > 1 else ""
-        )
+        among = ""
+        if len(self.prediction_set) > 1:
+            among = f", one of: {', '.join(self.prediction_set)}"
         return f"{self.label or 'not sure'} ({self.best} {self.confidence:.0%}{among})"
 
 
 class VisualTower(torch.nn.Module):
-    """The half of a CLIPModel that sees: pixel_values (B, 3, S, S) -> unit-length image_embeds (B, D)."""
+    """The half of a CLIPModel that sees: pixel_values (B, 3, S, S) -> unit image_embeds (B, D)."""
 
     def __init__(self, model: CLIPModel):
         super().__init__()
@@ -92,14 +91,12 @@ class VisualTower(torch.nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) -> (B, D)."""
-        image_embeds = self.visual_projection(
-            self.vision_model(pixel_values=pixel_values).pooler_output
-        )
+        image_embeds = self.visual_projection(self.vision_model(pixel_values).pooler_output)
         return torch.nn.functional.normalize(image_embeds, dim=-1)
 
 
 class TextTower:
-    """The half of a CLIPModel that reads: texts, longer ones cut off -> unit-length text_embeds (M, D)."""
+    """The half that reads: texts, longer ones cut off -> unit-length text_embeds (M, D)."""
 
     def __init__(self, model: CLIPModel, tokenizer):
         self.model = model
@@ -117,7 +114,7 @@ class TextTower:
 
 
 class OnnxTower:
-    """A `VisualTower` that `python -m model_card RUN --onnx` has exported, run by onnxruntime on the CPU.
+    """A `VisualTower` that `python -m model_card RUN --onnx` has exported, by onnxruntime on CPU.
 
     Args:
         threads: of onnxruntime; 0: as many as there are cores.
@@ -149,11 +146,7 @@ class NicheClassifier:
     """A calibrated zero-shot classifier over the classes that the model was fine-tuned for.
 
     Args:
-        tower: pixel_values (B, 3, S, S) -> unit-length image_embeds (B, D), on one device with the
-            other tensors.
-        logit_scale: that multiplies cosines, with the temperature folded in.
-        prototypes: (C, D) unit-length text_embeds of the canonical prompts.
-        class_means: of the training images: `whitening` (D, D) and the classes' whitened `means` (C, D).
+        tower: pixel_values (B, 3, S, S) -> unit-length image_embeds (B, D).
         settings: the content of nicheclip.json.
         text_tower: M texts -> unit-length text_embeds (M, D), where there is one.
     """
@@ -161,20 +154,16 @@ class NicheClassifier:
     def __init__(
         self,
         tower: Callable[[torch.Tensor], torch.Tensor],
-        logit_scale: float,
+        head: Head,
         image_processor,
-        prototypes: torch.Tensor,
-        class_means: dict[str, torch.Tensor],
-        settings: dict,
+        settings: dict[str, Any],
         text_tower: Callable[[Sequence[str]], torch.Tensor] | None = None,
     ):
         self.tower = tower
-        self.text_tower = text_tower
-        self.logit_scale = logit_scale
+        self.head = head
         self.image_processor = image_processor
-        self.prototypes = prototypes
-        self.class_means = class_means
         self.settings = settings
+        self.text_tower = text_tower
         self.class_names: list[str] = settings["class_names"]
         self.threshold: float = settings["abstention"]["threshold"]
 
@@ -195,10 +184,8 @@ class NicheClassifier:
             ValueError: if another version of NicheCLIP has published it, or the backend is unknown.
         """
         if backend not in ("torch", *ONNX_FILES):
-            raise ValueError(
-                f"backend is '{backend}'; expected 'torch' or one of "
-                f"{', '.join(map(repr, ONNX_FILES))}"
-            )
+            known = ", ".join(map(repr, ONNX_FILES))
+            raise ValueError(f"backend is '{backend}'; expected 'torch' or one of {known}")
         folder = Path(repo_or_path)
         if not folder.is_dir():
             tower_file = ONNX_FILES.get(backend, "model*.safetensors*")
@@ -208,35 +195,31 @@ class NicheClassifier:
             )
         if not (folder / SETTINGS_FILE).is_file():
             raise FileNotFoundError(
-                f"'{repo_or_path}' has no {SETTINGS_FILE}; expected a model published by "
-                "NicheCLIP (for another CLIP model, use transformers' "
-                "zero-shot-image-classification pipeline)"
+                f"'{repo_or_path}' has no {SETTINGS_FILE}; expected a model published by NicheCLIP "
+                "(for another CLIP model, use transformers' zero-shot-image-classification "
+                "pipeline)"
             )
-        settings = _read_settings(folder / SETTINGS_FILE)
-        embeds, text_tower = load_file(folder / PROTOTYPES_FILE), None
-        tower: VisualTower | OnnxTower
+        settings = read_settings(folder / SETTINGS_FILE)
+        embeds = load_file(folder / PROTOTYPES_FILE)
+        head = Head(
+            embeds["prototypes"],
+            {name: embeds[name] for name in ("whitening", "means")},
+            settings["trained_logit_scale"],
+            settings["temperature"],
+        )
+        image_processor = AutoImageProcessor.from_pretrained(folder)
         if backend == "torch":
             model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
-            tower, logit_scale = VisualTower(model), model.logit_scale.exp().item()
             text_tower = TextTower(model, AutoTokenizer.from_pretrained(folder))
-        elif not (folder / ONNX_FILES[backend]).is_file():
+            return cls(VisualTower(model), head, image_processor, settings, text_tower)
+        path = folder / ONNX_FILES[backend]
+        if not path.is_file():
             raise FileNotFoundError(
                 f"'{repo_or_path}' has no {ONNX_FILES[backend]}; use backend='torch', or build it "
-                "anew with `python -m model_card RUN --onnx` (it leaves INT8 out where that "
-                "costs too much: onnx/report.json)"
+                "anew with `python -m model_card RUN --onnx` (it leaves INT8 out where that costs "
+                "too much: onnx/report.json)"
             )
-        else:
-            tower = OnnxTower(folder / ONNX_FILES[backend])
-            logit_scale = math.exp(settings["trained_logit_scale"]) / settings["temperature"]
-        return cls(
-            tower,
-            logit_scale,
-            AutoImageProcessor.from_pretrained(folder),
-            embeds["prototypes"],
-            embeds,
-            settings,
-            text_tower,
-        )
+        return cls(OnnxTower(path), head, image_processor, settings)
 
     @torch.inference_mode()
     def image_embeds(self, images: Sequence[Photo]) -> torch.Tensor:
@@ -246,10 +229,8 @@ class NicheClassifier:
             OSError: naming the image that can't be read.
             ValueError: for an address.
         """
-        pixel_values = self.image_processor(
-            [open_image(image) for image in images], return_tensors="pt"
-        )["pixel_values"]
-        return self.tower(pixel_values)
+        pictures = [open_image(image) for image in images]
+        return self.tower(self.image_processor(pictures, return_tensors="pt")["pixel_values"])
 
     @torch.inference_mode()
     def text_embeds(self, texts: Sequence[str]) -> torch.Tensor:
@@ -264,68 +245,42 @@ class NicheClassifier:
             )
         return self.text_tower(texts)
 
-    @torch.inference_mode()
     def probabilities(self, images: Sequence[Photo]) -> np.ndarray:
         """Calibrated probabilities (N, C), classes in the order of `class_names`."""
-        return self._logits(self.image_embeds(images)).softmax(dim=-1).cpu().numpy()
+        return softmax(self.head.logits(self.image_embeds(images).numpy()))
 
-    @torch.inference_mode()
     def __call__(self, images: Sequence[Photo]) -> list[Prediction]:
-        """Classifies a batch of images: paths, PIL images, bytes of files, or uint8 arrays (H, W, 3) or (H, W).
+        """Classifies a batch of images.
+
+        Args:
+            images: paths, PIL images, bytes of files, or uint8 arrays (H, W, 3) or (H, W).
 
         Raises:
             TypeError: if it is given one image instead of a list.
-            PIL.UnidentifiedImageError: if a file is no image.
+            OSError: if a file is no image.
         """
         if isinstance(images, Photo):
             raise TypeError(
                 "expected a list of images; put the image into a list: classifier([image])[0]"
             )
-        return self.answer(self.image_embeds(images))
+        return self.predict(self.image_embeds(images).numpy())
 
-    @torch.inference_mode()
-    def answer(self, image_embeds: torch.Tensor) -> list[Prediction]:
+    def predict(self, image_embeds: np.ndarray) -> list[Prediction]:
         """Classifies images by their image_embeds (N, D)."""
-        logits = self._logits(image_embeds)
-        inside = (
-            self._domain_score(image_embeds, logits) >= self.settings["ood"]["threshold"]
-        ).tolist()
-        probabilities = logits.softmax(dim=-1).cpu().numpy()
-        return [
-            self._prediction(row, is_inside)
-            for row, is_inside in zip(probabilities, inside, strict=True)
-        ]
-
-    def _logits(self, image_embeds: torch.Tensor) -> torch.Tensor:
-        return self.logit_scale * image_embeds @ self.prototypes.T
-
-    def _domain_score(self, image_embeds: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """How much each image looks like one of the domain, (N,), by the score that calibrate.py has found best."""
-        match self.settings["ood"]["score"]:
-            case "confidence":
-                return logits.softmax(dim=-1).amax(dim=-1)
-            case "energy":
-                return logits.logsumexp(dim=-1)
-            case "prompt_cosine":
-                return (image_embeds @ self.prototypes.T).amax(dim=-1)
-            case "mahalanobis":
-                return -torch.cdist(
-                    image_embeds @ self.class_means["whitening"], self.class_means["means"]
-                ).amin(dim=-1)
-        raise ValueError(
-            f"{SETTINGS_FILE}: ood.score is '{self.settings['ood']['score']}', which is unknown"
-        )
-
-    def _prediction(self, probabilities: np.ndarray, inside: bool) -> Prediction:
-        order = np.argsort(-probabilities, kind="stable")
-        falling = probabilities[order]
-        size = int((np.cumsum(falling) - falling <= self.settings["conformal"]["quantile"]).sum())
-        names = [self.class_names[index] for index in order]
-        found = dict(zip(names, falling.tolist(), strict=True))
-        return Prediction(found, names[:size], not inside, self.threshold)
+        probabilities = softmax(self.head.logits(image_embeds))
+        included = prediction_sets(probabilities, self.settings["conformal"]["quantile"])
+        scores = self.head.ood_scores(image_embeds)[self.settings["ood"]["score"]]
+        outside = scores < self.settings["ood"]["threshold"]
+        predictions = []
+        for row, own, is_outside in zip(probabilities, included, outside.tolist(), strict=True):
+            order = np.argsort(-row, kind="stable")
+            found = {self.class_names[index]: float(row[index]) for index in order}
+            named = [self.class_names[index] for index in order if own[index]]
+            predictions.append(Prediction(found, named, is_outside, self.threshold))
+        return predictions
 
 
-def _read_settings(path: Path) -> dict:
+def read_settings(path: Path) -> dict[str, Any]:
     """nicheclip.json, if it is one that this version reads.
 
     Raises:
@@ -348,10 +303,14 @@ def _read_settings(path: Path) -> dict:
         value = settings
         for part in name.split("."):
             value = value.get(part) if isinstance(value, dict) else None
-        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(
-            value, bool
-        ):
+        expected = (int, float) if kind is float else kind
+        if not isinstance(value, expected) or isinstance(value, bool):
             raise ValueError(
                 f"'{path}': {name} is {value!r}, expected a {kind.__name__}; fetch or build it anew"
             )
+    if settings["ood"]["score"] not in SCORES:
+        raise ValueError(
+            f"'{path}': ood.score is '{settings['ood']['score']}', which is unknown; expected one "
+            f"of {', '.join(SCORES)}"
+        )
     return settings

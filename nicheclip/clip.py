@@ -1,4 +1,7 @@
-"""Zero-shot classification: prompts -> class prototypes (C, D), images -> image_embeds (N, D), logits (N, C)."""
+"""A CLIPModel as a zero-shot classifier.
+
+Prompts -> class prototypes (C, D), images -> image_embeds (N, D), both -> logits (N, C).
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers import BatchEncoding, CLIPModel, CLIPProcessor
+
+from nicheclip.images import to_rgb
 
 
 def load_clip(base: str | Path) -> tuple[CLIPModel, CLIPProcessor]:
@@ -90,9 +95,8 @@ def zero_shot_logits(
 
 def _pixel_values(processor: CLIPProcessor, images: Sequence[Image.Image]) -> torch.Tensor:
     """(B, 3, S, S) as the processor makes them."""
-    return processor.image_processor(
-        [image.convert("RGB") for image in images], return_tensors="pt"
-    )["pixel_values"]
+    pictures = [to_rgb(image) for image in images]
+    return processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
 
 
 def prefetched(items: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:

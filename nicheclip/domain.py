@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import yaml
@@ -53,32 +53,44 @@ class _Section(BaseModel):
 
 
 class _Origin(_Section):
-    kind: str
-    path: str | None = None  # of the folders, or the id or path of the dataset
-    options: dict[str, Any] = {}  # passed on to the source, see `data_prep.sources`
+    """Where images come from.
+
+    `path` names class folders, a dataset (Hub id, Parquet or Arrow), or a module that writes class
+    folders; `options` are passed on, see `data_prep.sources`.
+    """
+
+    path: str | None = None
+    options: dict[str, Any] = {}
+
+    @field_validator("kind", mode="before", check_fields=False)
+    @classmethod
+    def _former_kinds(cls, kind: Any) -> Any:
+        if kind in ("facades", "shapes"):
+            module = {"facades": "paint", "shapes": "shapes"}[kind]
+            raise ValueError(
+                f"the kind '{kind}' of older versions is a module now; write `kind: module` and "
+                f"`path: domains.facades.{module}`"
+            )
+        return kind
 
 
 class Source(_Origin):
-    """Where the images come from: class folders, a dataset (Hub id, Parquet or Arrow), Wikimedia Commons, façades.
+    """Where the images of the domain come from; `--images` overrides its path."""
 
-    `--images` overrides its path.
-    """
+    kind: Literal["folder", "dataset", "commons", "module"] = "folder"
 
-    kind: Literal["folder", "dataset", "commons", "facades"] = "folder"
+    @model_validator(mode="after")
+    def _module_is_named(self) -> Source:
+        if self.kind == "module" and self.path is None:
+            raise ValueError("no path; give the module that draws, as domains.facades.paint")
+        return self
 
 
 class RetentionSource(_Origin):
-    """Where the images of the retention task come from: class folders, a dataset, or drawn shapes (classes: colours)."""
+    """Where the images of the retention task come from."""
 
-    kind: Literal["folder", "dataset", "shapes"] = "folder"
-
-    @model_validator(mode="after")
-    def _fits_kind(self) -> RetentionSource:
-        if self.kind != "shapes" and self.path is None:
-            raise ValueError("no path; give the class folders, or the id or path of the dataset")
-        if self.kind == "shapes" and (self.path or self.options):
-            raise ValueError("the shapes are drawn and know neither path nor options; remove them")
-        return self
+    kind: Literal["folder", "dataset", "module"] = "folder"
+    path: str
 
 
 class Retention(_Section):
@@ -101,7 +113,7 @@ class Retention(_Section):
 
 
 class Splits(_Section):
-    """How many images (an integer) or which share (a float below 1) of each class each held-out split takes."""
+    """What each held-out split takes of each class: an integer of images, or a share below 1."""
 
     validation: float = Field(0.15, gt=0)
     calibration: float = Field(0.15, gt=0)
@@ -185,7 +197,7 @@ class Stage(_Section):
 
 
 class Domain(_Section):
-    """Everything that makes a niche: classes, prompts, what is confused with what, how to train and how to judge."""
+    """Everything that makes a niche: classes, prompts, clusters, how to train, how to judge."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     title: Text
@@ -217,21 +229,10 @@ class Domain(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_former_names(cls, raw: Any) -> Any:
-        if isinstance(raw, dict) and "outside" in raw:
-            raise ValueError(
-                "the key 'outside' of older versions is called 'retention' now; rename it"
-            )
-        return raw
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_cluster_if_none(cls, raw: Any) -> Any:
-        if (
-            isinstance(raw, dict)
-            and not raw.get("clusters")
-            and isinstance(raw.get("classes"), dict)
-        ):
+    def _former_names_and_no_clusters(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        if "outside" in raw:
+            raise ValueError("the key 'outside' of older versions is 'retention' now; rename it")
+        if not raw.get("clusters") and isinstance(raw.get("classes"), dict):
             return raw | {"clusters": {"all": list(raw["classes"])}}
         return raw
 
@@ -241,25 +242,20 @@ class Domain(_Section):
         for cluster, members in self.clusters.items():
             for member in members:
                 if member not in self.classes:
-                    raise ValueError(
-                        f"clusters.{cluster}: '{member}' is no "
-                        f"class{_did_you_mean(member, self.classes)}"
-                    )
-                if member in homes:
+                    close = _did_you_mean(member, self.classes)
+                    raise ValueError(f"clusters.{cluster}: '{member}' is no class{close}")
+                if homes.setdefault(member, cluster) != cluster or members.count(member) > 1:
                     raise ValueError(
                         f"clusters: class '{member}' is in '{homes[member]}' and in '{cluster}'; "
                         "keep it in one"
                     )
-                homes[member] = cluster
-        missing = [name for name in self.classes if name not in homes]
-        if missing:
+        if missing := [name for name in self.classes if name not in homes]:
             raise ValueError(
                 f"clusters: {_quote(missing)} in no cluster; put it with the classes it is "
                 "confused with, or alone"
             )
-        if "hard_negative_pass_rate" in self.gates and all(
-            len(members) < 2 for members in self.clusters.values()
-        ):
+        alone = all(len(members) < 2 for members in self.clusters.values())
+        if "hard_negative_pass_rate" in self.gates and alone:
             raise ValueError(
                 "gates.hard_negative_pass_rate: no class shares its cluster with another, so "
                 "nothing is a hard negative; remove the gate, or put classes that are confused "
@@ -272,25 +268,19 @@ class Domain(_Section):
         """Reads and checks a domain file.
 
         Args:
-            path: the YAML file, or the folder that holds it as `domain.yaml`. With `extends:
-                OTHER.yaml` (relative to the file) it takes all top-level keys from there that it
-                does not give itself; one that it gives as null takes the default.
-            overrides: top-level keys to replace, e.g. `base="…"`; those that are `None` are
-                ignored.
+            path: the YAML file, or the folder that holds it as `domain.yaml`.
+            overrides: top-level keys to replace, such as `base="…"`; None is ignored.
 
         Raises:
-            DomainError: if the file is missing or wrong; lists every problem with key, value and
-                remedy.
+            DomainError: if it is missing or wrong; lists every problem with key, value, remedy.
         """
         path = Path(path)
         path = path / "domain.yaml" if path.is_dir() else path
-        raw, beside = _read(path), path.parent
-        if "extends" in raw:
-            extended = path.parent / str(raw.pop("extends"))
-            beside = path.parent if "base" in raw else extended.parent
-            raw = _extend(path, raw, extended)
+        raw = _read(path)
         overrides = {key: value for key, value in overrides.items() if value is not None}
-        folder = Path(overrides["base"]) if "base" in overrides else beside / str(raw.get("base"))
+        folder = (
+            Path(overrides["base"]) if "base" in overrides else path.parent / str(raw.get("base"))
+        )
         raw |= overrides
         if folder.is_dir():
             raw["base"] = str(folder.resolve())
@@ -356,8 +346,7 @@ def _read(path: Path) -> dict[str, Any]:
         )
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    # PyYAML lets through what its constructors raise: for a 13th month, a list as a key, a thousand
-    # brackets.
+    # PyYAML lets through what its constructors raise, as for a 13th month or a list as a key.
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DomainError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
@@ -367,25 +356,12 @@ def _read(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _extend(path: Path, raw: dict[str, Any], extended: Path) -> dict[str, Any]:
-    """The keys of `extended`, replaced by those of `raw`, which `path` holds."""
-    if not extended.is_file():
-        raise DomainError(
-            f"{path} extends '{extended}', which is no file; give a path relative to {path.name}"
-        )
-    basis = _read(extended)
-    if "extends" in basis:
-        raise DomainError(
-            f"{path} extends '{extended}', which extends another file itself; extend that one "
-            "directly"
-        )
-    return {
-        key: value for key, value in (basis | raw).items() if value is not None or key not in raw
-    }
-
-
 def _checked_classes(classes: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Raises: ValueError if there are fewer than two, or one has no prompt, or another one's prompt or name."""
+    """The classes, if there are two or more, each with prompts and a name of its own.
+
+    Raises:
+        ValueError: if not.
+    """
     if len(classes) < 2:
         raise ValueError(f"{len(classes)} classes; a classifier needs at least two")
     owners: dict[str, str] = {}
@@ -409,12 +385,9 @@ def _checked_classes(classes: dict[str, list[str]]) -> dict[str, list[str]]:
 
 
 def class_key(name: str) -> str:
-    """What names of one class have in common: case, accents in either form, and "_", "-" or a space between words."""
-    return (
-        re.sub(r"[\s_]+|(?<=\w)-+(?=\w)", " ", unicodedata.normalize("NFC", name))
-        .strip()
-        .casefold()
-    )
+    """What spellings of one class share, whatever their case, accents' form, or "_", "-", " "."""
+    composed = unicodedata.normalize("NFC", name)
+    return re.sub(r"[\s_]+|(?<=\w)-+(?=\w)", " ", composed).strip().casefold()
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -433,26 +406,12 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_SECTION_OF_KEY: dict[str, type[BaseModel]] = {
-    "source": Source,
-    "retention": Retention,
-    "retention.source": RetentionSource,
-    "splits": Splits,
-    "quality_filter": QualityFilter,
-    "augmentation": Augmentation,
-    "stages": Stage,
-}
-
-
 def _explain(problem: ErrorDetails) -> str:
     """One line of plain words for one of pydantic's problems."""
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        section = _SECTION_OF_KEY.get(
-            ".".join(location[:-1]), _SECTION_OF_KEY.get(location[0], Domain)
-        )
-        return f"unknown key '{key}'{_did_you_mean(location[-1], section.model_fields)}"
+        return f"unknown key '{key}'{_did_you_mean(location[-1], _fields_at(location[:-1]))}"
     if problem["type"] == "missing":
         return f"missing key '{key}'; add it (domains/facades/domain.yaml shows all keys)"
     message = problem["msg"].removeprefix("Value error, ")
@@ -466,14 +425,21 @@ def _explain(problem: ErrorDetails) -> str:
     return f"{key + ': ' if key else ''}{message}{value}"
 
 
-def _did_you_mean(word: str, candidates: Any) -> str:
+def _fields_at(location: list[str]) -> Iterable[str]:
+    """The keys of the section of the domain file that lies at `location`."""
+    section: type[BaseModel] = Domain
+    for name in location:
+        if name in section.model_fields:
+            annotation = section.model_fields[name].annotation
+            kinds = [annotation, *get_args(annotation)]
+            section = next(kind for kind in kinds if isinstance(kind, type(BaseModel)))
+    return section.model_fields
+
+
+def _did_you_mean(word: str, candidates: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(candidates), n=1)
-    return (
-        f"; did you mean '{close[0]}'?"
-        if close
-        else f"; expected one of {_quote(list(candidates))}"
-    )
+    return f"; did you mean '{close[0]}'?" if close else f"; expected one of {_quote(candidates)}"
 
 
-def _quote(words: list[str]) -> str:
+def _quote(words: Iterable[str]) -> str:
     return ", ".join(f"'{word}'" for word in words)

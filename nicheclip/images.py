@@ -1,4 +1,4 @@
-"""Every way of opening a picture: data_prep, training, classifier, index and app see the same pixels.
+"""Every way of opening a picture: training, classifier, index and app see the same pixels.
 
 image = open_image("photo.jpg")  # upright, RGB
 """

@@ -1,4 +1,4 @@
-"""What keeps the files of a run directory together: no result may speak of another model or other data."""
+"""The run directory: no result in it may speak of another model or of other data."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from nicheclip.processes import processes
 # they speak of one model
 RESULTS = ("training.json", "trained_on.json", "calibration.json", "scorecard.json")
 TRAINED_ON = "trained_on.json"
+CLASS_MEANS_FILE = "class_means.safetensors"
 SPLITS = ("train", "validation", "calibration", "test")
 BEGUN = "begun.json"  # beside the checkpoints: the data and the settings that they depend on
 # filelock may empty the file that it locks, so who holds it stands in another
@@ -36,10 +37,10 @@ PACKAGES = ("accelerate", "datasets", "numpy", "pillow", "torch", "transformers"
 
 @contextmanager
 def run_lock(run: Path) -> Iterator[None]:
-    """Keeps other commands from writing to the same run directory; the main process holds the lock for the others.
+    """Keeps other commands from writing to the same run directory.
 
-    The system lets go of the lock when its holder ends, however it ends: a lock file that is left
-    behind is no lock.
+    The main process holds the lock for the others. The system lets go of it when its holder ends,
+    however it ends: a lock file that is left behind is no lock.
 
     Raises:
         BlockingIOError: if another live process holds it; names the process and its command.
@@ -66,7 +67,7 @@ def run_lock(run: Path) -> Iterator[None]:
 
 
 def provenance() -> dict[str, Any]:
-    """What a result was made with: the command, the versions, and the commit if the project is a git clone."""
+    """What a result was made with: command, versions, and the commit if this is a git clone."""
     root = Path(__file__).parents[1]
     commit = None
     if (root / ".git").exists():
@@ -85,7 +86,11 @@ def _command() -> str:
 
 
 def check_not_begun(run: Path, checkpoints: Path) -> None:
-    """Raises: ValueError if there are checkpoints of an unfinished training (RUN/training.json is not there)."""
+    """Refuses to begin a training beside an unfinished one.
+
+    Raises:
+        ValueError: if there are checkpoints and no RUN/training.json.
+    """
     if any(checkpoints.glob("checkpoint-*")) and not (run / "training.json").is_file():
         raise ValueError(
             f"'{checkpoints}' holds an unfinished training; go on with --resume_from_checkpoint "
@@ -94,18 +99,20 @@ def check_not_begun(run: Path, checkpoints: Path) -> None:
 
 
 def check_begun_alike(checkpoints: Path, settings: dict[str, Any]) -> None:
-    """Raises: ValueError if the checkpoints are of a training on other data or with other settings."""
+    """Refuses to resume a training that was begun on other data or with other settings.
+
+    Raises:
+        ValueError: naming the setting.
+    """
     begun = read_json(checkpoints / BEGUN, "there is no training to resume")
     for name, value in json.loads(json.dumps(settings)).items():
         if begun.get(name) != value:
-            values = (
-                f" was {begun.get(name)} and is {value} now"
-                if not isinstance(value, dict | list)
-                else ""
-            )
+            change = f"was {begun.get(name)} and is {value} now"
+            if isinstance(value, dict | list):
+                change = "has changed"
             raise ValueError(
-                f"since '{checkpoints}' was begun, {name}{values or ' has changed'}; change it "
-                "back, or remove the folder and train afresh"
+                f"since '{checkpoints}' was begun, {name} {change}; change it back, or remove the "
+                "folder and train afresh"
             )
 
 
@@ -123,14 +130,19 @@ def begin(run: Path, checkpoints: Path, settings: dict[str, Any], resume: bool) 
 
 
 def write_trained_on(run: Path, splits: DatasetDict) -> None:
-    """RUN/trained_on.json: the files that training and the choice of the epoch have seen, by sha256."""
+    """RUN/trained_on.json: the files that training and its choice of the epoch saw, by sha256."""
     seen = {name: sorted(set(splits[name]["sha256"][:])) for name in ("train", "validation")}
     write_json(run / TRAINED_ON, seen)
 
 
-def check_not_trained_on(run: Path, splits: DatasetDict) -> None:
-    """Raises: ValueError if calibration or test images, or near-duplicates of theirs, were seen before."""
-    seen = read_json(run / TRAINED_ON, f"run `accelerate launch train.py {run}` first")
+def check_exam(run: Path, splits: DatasetDict) -> None:
+    """Refuses to judge a model on images that it, or the choice of its epoch, may have seen.
+
+    Raises:
+        ValueError: if near-duplicates of the exam were seen, or the data is another than then.
+    """
+    remedy = f"run `accelerate launch train.py {run}` again"
+    seen = read_json(run / TRAINED_ON, remedy)
     trained = {
         sha256: f"the {name} images of the training" for name in seen for sha256 in seen[name]
     }
@@ -154,17 +166,11 @@ def check_not_trained_on(run: Path, splits: DatasetDict) -> None:
             f"{', '.join(leaks[:5])}{', …' if len(leaks) > 5 else ''}; run `python -m data_prep` "
             f"and `accelerate launch train.py {run}` again"
         )
-
-
-def check_trained_on(run: Path) -> None:
-    """Raises: ValueError if the model was trained on other data than the run holds now."""
-    key, remedy = "data_fingerprint", f"run `accelerate launch train.py {run}` first"
-    trained_on = read_json(run / "training.json", remedy, [key])[key]
-    prepared = read_report(run)["fingerprint"]
-    if trained_on != prepared:
+    trained_on = read_json(run / "training.json", remedy, ["data_fingerprint"])
+    if trained_on["data_fingerprint"] != read_report(run)["fingerprint"]:
         raise ValueError(
             f"'{run / 'model'}' was trained on other data than '{run / 'data'}' holds now (so "
-            f"test images may have been trained on); run `accelerate launch train.py {run}` again"
+            f"test images may have been trained on); {remedy}"
         )
 
 
@@ -189,11 +195,8 @@ def check_unchanged(domain: Domain, report: dict, class_names: list[str]) -> Non
             f"'{domain.base}'; run `python -m data_prep` again, or give train.py the run "
             "directory instead of the domain file"
         )
-    changed = [
-        name
-        for name, value in report["settings"].items()
-        if domain.model_dump(mode="json")[name] != value
-    ]
+    now = domain.model_dump(mode="json")
+    changed = [name for name, value in report["settings"].items() if now[name] != value]
     if changed:
         raise DomainError(
             f"{', '.join(changed)} changed in the domain file after data_prep; run `python -m "

@@ -108,9 +108,9 @@ def _classify_tab(
         image = open_photo(photo)
         if image is None:
             return UNREADABLE, None, []
-        image_embeds = classifier.image_embeds([image])
-        prediction = classifier.answer(image_embeds)[0]
-        alike = captioned(index.nearest(image_embeds.cpu().numpy(), ALIKE)[0]) if index else []
+        image_embeds = classifier.image_embeds([image]).numpy()
+        prediction = classifier.predict(image_embeds)[0]
+        alike = captioned(index.nearest(image_embeds, ALIKE)[0]) if index else []
         return answer(prediction), prediction.probabilities, alike
 
     with gr.Row():

@@ -229,7 +229,7 @@ class Handler(BaseHTTPRequestHandler):
         repository = self.repository(repo_id)
         header, *operations = (json.loads(line) for line in self.body.splitlines())
         with self.server.lock:
-            if header["value"].get("parentCommit") not in (None, repository.at(revision).oid):
+            if header["value"].get("parentCommit") != repository.at(revision).oid:
                 raise Refusal(412, "A commit has happened since. Please refresh and try again.")
             files = dict(repository.at(revision).files)
             for key, value in ((operation["key"], operation["value"]) for operation in operations):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import CLIPModel, CLIPProcessor, pipeline
 
-from data_prep.sources.painter import STYLES, draw
+from domains.facades.painter import STYLES, draw
 from nicheclip.clip import encode_images, encode_texts, load_clip
 from nicheclip.domain import Domain
 from tests.conftest import FACADES

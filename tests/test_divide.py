@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from data_prep import divide as division
-from data_prep.divide import Catalogue, divide
+from data_prep.divide import Catalogue, Reason, divide
 from data_prep.duplicates import Fingerprints
 from nicheclip.domain import Domain
 
@@ -75,7 +74,7 @@ def test_a_train_copy_of_an_exam_picture_is_a_leak_and_names_it(world):
     copy = world.add(name, "train", near=0, distance=10)
     found = world.divide()
     assert found.parts[copy] == "" and found.parts[0] == "test"
-    assert found.reasons == {copy: "leak: near-duplicate of image 0, which is in test"}
+    assert found.reasons == {copy: Reason("leak", "image 0", "test")}
 
 
 @pytest.mark.parametrize("split", SPLITS[1:])
@@ -110,30 +109,18 @@ def test_groups_go_to_one_split_as_a_whole(domain):
     assert len(set(found.parts[:60])) == 4
 
 
-def test_chains_that_the_search_misses_are_joined_by_the_audit(domain, monkeypatch):
-    world = World(domain, per_split=30)
+def test_no_pair_of_near_duplicates_lies_in_two_splits(domain, monkeypatch):
+    """Chains too, and whatever the size of the blocks that are compared."""
+    monkeypatch.setattr("data_prep.duplicates.CELLS", 500)
+    world = World(domain, per_split=10)
     world.rows = [(source_id, name, sha256, None) for source_id, name, sha256, _ in world.rows]
-    for number in range(60):
-        world.add(world.rows[number][1], None, near=number, distance=12)
-    monkeypatch.setattr(
-        Fingerprints, "near_duplicates", lambda self, seed: np.empty((0, 2), dtype=np.int64)
-    )
+    for number in range(40):
+        link = world.add(world.rows[number][1], None, near=number, distance=12)
+        world.add(world.rows[number][1], None, near=link, distance=12)
     found = world.divide()
-    crossing = [number for number in range(60) if found.parts[number] != found.parts[240 + number]]
-    assert crossing == [], "the search found nothing, so all was left to the audit"
-
-
-def test_what_no_round_can_mend_stops_the_run(world, monkeypatch):
-    known = np.array([[0, 20]])  # test and train
-    monkeypatch.setattr(Fingerprints, "near_duplicates", lambda self, seed: known)
-    monkeypatch.setattr(Fingerprints, "across", lambda self, parts: known)
-    monkeypatch.setattr(division, "_place", lambda catalogue, *rest: untouched(catalogue))
-    with pytest.raises(RuntimeError, match="'image 0', a near-duplicate of 'image 20'"):
-        world.divide()
-
-
-def untouched(catalogue: Catalogue) -> division.Division:
-    return division.Division(np.array(catalogue.given), np.array(catalogue.sha256), {})
+    pairs = world.prints().near_duplicates()
+    assert {(number, 80 + 2 * number) for number in range(40)} <= set(map(tuple, pairs.tolist()))
+    assert (found.parts[pairs[:, 0]] == found.parts[pairs[:, 1]]).all()
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -152,4 +139,4 @@ def test_a_person_decides_between_two_labels(world):
     assert set(world.divide().reasons) == {20, copy}
     assert set(world.divide({(sha256, world.rows[20][1]): "keep"}).reasons) == {copy}
     dropped = world.divide({(sha256, other): "drop"}).reasons
-    assert dropped == {copy: "dropped by hand"}
+    assert dropped == {copy: Reason("dropped by hand")}

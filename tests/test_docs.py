@@ -160,9 +160,7 @@ def test_training_is_launched_as_the_documents_say(prepared, tmp_path):
     "command",
     [
         "training_speed --size small --rounds 1 --steps 1 --out speed/found.json",
-        "onnx_latency --rounds 2",
-        "baselines tiny.yaml --seeds 1 --only zero_shot linear_probe ours --out recipes",
-        "ablations tiny.yaml --seeds 1 --only ours no_filter --out recipes --docs docs",
+        "recipes tiny.yaml --seeds 1 --only zero_shot linear_probe ours no_filter --out recipes",
     ],
 )
 def test_the_benchmarks_of_the_documents_run(command, tmp_path):

@@ -135,23 +135,24 @@ def test_a_retention_task_is_optional_and_survives_saving(tmp_path):
         ),
         (
             retention(source={"kind": "facades"}),
-            ["retention.source.kind", "'folder', 'dataset' or 'shapes'", "'facades'"],
+            ["retention.source.kind", "write `kind: module`", "domains.facades.paint"],
         ),
         (retention(source={"kind": "commons"}), ["retention.source.kind", "'commons'"]),
         (
             retention(source={"kind": "folder"}),
-            ["retention.source", "no path; give the class folders"],
+            ["missing key 'retention.source.path'"],
         ),
         (
-            retention(source={"kind": "shapes", "options": {"n": 3}}),
-            ["retention.source", "remove them"],
+            retention(source={"kind": "shapes", "path": "x"}),
+            ["retention.source.kind", "domains.facades.shapes"],
         ),
         (retention(images_per_class=0), ["retention.images_per_class", "0"]),
         (
             broken(retention={"title": "Pets"}),
             ["missing key 'retention.source'", "missing key 'retention.classes'"],
         ),
-        (broken(source={"kind": "shapes"}), ["source.kind", "'shapes'"]),
+        (broken(source={"kind": "facades"}), ["source.kind", "domains.facades.paint"]),
+        (broken(source={"kind": "module"}), ["source", "no path; give the module that draws"]),
         ("classes: [", ["not valid YAML"]),
         ("just words", ["holds a str"]),
         ("name: a\nname: b\n", ["duplicate key 'name'"]),
@@ -173,61 +174,6 @@ def test_a_missing_file_is_named(tmp_path):
 def test_the_base_may_lie_beside_the_file(tmp_path):
     (tmp_path / "base").mkdir()
     assert load(tmp_path, minimal() | {"base": "base"}).base == str(tmp_path / "base")
-
-
-def extending(folder: Path, child: dict | str, basis: dict | None = None) -> Path:
-    """A domain file that extends another one, in a folder of its own."""
-    (folder / "basis").mkdir(exist_ok=True)
-    (folder / "basis" / "birds.yaml").write_text(
-        yaml.safe_dump(basis or minimal()), encoding="utf-8"
-    )
-    path = folder / "child.yaml"
-    path.write_text(yaml.safe_dump({"extends": "basis/birds.yaml"} | child), encoding="utf-8")
-    return path
-
-
-def test_an_extending_file_replaces_whole_keys(tmp_path):
-    basis = minimal() | {
-        "training": {"loss": "info_nce", "seed": 3},
-        "splits": {"test": 0.3},
-        "samples_per_class": 7,
-    }
-    child = {"name": "birds-2", "training": {"loss": "multi_positive"}, "splits": None}
-    domain = Domain.load(extending(tmp_path, child, basis))
-    assert (domain.name, domain.title, domain.samples_per_class) == ("birds-2", "Birds", 7)
-    assert domain.training == {"loss": "multi_positive"}
-    assert domain.splits.test == 0.25  # null: the default
-    domain.save(tmp_path / "copy.yaml")
-    assert "extends" not in (tmp_path / "copy.yaml").read_text(encoding="utf-8")
-    assert Domain.load(tmp_path / "copy.yaml") == domain
-
-
-def test_a_base_lies_beside_the_file_that_names_it(tmp_path):
-    (tmp_path / "basis" / "base").mkdir(parents=True)
-    (tmp_path / "base").mkdir()
-    path = extending(tmp_path, {}, minimal() | {"base": "base"})
-    assert Domain.load(path).base == str(tmp_path / "basis" / "base")
-    path = extending(tmp_path, {"base": "base"}, minimal() | {"base": "base"})
-    assert Domain.load(path).base == str(tmp_path / "base")
-    assert Domain.load(path, base="openai/other").base == "openai/other"
-
-
-@pytest.mark.parametrize(
-    ("child", "basis", "words"),
-    [
-        ({"extends": "nowhere.yaml"}, {}, ["child.yaml extends", "nowhere.yaml", "no file"]),
-        ({"extends": None}, {}, ["extends", "no file"]),
-        ({"extends": "child.yaml"}, {}, ["child.yaml extends", "extends another file itself"]),
-        ({}, {"extends": "more.yaml"}, ["birds.yaml", "extends another file itself", "directly"]),
-        ({"title": None}, {}, ["missing key 'title'"]),
-        ({"clusters": {"a": ["wren"]}}, {}, ["'robin' in no cluster"]),
-    ],
-)
-def test_a_wrong_extension_is_explained(tmp_path, child, basis, words):
-    with pytest.raises(DomainError) as caught:
-        Domain.load(extending(tmp_path, child, minimal() | basis))
-    for word in words:
-        assert word in str(caught.value)
 
 
 def test_the_article_is_a_variant_of_architecture():

@@ -144,5 +144,5 @@ def test_what_is_ticked_goes_back_to_data_prep(run: Path, tmp_path: Path):
     assert ticked in load_prepared(run)["test"]["source_id"]
     assert ticked not in load_prepared(again)["test"]["source_id"]
     assert [
-        each["source_id"] for each in report["quarantined"] if each["reason"] == "dropped by hand"
+        each["source_id"] for each in report["quarantined"] if each["kind"] == "dropped by hand"
     ] == [ticked]

@@ -67,7 +67,7 @@ FILES = {
 @pytest.mark.parametrize("name", FILES)
 def test_training_and_use_see_the_same(name):
     stored = verify_image({"bytes": FILES[name], "path": None}, SIDE)
-    assert stored["error"] is None
+    assert stored["error_kind"] is None
     trained, used = (  # without what JPEG loses
         np.asarray(image.resize((8, 8), Image.Resampling.BOX), float)
         for image in (open_image(stored["image"]["bytes"]), open_image(FILES[name]))

@@ -1,8 +1,9 @@
-"""Each package of the library imports only from those below it, and none from the rooms that use it."""
+"""Each package of the library imports only from those below it, and none of its users."""
 
 from __future__ import annotations
 
 import ast
+import sys
 from graphlib import TopologicalSorter
 
 import pytest
@@ -10,11 +11,10 @@ import pytest
 from tests.conftest import ROOT
 
 LAYERS = [
-    ("files", "domain", "processes"),
-    ("images", "run", "cached_map"),
-    ("clip",),
+    ("files", "domain", "processes", "images", "head"),
+    ("run", "cached_map"),
+    ("clip", "classifier"),
     ("evaluation",),
-    ("classifier",),
     ("training",),
     ("publishing",),
     ("__init__",),
@@ -68,3 +68,14 @@ def test_no_module_imports_itself_by_way_of_others():
 
 def test_every_package_has_its_layer():
     assert {package(dotted(path)) for path in MODULES} == set(HEIGHT)
+
+
+def test_the_classifier_needs_little():
+    """Whoever loads a model needs no datasets, no scikit-learn, no training."""
+    needed, waiting = set(), ["nicheclip.classifier"]
+    while waiting:
+        names = imported(ROOT.joinpath(*waiting.pop().split(".")).with_suffix(".py"))
+        waiting += [name for name in names if name.startswith("nicheclip.")]
+        needed |= {name.partition(".")[0] for name in names} - {"nicheclip"}
+    third_party = {"torch", "transformers", "safetensors", "huggingface_hub", "PIL", "numpy"}
+    assert needed - sys.stdlib_module_names == third_party | {"onnxruntime"}

@@ -16,7 +16,7 @@ from PIL import Image
 
 from data_prep.new_domain import look_into, main
 from data_prep.sources.folders import read_folders
-from data_prep.sources.painter import STYLES, draw
+from domains.facades.painter import STYLES, draw
 from nicheclip.domain import Domain
 from nicheclip.files import read_json
 from tests.conftest import FACADES, ROOT

@@ -140,7 +140,7 @@ def test_what_is_no_image_is_refused(run, image, error, words):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format_version": 1}, "is of format 1, this NicheCLIP reads 2; publish the model anew"),
+        ({"format_version": 1}, "is of format 1, this NicheCLIP reads 3; publish the model anew"),
         ({"format_version": 99}, "or install the NicheCLIP that made it"),
         ({"class_names": "gothic"}, "class_names is 'gothic', expected a list"),
         ({"temperature": None}, "temperature is None, expected a float"),

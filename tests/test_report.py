@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from data_prep.report import SHOWN, write_report
-from data_prep.sources.painter import STYLES, draw
+from domains.facades.painter import STYLES, draw
 from nicheclip.domain import Domain
 from nicheclip.publishing.pages import LONG_SIDE, SHORT_SIDE
 

@@ -1,4 +1,4 @@
-"""What the tiny run comes to, down to the digests of data and weights; and that a seed decides all of it.
+"""What the tiny run comes to, down to the digests of its weights; a seed decides all of it.
 
 `python -m tests.test_reproducible RUN` records golden.json anew from such a run; the commit that
 does so says which value has moved, and why.

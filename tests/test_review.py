@@ -11,7 +11,7 @@ from PIL import Image
 
 from data_prep.prepare import prepare
 from data_prep.review import Suspicion, read_decisions, write_review
-from data_prep.sources.painter import STYLES, draw
+from domains.facades.painter import STYLES, draw
 from nicheclip.domain import Domain, QualityFilter, Source, Splits
 from nicheclip.run import load_prepared
 
@@ -85,9 +85,9 @@ def test_decisions_hold_for_the_next_runs(photos, three_styles, tmp_path):
     for _ in range(2):  # what was decided stays decided
         report = prepare(three_styles, run, images=photos)
         assert {spared, right} <= kept(run)
-        reasons = {entry["source_id"]: entry["reason"] for entry in report["quarantined"]}
+        reasons = {entry["source_id"]: entry["kind"] for entry in report["quarantined"]}
         assert reasons[suspects[1]] == "dropped by hand"
-        assert reasons[f"{CLASSES[0]}/twice.jpg"].startswith("conflict: near-duplicate of")
+        assert reasons[f"{CLASSES[0]}/twice.jpg"] == "conflict"
         assert right not in reasons
         assert lines(run)[spared]["decision"] == "keep"
 

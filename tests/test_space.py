@@ -11,7 +11,7 @@ import pytest
 from gradio_client import Client, handle_file
 from PIL import Image
 
-from data_prep.sources.facades import ATTRIBUTION
+from domains.facades.paint import ATTRIBUTION
 from nicheclip import NicheClassifier, Prediction
 from nicheclip.evaluation.intervals import Measure
 from nicheclip.files import read_json

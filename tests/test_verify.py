@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from data_prep.sources.painter import draw
 from data_prep.verify import verify_image
+from domains.facades.painter import draw
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def verify(content: bytes, **options: Any) -> dict[str, Any]:
 
 
 def stored(verified: dict[str, Any]) -> Image.Image:
-    assert verified["error"] is None
+    assert verified["error_kind"] is None
     return Image.open(io.BytesIO(verified["image"]["bytes"]))
 
 
@@ -205,20 +205,20 @@ def test_what_is_of_no_use_is_set_aside_with_the_reason(picture, name):
     content, reason = broken(picture)[name]
     verified = verify(content, smallest_side=32)
     assert verified["image"] is None
-    assert verified["error"].startswith(reason)
+    assert f"{verified['error_kind']}: {verified['error_detail']}".startswith(reason)
 
 
 def test_a_file_that_may_not_be_read_is_named(tmp_path):
     verified = verify_image(
         {"path": str(tmp_path / "gone.jpg"), "bytes": None}, stored_short_side=96
     )
-    assert "No such file" in verified["error"]
+    assert "No such file" in verified["error_detail"]
 
 
 def test_a_large_photo_is_no_bomb(picture):
     """120 megapixels are much, and still a photo."""
     content = encoded(Image.new("L", (12_000, 10_000), 200), "JPEG")
-    assert verify(content)["error"].startswith("blank")
+    assert verify(content)["error_kind"] == "blank"
 
 
 def test_equal_files_have_equal_hashes_wherever_they_lie(picture, tmp_path: Path):

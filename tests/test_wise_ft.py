@@ -14,7 +14,7 @@ from data_prep.sources import retention_rows
 from nicheclip.clip import encode_images, encode_texts, load_clip, zero_shot_logits
 from nicheclip.domain import Domain
 from nicheclip.evaluation.metrics import correct
-from nicheclip.evaluation.retention import retention_accuracy
+from nicheclip.evaluation.robustness import retention_accuracy
 from nicheclip.run import load_prepared
 from nicheclip.training.wise_ft import choose_alpha, interpolate
 from tests.conftest import FACADES
@@ -31,8 +31,8 @@ def facades() -> Domain:
 
 
 @pytest.fixture(scope="module")
-def colours(facades):
-    return retention_rows(facades)
+def colours(facades, tmp_path_factory):
+    return retention_rows(facades, tmp_path_factory.mktemp("drawn") / "colours")
 
 
 def perturbed(model, strength: float):
@@ -158,11 +158,11 @@ def test_the_views_of_large_photos_are_those_of_the_processor(base, prepared, fa
 
 
 def test_the_shipped_retention_task_is_even_repeatable_and_known_to_the_base(
-    base, facades, colours
+    base, facades, colours, tmp_path
 ):
     assert colours.features["label"].names == list(facades.retention.classes)
     assert np.bincount(colours["label"]).tolist() == [40] * len(facades.retention.classes)
-    again, other = retention_rows(facades), retention_rows(facades, seed=1)
+    again, other = (retention_rows(facades, tmp_path / str(seed), seed) for seed in (0, 1))
     assert all(
         one["image"].tobytes() == two["image"].tobytes()
         for one, two in zip(colours, again, strict=True)
@@ -195,14 +195,14 @@ def photos(facades: Domain, folder, **changes) -> Domain:
 
 def test_folders_give_their_test_split_without_what_is_broken(facades, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
-        rows = retention_rows(photos(facades, tmp_path))
+        rows = retention_rows(photos(facades, tmp_path), tmp_path / "drawn")
     assert rows["label"][:] == [0] * 6 + [1] * 5
     assert rows[0]["image"].size == (60, 50)
     assert "left out 1 unreadable images of 'dog'" in caplog.text
 
 
 def test_no_more_are_drawn_than_asked_for(facades, tmp_path):
-    rows = retention_rows(photos(facades, tmp_path, images_per_class=3))
+    rows = retention_rows(photos(facades, tmp_path, images_per_class=3), tmp_path / "drawn")
     assert rows["label"][:3] == [0] * 3 and len(rows) <= 6
 
 
@@ -211,7 +211,9 @@ def test_a_dataset_gives_the_same(facades, colours, tmp_path):
     retention = facades.retention.model_dump() | {
         "source": {"kind": "dataset", "path": str(tmp_path / "colours.parquet")}
     }
-    rows = retention_rows(Domain.model_validate(facades.model_dump() | {"retention": retention}))
+    rows = retention_rows(
+        Domain.model_validate(facades.model_dump() | {"retention": retention}), tmp_path / "drawn"
+    )
     assert rows["label"][:] == colours["label"][:]
     assert rows[7]["image"].tobytes() == colours[7]["image"].tobytes()
 
@@ -219,12 +221,14 @@ def test_a_dataset_gives_the_same(facades, colours, tmp_path):
 def test_what_can_not_be_asked_is_named(facades, tmp_path):
     without = facades.model_copy(update={"retention": None})
     with pytest.raises(ValueError, match="no retention task; add `retention`"):
-        retention_rows(without)
+        retention_rows(without, tmp_path)
     circles = facades.retention.model_dump() | {"classes": {"red": ["red"], "circle": ["a circle"]}}
     with pytest.raises(ValueError, match="no shape is 'circle'.*red, pink"):
-        retention_rows(Domain.model_validate(facades.model_dump() | {"retention": circles}))
+        retention_rows(
+            Domain.model_validate(facades.model_dump() | {"retention": circles}), tmp_path / "drawn"
+        )
     task = photos(facades, tmp_path)
     for path in (tmp_path / "test" / "dog").iterdir():
         path.write_bytes(b"no image")
     with pytest.raises(ValueError, match="no image of the retention class 'dog' can be read"):
-        retention_rows(task)
+        retention_rows(task, tmp_path / "drawn")

@@ -15,7 +15,7 @@ from typing import Any
 
 import datasets
 
-from data_prep.sources.rows import SOURCE_FEATURES, check_classes
+from data_prep.sources.rows import SOURCE_FEATURES, check_classes, no_class
 from nicheclip.run import SPLITS
 
 SIDECARS = frozenset({"metadata.jsonl", "metadata.csv", "skipped.jsonl", "truth.json"})
@@ -23,7 +23,7 @@ SIDECARS = frozenset({"metadata.jsonl", "metadata.csv", "skipped.jsonl", "truth.
 
 def read_folders(
     folder: str | Path, class_names: list[str]
-) -> tuple[datasets.Dataset, list[dict[str, str]]]:
+) -> tuple[datasets.Dataset, list[dict[str, Any]]]:
     """Lists the files of class folders, in the order of their names; opens none of them.
 
     Args:
@@ -54,14 +54,13 @@ def read_folders(
         if path.name in SIDECARS:
             continue
         if not path.is_file():
-            outside.append(
-                {"source_id": inside.as_posix(), "reason": "not a file: a broken link, or a device"}
-            )
+            told = "not a file: a broken link, or a device"
+            outside.append(no_class(inside.as_posix(), told))
             continue
         split = split_of(inside.parts, names)
         within = inside.parts[1 if split else 0 : -1]
         if not within:
-            outside.append({"source_id": inside.as_posix(), "reason": "not in a class folder"})
+            outside.append(no_class(inside.as_posix(), "not in a class folder"))
             continue
         status = path.stat()
         rows.append(

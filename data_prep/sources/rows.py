@@ -25,6 +25,12 @@ SOURCE_FEATURES = datasets.Features(
 T = TypeVar("T")
 
 
+def no_class(source_id: str, detail: str) -> dict[str, str | None]:
+    """The entry of report.json for what has no class."""
+    nothing = dict.fromkeys(("label", "sha256", "other"))
+    return {"source_id": source_id, "kind": "no class", "detail": detail, **nothing}
+
+
 def read_options(kind: type[T], options: dict[str, Any], source: str) -> T:
     """`source.options` of a domain file as the dataclass of its source.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 
-from data_prep.sources.rows import SOURCE_FEATURES, check_classes, read_options
+from data_prep.sources.rows import SOURCE_FEATURES, check_classes, no_class, read_options
 from nicheclip.run import SPLITS
 
 ALIASES = {"val": "validation", "valid": "validation", "dev": "validation"}
@@ -37,7 +37,7 @@ def is_table(location: str | Path) -> bool:
 
 def read_table(
     location: str | Path, class_names: list[str], **options: Any
-) -> tuple[datasets.Dataset, list[dict[str, str]]]:
+) -> tuple[datasets.Dataset, list[dict[str, Any]]]:
     """Opens a dataset; images stay undecoded and on disk.
 
     Args:
@@ -92,7 +92,7 @@ def read_table(
         texts = datasets.Dataset.from_dict(columns, features=strings)
         parts.append(datasets.concatenate_datasets([images, texts], axis=1))
         unlabelled += [
-            {"source_id": f"{name}/{index:07d}", "reason": "no label"}
+            no_class(f"{name}/{index:07d}", "no label")
             for index in range(len(table))
             if index not in classes
         ]

@@ -1,7 +1,7 @@
 """python -m domains.facades.make_base [--output domains/facades/base] [--seed 0] [--epochs 11] [--drawings 24000]
 
 Trains the tiny CLIP that the façades domain fine-tunes, from nothing, on drawings of
-`data_prep.sources.painter`, and writes a folder that stock `CLIPModel.from_pretrained` and
+`domains.facades.painter`, and writes a folder that stock `CLIPModel.from_pretrained` and
 `CLIPProcessor.from_pretrained` load.
 
 The base is meant to know the domain as web-scale CLIP knows architecture: it sees well, and names
@@ -36,7 +36,7 @@ from transformers import (
     set_seed,
 )
 
-from data_prep.sources.painter import STYLES, draw, paint
+from domains.facades.painter import STYLES, draw, paint
 
 HERE = Path(__file__).parent
 SIZE = 96  # pixels

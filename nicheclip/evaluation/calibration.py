@@ -6,19 +6,20 @@ seen.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numpy as np
 from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax, softmax
+from scipy.special import log_softmax
 
+from nicheclip.domain import Domain
 from nicheclip.evaluation.intervals import resample_groups
-from nicheclip.evaluation.metrics import expected_calibration_error
+from nicheclip.head import mass_above, softmax
 
 TEMPERATURE_BOUNDS = (0.02, 50.0)
 FEW_ERRORS = 20  # with fewer, the temperature is hardly known
-Objective = Literal["nll", "ece"]
+REMEDY = "give the calibration split more images (splits.calibration in the domain file)"
 
 
 def nll(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -28,23 +29,16 @@ def nll(logits: np.ndarray, labels: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Temperature:
-    """`value` divides the logits.
-
-    `low` and `high` bound its 95 % bootstrap interval. `warning` may be empty.
-    """
+    """`value` divides the logits; `low` and `high` bound its 95 % bootstrap interval."""
 
     value: float
     low: float
     high: float
-    objective: Objective
     warning: str = ""
 
 
-def fit_temperature(logits: np.ndarray, labels: np.ndarray, objective: Objective = "nll") -> float:
-    """The temperature T that minimises the NLL, or the ECE, of softmax(logits / T) (Guo et al. 2017).
-
-    A bounded search over log T, where the NLL has one minimum. The ECE has several, so the best of
-    a grid is refined.
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The temperature T that minimises the NLL of softmax(logits / T) (Guo et al. 2017).
 
     Args:
         logits: (N, C) float.
@@ -55,42 +49,24 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray, objective: Objective
     """
     right = logits.argmax(axis=1) == labels
     if len(labels) == 0 or right.all() or not right.any():
-        state = (
-            "there are none"
-            if len(labels) == 0
-            else f"all {len(labels)} are {'right' if right.all() else 'wrong'}"
-        )
+        state = f"all {len(labels)} are {'right' if right.all() else 'wrong'}"
         raise ValueError(
-            f"the calibration images can't identify a temperature: {state}; "
-            "give the calibration split more images (splits.calibration in the domain file)"
+            "the calibration images can't identify a temperature: "
+            f"{state if len(labels) else 'there are none'}; {REMEDY}"
         )
-
-    def loss(log_t: float) -> float:
-        scaled = logits / np.exp(log_t)
-        if objective == "nll":
-            return nll(scaled, labels)
-        return expected_calibration_error(softmax(scaled, axis=1).max(axis=1), right)
-
-    low, high = np.log(TEMPERATURE_BOUNDS)
-    if objective == "ece":
-        grid = np.linspace(low, high, 100)
-        best = int(np.argmin([loss(log_t) for log_t in grid]))
-        low, high = grid[max(0, best - 1)], grid[min(len(grid) - 1, best + 1)]
-    return float(
-        np.exp(
-            minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-6}).x
-        )
+    found = minimize_scalar(  # over log T, where the NLL has one minimum
+        lambda log_t: nll(logits / np.exp(log_t), labels),
+        bounds=np.log(TEMPERATURE_BOUNDS),
+        method="bounded",
+        options={"xatol": 1e-6},
     )
+    return float(np.exp(found.x))
 
 
 def calibrate_temperature(
-    logits: np.ndarray,
-    labels: np.ndarray,
-    groups: np.ndarray,
-    objective: Objective = "nll",
-    resamples: int = 200,
+    logits: np.ndarray, labels: np.ndarray, groups: np.ndarray, resamples: int = 200
 ) -> Temperature:
-    """`fit_temperature` with its bootstrap interval over near-duplicate groups (N,), and a warning where it is needed.
+    """`fit_temperature` with its bootstrap interval over near-duplicate groups (N,).
 
     Where all images are right there is nothing to fit: T stays 1, with a warning.
 
@@ -98,35 +74,27 @@ def calibrate_temperature(
         ValueError: if there are no images, or all are wrong.
     """
     wrong = int((logits.argmax(axis=1) != labels).sum())
-    remedy = "give the calibration split more images (splits.calibration in the domain file)"
     if len(labels) and wrong == 0:
-        return Temperature(
-            1.0,
-            1.0,
-            1.0,
-            objective,
-            f"all {len(labels)} calibration images are right, so T stays 1; {remedy}",
-        )
-    value = fit_temperature(logits, labels, objective)
+        warning = f"all {len(labels)} calibration images are right, so T stays 1; {REMEDY}"
+        return Temperature(1.0, 1.0, 1.0, warning)
+    value = fit_temperature(logits, labels)
     found = []
     for chosen in resample_groups(groups, resamples):
         errors = (logits[chosen].argmax(axis=1) != labels[chosen]).sum()
         if 0 < errors < len(chosen):
-            found.append(fit_temperature(logits[chosen], labels[chosen], objective))
+            found.append(fit_temperature(logits[chosen], labels[chosen]))
     low, high = np.percentile(found, [2.5, 97.5])
     warning = ""
     if wrong < FEW_ERRORS:
-        warning = (
-            f"T rests on {wrong} errors among {len(labels)} images, so it is hardly known; {remedy}"
-        )
+        warning = f"T rests on {wrong} errors among {len(labels)} images: hardly known; {REMEDY}"
     elif np.isclose(np.log(value), np.log(TEMPERATURE_BOUNDS), atol=1e-3).any():
-        warning = f"T is {value:.3g}, at the end of what is searched: the logits do not look like those of this model"
-    return Temperature(value, float(low), float(high), objective, warning)
+        warning = f"T is {value:.3g}, at the end of what is searched: are these logits a CLIP's?"
+    return Temperature(value, float(low), float(high), warning)
 
 
 @dataclass(frozen=True)
 class Abstention:
-    """Predictions with a confidence below `threshold` are "not sure".
+    """Answers with a confidence below `threshold` are "not sure".
 
     It aims at `target`, a share of right answers (`aim` is "selective_accuracy") or of answers
     ("coverage"); `selective_accuracy` and `coverage` are what it gives on the images that it was
@@ -148,12 +116,14 @@ def fit_abstention(
     coverage: float | None = None,
     min_coverage: float = 0.5,
 ) -> Abstention:
-    """The lowest threshold whose answers are right often enough; or, with `coverage`, that which answers so many.
+    """The lowest threshold whose answers are right often enough, or that gives `coverage`.
 
     Where no threshold that answers at least `min_coverage` of the images reaches the accuracy, the
     one with the best is taken and `target_reached` is False.
 
-    Args: probabilities (N, C) float, calibrated, and labels (N,) int of the calibration split.
+    Args:
+        probabilities: (N, C) float, calibrated, of the calibration split.
+        labels: (N,) int.
     """
     confidence = probabilities.max(axis=1)
     order = np.argsort(-confidence, kind="stable")
@@ -166,9 +136,8 @@ def fit_abstention(
     else:
         possible &= answered >= min_coverage * len(labels)
         reached = np.flatnonzero(possible & (selective >= selective_accuracy))[-1:]
-    chosen = (
-        reached[0] if len(reached) else np.flatnonzero(possible)[np.argmax(selective[possible])]
-    )
+    best = np.flatnonzero(possible)[np.argmax(selective[possible])]
+    chosen = reached[0] if len(reached) else best
     return Abstention(
         threshold=float(confidence[order][chosen]),
         aim="selective_accuracy" if coverage is None else "coverage",
@@ -181,7 +150,7 @@ def fit_abstention(
 
 @dataclass(frozen=True)
 class Conformal:
-    """A class belongs to the prediction set if the classes above it hold at most `quantile` of the probability.
+    """A class belongs to the prediction set if those above it hold at most `quantile`.
 
     Sets made so contain the label of `coverage` of all images like those of the calibration split,
     or more. Where the model alone is right that often, the quantile is 0 and every set is the best
@@ -193,28 +162,66 @@ class Conformal:
 
 
 def fit_conformal(probabilities: np.ndarray, labels: np.ndarray, coverage: float) -> Conformal:
-    """Split-conformal, adaptive prediction sets (Romano et al. 2020, arXiv:2006.02544), without their random part.
+    """Split-conformal, adaptive prediction sets (Romano et al. 2020, arXiv:2006.02544).
 
-    The score of a class is the probability above it, not up to and with it: so no set is empty, and
-    no draw decides.
+    Without their random part: the score of a class is the probability above it, not up to and with
+    it. So no set is empty, and no draw decides.
 
-    Args: probabilities (N, C) float and labels (N,) int of the calibration split.
+    Args:
+        probabilities: (N, C) float, calibrated, of the calibration split.
+        labels: (N,) int.
     """
-    scores = np.sort(_mass_above(probabilities)[np.arange(len(labels)), labels])
-    # (N + 1): the new image counts as one of them
-    rank = int(np.ceil((len(labels) + 1) * coverage))
+    scores = np.sort(mass_above(probabilities)[np.arange(len(labels)), labels])
+    rank = int(np.ceil((len(labels) + 1) * coverage))  # N + 1: the new image is one of them
     return Conformal(coverage, float(scores[rank - 1]) if rank <= len(labels) else 1.0)
 
 
-def prediction_sets(probabilities: np.ndarray, conformal: Conformal) -> np.ndarray:
-    """(N, C) -> (N, C) bool, never an empty row."""
-    return _mass_above(probabilities) <= conformal.quantile
+@dataclass(frozen=True)
+class Fitted:
+    """What the calibration split decides; NLL before and after the temperature, in nats."""
+
+    temperature: Temperature
+    abstention: Abstention
+    conformal: Conformal
+    nll_before: float
+    nll_after: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; the temperature is a number there, what is known of it lies beside."""
+        fields = asdict(self)
+        return fields | {
+            "temperature": self.temperature.value,
+            "temperature_fit": fields["temperature"],
+        }
 
 
-def _mass_above(probabilities: np.ndarray) -> np.ndarray:
-    """The probability of all classes that are more probable, (N, C); 0 for the best."""
-    order = np.argsort(-probabilities, axis=1, kind="stable")
-    falling = np.take_along_axis(probabilities, order, axis=1)
-    above = np.empty_like(probabilities)
-    np.put_along_axis(above, order, np.cumsum(falling, axis=1) - falling, axis=1)
-    return above
+def fit(
+    logits: np.ndarray,
+    labels: np.ndarray,
+    groups: np.ndarray,
+    domain: Domain,
+    reference: bool = False,
+) -> Fitted:
+    """From uncalibrated logits (N, C), labels and near-duplicate groups (N,) of the calibration split.
+
+    Args:
+        reference: only measured beside another model: if all images are wrong, T stays 1.
+
+    Raises:
+        ValueError: if all images are wrong.
+    """
+    try:
+        temperature = calibrate_temperature(logits, labels, groups)
+    except ValueError as error:
+        if not reference:
+            raise
+        temperature = Temperature(1.0, 1.0, 1.0, str(error))
+    scaled = logits / temperature.value
+    probabilities = softmax(scaled)
+    return Fitted(
+        temperature,
+        fit_abstention(probabilities, labels, domain.selective_accuracy, domain.answered_share),
+        fit_conformal(probabilities, labels, domain.conformal_coverage),
+        nll(logits, labels),
+        nll(scaled, labels),
+    )

@@ -210,16 +210,3 @@ def judge_gate(metric: str, measure: Measure, target: float) -> Verdict:
     side = measure.high - measure.value if measure.value < target else measure.value - measure.low
     more = math.ceil(measure.n * ((side / distance) ** 2 - 1)) if distance > 0 else None
     return Verdict(told, "undecided", more)
-
-
-def format_table(header: list[str], rows: list[list[str]]) -> str:
-    """A plain-text table; the first column is left-aligned, the others right-aligned."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-
-    def line(cells: list[str]) -> str:
-        first, *rest = zip(cells, widths, strict=True)
-        return "  ".join(
-            [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]
-        ).rstrip()
-
-    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])

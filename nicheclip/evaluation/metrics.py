@@ -1,8 +1,7 @@
-"""What the scorecard measures: pure functions, and `evaluate.Metric` subclasses over them.
+"""What the scorecard measures: pure functions, and three `evaluate.Metric` for the Trainer.
 
-The metrics subclass `evaluate.Metric` here because `evaluate.load(name)` would fetch a script from
-the Hub. Definitions follow the recipe in the article that NicheCLIP grew from, unless a docstring
-names another source.
+These subclass `evaluate.Metric` here because `evaluate.load(name)` would fetch a script from the
+Hub. Definitions follow the article that NicheCLIP grew from, unless a docstring names a source.
 """
 
 from __future__ import annotations
@@ -33,9 +32,8 @@ def top_k_correct(probabilities: np.ndarray, labels: np.ndarray, k: int) -> np.n
 
 def confusion_matrix(predicted: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
     """(N,) int, (N,) int -> (C, C) int, rows: labels, columns: predictions."""
-    return np.bincount(labels * num_classes + predicted, minlength=num_classes**2).reshape(
-        num_classes, num_classes
-    )
+    pairs = np.bincount(labels * num_classes + predicted, minlength=num_classes**2)
+    return pairs.reshape(num_classes, num_classes)
 
 
 def class_scores(
@@ -62,6 +60,11 @@ def macro_f1(predicted: np.ndarray, labels: np.ndarray, num_classes: int) -> flo
 def balanced_accuracy(predicted: np.ndarray, labels: np.ndarray, num_classes: int) -> float:
     """Unweighted mean of the classes' recall, over classes that occur. (N,) int, (N,) int."""
     return float(np.nanmean(class_scores(predicted, labels, num_classes)[1]))
+
+
+def worst_f1(predicted: np.ndarray, labels: np.ndarray, num_classes: int) -> float:
+    """The F1 of the class that has the lowest. (N,) int, (N,) int."""
+    return float(np.nanmin(class_scores(predicted, labels, num_classes)[2]))
 
 
 def reliability(
@@ -104,12 +107,8 @@ def ece_of_perfect(
         confidence: (N,) of the model that is judged.
     """
     rng, bins = np.random.default_rng(seed), _bins(confidence, n_bins, equal_mass=False)
-    return np.array(
-        [
-            _ece(*_binned(confidence, rng.random(len(confidence)) < confidence, bins, n_bins))
-            for _ in range(draws)
-        ]
-    )
+    drawn = (rng.random(len(confidence)) < confidence for _ in range(draws))
+    return np.array([_ece(*_binned(confidence, right, bins, n_bins)) for right in drawn])
 
 
 def _bins(confidence: np.ndarray, n_bins: int, equal_mass: bool) -> np.ndarray:
@@ -134,15 +133,16 @@ def _ece(mean_confidence: np.ndarray, accuracy: np.ndarray, counts: np.ndarray) 
 
 
 def brier(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Squared distance to the label over all classes, (N, C), (N,) -> (N,) in [0, 2] (Brier 1950)."""
+    """Squared distance to the label, (N, C), (N,) -> (N,) in [0, 2] (Brier 1950)."""
     own = probabilities[np.arange(len(labels)), labels]
     return (probabilities**2).sum(axis=1) - 2 * own + 1
 
 
 def aurc(confidence: np.ndarray, right: np.ndarray) -> float:
-    """Area under the risk-coverage curve: the share of errors among the k most confident, averaged over k.
+    """Area under the risk-coverage curve (Geifman et al. 2019, arXiv:1805.08206).
 
-    In [0, 1], lower is better (Geifman et al. 2019, arXiv:1805.08206). Args: (N,) float, (N,) bool.
+    The share of errors among the k most confident, averaged over k; in [0, 1], lower is better.
+    Args: (N,) float, (N,) bool.
     """
     wrong = ~right[np.argsort(-confidence, kind="stable")]
     return float((np.cumsum(wrong) / np.arange(1, len(wrong) + 1)).mean())
@@ -198,7 +198,7 @@ def hard_negative_margin(
     labels: np.ndarray,
     class_clusters: np.ndarray,
 ) -> np.ndarray:
-    """Best cosine with the own class's prompts minus the best with those of the other classes in its cluster.
+    """Best cosine with the own class's prompts minus the best with its cluster's other classes.
 
     Args:
         similarity: (N, P) cosine of each image with each prompt of the bank.
@@ -219,10 +219,10 @@ def hard_negative_margin(
 def semantic_rank(
     similarity: np.ndarray, prompt_classes: np.ndarray, labels: np.ndarray
 ) -> np.ndarray:
-    """The best rank (from 1) of a prompt of the image's own class among all prompts; ties count against it.
+    """The best rank (from 1) of a prompt of the own class among all; ties count against it.
 
-    Args: as `hard_negative_margin`. Returns: (N,) int. R@k is the share of ranks up to k, MRR the
-        mean of 1/rank.
+    Args: as `hard_negative_margin`. Returns: (N,) int; R@k is the share of ranks up to k, MRR the
+    mean of 1 / rank.
     """
     own = prompt_classes[None, :] == labels[:, None]
     best_own = np.where(own, similarity, -np.inf).max(axis=1, keepdims=True)
@@ -230,27 +230,22 @@ def semantic_rank(
 
 
 class _Metric(evaluate.Metric):
-    """A metric whose `compute(predictions=…, references=…)` calls `_compute` with arrays.
-
-    `predictions` are (N, ·) float, most often class probabilities; `references` are (N,) class
-    indices.
-    """
+    """`compute(predictions=…, references=…)` of probabilities (N, C) and class indices (N,)."""
 
     def _info(self) -> evaluate.MetricInfo:
+        columns = {
+            "predictions": datasets.Sequence(datasets.Value("float32")),
+            "references": datasets.Value("int64"),
+        }
         return evaluate.MetricInfo(
             description=self.__doc__,
             citation="",
             inputs_description="predictions: (N, C) float; references: (N,) class indices",
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Sequence(datasets.Value("float32")),
-                    "references": datasets.Value("int64"),
-                }
-            ),
+            features=datasets.Features(columns),
         )
 
-    def _compute(self, predictions: Any, references: Any, **options: Any) -> dict[str, Any]:
-        return self._measure(np.asarray(predictions), np.asarray(references), **options)
+    def _compute(self, predictions: Any, references: Any) -> dict[str, Any]:
+        return self._measure(np.asarray(predictions), np.asarray(references))
 
 
 class Accuracy(_Metric):
@@ -260,26 +255,6 @@ class Accuracy(_Metric):
         return {"accuracy": float(correct(probabilities, labels).mean())}
 
 
-class BalancedAccuracy(_Metric):
-    """`balanced_accuracy`: unweighted mean of the classes' recall, in [0, 1]."""
-
-    def _measure(self, probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        return {
-            "balanced_accuracy": balanced_accuracy(
-                probabilities.argmax(1), labels, probabilities.shape[1]
-            )
-        }
-
-
-class TopK(_Metric):
-    """`top_<k>_accuracy`: share of images whose label is among the k most probable classes, in [0, 1]."""
-
-    def _measure(
-        self, probabilities: np.ndarray, labels: np.ndarray, k: int = 3
-    ) -> dict[str, float]:
-        return {f"top_{k}_accuracy": float(top_k_correct(probabilities, labels, k).mean())}
-
-
 class MacroF1(_Metric):
     """`macro_f1`: unweighted mean of the classes' F1, in [0, 1]."""
 
@@ -287,135 +262,9 @@ class MacroF1(_Metric):
         return {"macro_f1": macro_f1(probabilities.argmax(1), labels, probabilities.shape[1])}
 
 
-class ClassScores(_Metric):
-    """`precision`, `recall`, `f1`: lists of C values in [0, 1], NaN for a class with nothing to judge."""
-
-    def _measure(self, probabilities: np.ndarray, labels: np.ndarray) -> dict[str, list[float]]:
-        scores = class_scores(probabilities.argmax(1), labels, probabilities.shape[1])
-        return dict(
-            zip(("precision", "recall", "f1"), (each.tolist() for each in scores), strict=True)
-        )
-
-
 class ExpectedCalibrationError(_Metric):
-    """`ece`: mean distance of confidence and accuracy over bins (Guo et al.
+    """`ece`: mean distance of confidence and accuracy over bins, in [0, 1]; lower is better."""
 
-    2017), in [0, 1]; lower is better.
-    """
-
-    def _measure(
-        self,
-        probabilities: np.ndarray,
-        labels: np.ndarray,
-        n_bins: int = N_BINS,
-        equal_mass: bool = False,
-    ) -> dict[str, float]:
+    def _measure(self, probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         right = correct(probabilities, labels)
-        return {
-            "ece": expected_calibration_error(probabilities.max(axis=1), right, n_bins, equal_mass)
-        }
-
-
-class NegativeLogLikelihood(_Metric):
-    """`nll`: mean of -log p(label) in nats, 0 or more; lower is better."""
-
-    def _measure(self, probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        return {"nll": float(-np.log(probabilities[np.arange(len(labels)), labels]).mean())}
-
-
-class Brier(_Metric):
-    """`brier`: mean squared distance of the probabilities to the label, in [0, 2] (Brier 1950).
-
-    Lower is better.
-    """
-
-    def _measure(self, probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        return {"brier": float(brier(probabilities, labels).mean())}
-
-
-class RiskCoverage(_Metric):
-    """`aurc`, in [0, 1], lower is better (Geifman et al. 2019); with a threshold, `coverage` and `selective_accuracy`.
-
-    Coverage is the share of images whose confidence reaches the threshold, the accuracy that of
-    these.
-    """
-
-    def _measure(
-        self, probabilities: np.ndarray, labels: np.ndarray, threshold: float | None = None
-    ) -> dict[str, float]:
-        confidence, right = probabilities.max(axis=1), correct(probabilities, labels)
-        found = {"aurc": aurc(confidence, right)}
-        if threshold is not None:
-            answered = confidence >= threshold
-            selective = float(right[answered].mean()) if answered.any() else float("nan")
-            found |= {"coverage": float(answered.mean()), "selective_accuracy": selective}
-        return found
-
-
-class HardNegatives(_Metric):
-    """`hard_negative_pass_rate` in [0, 1] and `hard_negative_margin` in [-2, 2], of cosines (N, P) with all prompts.
-
-    `compute` also takes prompt_classes (P,) and class_clusters (C,), see `hard_negative_margin`.
-    """
-
-    def _measure(
-        self,
-        similarity: np.ndarray,
-        labels: np.ndarray,
-        prompt_classes: np.ndarray,
-        class_clusters: np.ndarray,
-    ) -> dict[str, float]:
-        margin = hard_negative_margin(similarity, prompt_classes, labels, class_clusters)
-        margin = margin[np.isfinite(margin)]
-        return {
-            "hard_negative_pass_rate": float((margin > 0).mean()),
-            "hard_negative_margin": float(margin.mean()),
-        }
-
-
-class SemanticRetrieval(_Metric):
-    """`recall_at_1`, `_3`, `_5` and `mrr`, in [0, 1], of cosines (N, P) with all prompts.
-
-    Takes prompt_classes.
-    """
-
-    def _measure(
-        self, similarity: np.ndarray, labels: np.ndarray, prompt_classes: np.ndarray
-    ) -> dict[str, float]:
-        rank = semantic_rank(similarity, prompt_classes, labels)
-        return {f"recall_at_{k}": float((rank <= k).mean()) for k in (1, 3, 5)} | {
-            "mrr": float((1 / rank).mean())
-        }
-
-
-class ImageRetrieval(_Metric):
-    """`recall_at_1`, `recall_at_5` and `map`, in [0, 1], of unit-length image_embeds (N, D).
-
-    Takes groups (N,) as well, see the function.
-    """
-
-    def _measure(
-        self, image_embeds: np.ndarray, labels: np.ndarray, groups: np.ndarray
-    ) -> dict[str, float]:
-        rank, precision = image_retrieval(image_embeds, labels, groups)
-        rank = rank[np.isfinite(rank)]
-        return {f"recall_at_{k}": float((rank <= k).mean()) for k in (1, 5)} | {
-            "map": float(np.nanmean(precision))
-        }
-
-
-class PredictionSets(_Metric):
-    """`coverage` and `worst_class_coverage` in [0, 1], `mean_size` in [1, C], of conformal prediction sets.
-
-    The predictions are sets, (N, C) of 0 and 1 (nicheclip/calibration.py).
-    """
-
-    def _measure(self, sets: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        covered = sets[np.arange(len(labels)), labels] > 0
-        return {
-            "coverage": float(covered.mean()),
-            "worst_class_coverage": float(
-                min(covered[labels == label].mean() for label in np.unique(labels))
-            ),
-            "mean_size": float((sets > 0).sum(axis=1).mean()),
-        }
+        return {"ece": expected_calibration_error(probabilities.max(axis=1), right)}

@@ -10,21 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
-from scipy.spatial.distance import cdist
-from scipy.special import logsumexp, softmax
 
 from nicheclip.evaluation.metrics import auroc
+from nicheclip.head import SCORES, Score
 
 PER_KIND = 100
 KINDS = ("noise", "texture", "flat colour", "page of text", "object", "crop of 4 %", "heavy blur")
 SHRINKAGE = 0.01  # of the covariance towards a round one: there may be fewer images than dimensions
 ACCEPTED = 0.95  # share of in-domain images that the threshold lets pass
-Score = Literal["confidence", "energy", "prompt_cosine", "mahalanobis"]
-SCORES: tuple[Score, ...] = ("confidence", "energy", "prompt_cosine", "mahalanobis")
 WORDS = "the of and in to a for is on that by with as was at from are an be it which this or its not stone new".split()
 
 
@@ -145,33 +141,6 @@ def fit_class_means(image_embeds: np.ndarray, labels: np.ndarray) -> dict[str, n
     return {
         "whitening": whitening.astype(np.float32),
         "means": (means @ whitening).astype(np.float32),
-    }
-
-
-def domain_scores(
-    image_embeds: np.ndarray,
-    logits: np.ndarray,
-    logit_scale: float,
-    class_means: dict[str, np.ndarray],
-) -> dict[Score, np.ndarray]:
-    """How much a picture looks like one of the domain, higher is more: (N,) by each of `SCORES`.
-
-    The energy is Liu et al.'s (2020, arXiv:2010.03759), of the calibrated logits; the distance has
-    a minus before it.
-
-    Args:
-        image_embeds: (N, D) unit length.
-        logits: (N, C) calibrated.
-        logit_scale: that divides them into cosines.
-        class_means: as `fit_class_means` gives it.
-    """
-    return {
-        "confidence": softmax(logits, axis=1).max(axis=1),
-        "energy": logsumexp(logits, axis=1),
-        "prompt_cosine": logits.max(axis=1) / logit_scale,
-        "mahalanobis": -cdist(image_embeds @ class_means["whitening"], class_means["means"]).min(
-            axis=1
-        ),
     }
 
 

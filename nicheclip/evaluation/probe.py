@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
+from datasets import Dataset
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
-from nicheclip.evaluation.calibration import nll
+from nicheclip.domain import Domain
+from nicheclip.evaluation.calibration import fit, nll
 from nicheclip.evaluation.metrics import correct
+from nicheclip.evaluation.predictions import Predictions
 
 STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1000.0)
 
@@ -57,3 +60,15 @@ def fit_probe(
                 (correct(logits, validation[1]).mean(), -nll(logits, validation[1]), probe)
             )
     return max(tried, key=lambda entry: entry[:2])[2]
+
+
+def run_probe(
+    embeds: dict[str, np.ndarray], splits: dict[str, Dataset], domain: Domain
+) -> Predictions:
+    """A probe on the base's image_embeds of each split, calibrated and run as the others are."""
+    labels = {name: np.array(rows["label"]) for name, rows in splits.items()}
+    train, validation = ((embeds[name], labels[name]) for name in ("train", "validation"))
+    probe = fit_probe(train, validation, len(domain.classes))
+    logits, groups = probe.logits(embeds["calibration"]), splits["calibration"]["group_id"]
+    fitted = fit(logits, labels["calibration"], np.array(groups), domain, reference=True)
+    return Predictions(probe.logits(embeds["test"]) / fitted.temperature.value, fitted)

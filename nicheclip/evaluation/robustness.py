@@ -1,29 +1,29 @@
-"""What mild changes of a picture do to the answer."""
+"""What mild changes of a picture do, what other prompts say, and what fine-tuning forgets."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
+from transformers import CLIPModel, CLIPProcessor
+
+from nicheclip.clip import encode_images, encode_texts, zero_shot_logits
+from nicheclip.evaluation.intervals import Measure, proportion
+from nicheclip.evaluation.metrics import correct
+from nicheclip.images import encode_jpeg
 
 CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
     "brighter by a fifth": lambda image: ImageEnhance.Brightness(image).enhance(1.2),
     "darker by a fifth": lambda image: ImageEnhance.Brightness(image).enhance(0.8),
     "less contrast": lambda image: ImageEnhance.Contrast(image).enhance(0.8),
     "slight blur": lambda image: image.filter(ImageFilter.GaussianBlur(min(image.size) / 200)),
-    "JPEG of quality 50": lambda image: _as_jpeg(image, 50),
+    "JPEG of quality 50": lambda image: Image.open(io.BytesIO(encode_jpeg(image, 50))),
     "turned by 5°": lambda image: image.rotate(
         5, Image.Resampling.BICUBIC, fillcolor=_mean_colour(image)
     ),
 }
-
-
-def _as_jpeg(image: Image.Image, quality: int) -> Image.Image:
-    encoded = io.BytesIO()
-    image.save(encoded, "JPEG", quality=quality)
-    return Image.open(encoded).convert("RGB")
 
 
 def _mean_colour(image: Image.Image) -> tuple[int, ...]:
@@ -31,7 +31,7 @@ def _mean_colour(image: Image.Image) -> tuple[int, ...]:
 
 
 def prompt_answers(similarity: np.ndarray, prompt_classes: np.ndarray) -> np.ndarray:
-    """What the classifier answers with the first prompt of each class, with the second, and so on.
+    """What the classifier answers with the first prompt of each class, the second, and so on.
 
     Classes that have fewer prompts keep their last.
 
@@ -43,11 +43,30 @@ def prompt_answers(similarity: np.ndarray, prompt_classes: np.ndarray) -> np.nda
         (N, K) classes, K the largest number of prompts of a class.
     """
     of_class = [np.flatnonzero(prompt_classes == c) for c in range(prompt_classes.max() + 1)]
-    most = max(map(len, of_class))
-    return np.stack(
-        [
-            similarity[:, [own[min(turn, len(own) - 1)] for own in of_class]].argmax(axis=1)
-            for turn in range(most)
-        ],
-        axis=1,
+    answers = []
+    for turn in range(max(map(len, of_class))):
+        prompts = [own[min(turn, len(own) - 1)] for own in of_class]
+        answers.append(similarity[:, prompts].argmax(axis=1))
+    return np.stack(answers, axis=1)
+
+
+def retention_accuracy(
+    model: CLIPModel,
+    processor: CLIPProcessor,
+    images: Iterable[Image.Image],
+    labels: np.ndarray,
+    canonical_prompts: list[str],
+    progress: bool = True,
+) -> Measure:
+    """The accuracy on the retention task, which fine-tuning should not forget.
+
+    Args:
+        images: those of the task, see `nicheclip.run.load_retention`.
+        labels: (N,) int, their class.
+        canonical_prompts: one of each class (C,).
+    """
+    embeds = encode_images(
+        model, processor, images, len(labels), description="retention", progress=progress
     )
+    logits = zero_shot_logits(model, embeds, encode_texts(model, processor, canonical_prompts))
+    return proportion(correct(logits, labels), np.arange(len(labels)), "retention")

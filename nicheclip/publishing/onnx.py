@@ -20,6 +20,7 @@ from transformers import CLIPModel
 from nicheclip.classifier import ONNX_FILES, NicheClassifier, VisualTower
 from nicheclip.evaluation.metrics import expected_calibration_error
 from nicheclip.files import write_json
+from nicheclip.head import softmax
 from nicheclip.run import load_prepared
 
 MAX_IMAGES = 500  # of the calibration split, on which ONNX is compared with torch
@@ -58,8 +59,7 @@ def add_onnx(run: Path, folder: Path) -> dict[str, Any]:
             rows[start : start + BATCH_SIZE]["image"] for start in range(0, len(rows), BATCH_SIZE)
         )
         embeds[name] = torch.cat([classifier.image_embeds(images) for images in batches])  # (N, D)
-        logits = classifier.logit_scale * embeds[name] @ classifier.prototypes.T
-        probabilities = logits.softmax(dim=-1).numpy()
+        probabilities = softmax(classifier.head.logits(embeds[name].numpy()))
         right = probabilities.argmax(axis=1) == labels
         report[name] = {
             "accuracy": float(right.mean()),

@@ -23,7 +23,7 @@ from nicheclip.clip import encode_images, encode_texts, load_clip, zero_shot_log
 from nicheclip.evaluation.calibration import nll
 from nicheclip.evaluation.intervals import Measure, proportion
 from nicheclip.evaluation.metrics import correct
-from nicheclip.evaluation.retention import retention_accuracy
+from nicheclip.evaluation.robustness import retention_accuracy
 
 ALPHAS = tuple(step / 10 for step in range(11))
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,8 +20,9 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from data_prep.sources.painter import draw
 from data_prep.sources.rows import read_options
+from domains.facades.painter import draw
+from nicheclip.domain import Domain
 from nicheclip.files import read_json, replaced_folder, write_json
 
 ATTRIBUTION = "drawn by NicheCLIP, CC0"
@@ -53,22 +53,22 @@ class Drawing(NamedTuple):
     fault: str | None = None  # unreadable or near_duplicate
 
 
-def paint_facades(folder: str | Path, clusters: list[list[str]], seed: int, **options: Any) -> Path:
-    """Paints the class folders `folder`/<split>/<style>/*.jpg with their metadata.jsonl and truth.json, unless done.
+def write_images(folder: Path, domain: Domain, seed: int, **options: Any) -> Path:
+    """Paints `folder`/<split>/<style>/*.jpg with metadata.jsonl and truth.json, unless it is done.
 
     `truth.json` holds wrong_labels {source_id: true style}, near_duplicates {source_id: source_id
-    of the original} and unreadable [source_id].
+    of the original} and unreadable [source_id]; `python -m domains.facades.score RUN` reads it.
 
     Args:
-        clusters: the styles by cluster; two of three wrong labels stay inside their cluster, as
-            people's errors do.
+        domain: its clusters hold the styles; two of three wrong labels stay inside their cluster,
+            as people's errors do.
         options: the fields of `FacadeOptions`.
 
     Raises:
         ValueError: for an option that does not exist, or if `folder` holds something else.
     """
-    folder = Path(folder)
     chosen = read_options(FacadeOptions, options, "the façade painter")
+    clusters = list(domain.clusters.values())
     order = {"seed": seed, "clusters": clusters, "attribution": ATTRIBUTION, **asdict(chosen)}
     truth_file = folder / "truth.json"
     if truth_file.is_file() and read_json(truth_file, "")["order"] == order:
@@ -78,78 +78,17 @@ def paint_facades(folder: str | Path, clusters: list[list[str]], seed: int, **op
             f"'{folder}' was not painted here and would be overwritten; choose another --run"
         )
     drawings, truth = _plan(clusters, chosen, np.random.default_rng(seed))
-    with (
-        replaced_folder(folder) as unfinished,
-        ProcessPoolExecutor(max_workers=os.cpu_count()) as pool,
-    ):
+    with replaced_folder(folder) as unfinished, ProcessPoolExecutor(os.cpu_count()) as pool:
         for parent in {(unfinished / drawing.name).parent for drawing in drawings}:
             parent.mkdir(parents=True)
-        painted = pool.map(
-            partial(_paint_file, unfinished, seed, chosen.size), drawings, chunksize=16
-        )
+        painting = partial(_paint_file, unfinished, seed, chosen.size)
+        painted = pool.map(painting, drawings, chunksize=16)
         for _ in tqdm(painted, total=len(drawings), desc="painting façades", unit="img"):
             pass
-        lines = (
-            json.dumps({"file_name": drawing.name, "attribution": ATTRIBUTION})
-            for drawing in drawings
-        )
+        lines = [json.dumps({"file_name": d.name, "attribution": ATTRIBUTION}) for d in drawings]
         (unfinished / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         write_json(unfinished / "truth.json", {"order": order, **truth})
     return folder
-
-
-def planted_faults(location: str | Path) -> dict[str, Any] | None:
-    """truth.json, if the images are the painter's own."""
-    path = Path(location) / "truth.json"
-    return read_json(path, "") if path.is_file() else None
-
-
-def found_faults(
-    truth: dict[str, Any], report: dict[str, Any], group_of: dict[str, str]
-) -> dict[str, Any]:
-    """How many of the painter's faults data_prep has found, and how often it was wrong.
-
-    Args:
-        truth: truth.json. A leak is a train copy of a held-out drawing.
-        report: report.json, of which quarantined and suspects count.
-        group_of: the group of each readable image.
-
-    Returns:
-        for each fault how many were `planted` among the images that could show it, `found`, and
-        found `falsely`.
-    """
-    reasons = {entry["source_id"]: entry["reason"].split(":")[0] for entry in report["quarantined"]}
-    suspected = {entry["source_id"] for entry in report["suspects"]}
-    wrong = set(truth["wrong_labels"]) - set(reasons)
-    originals = {
-        copy: original
-        for copy, original in truth["near_duplicates"].items()
-        if {copy, original} <= set(group_of)
-    }
-    members = defaultdict(set)
-    for source_id, group in group_of.items():
-        members[group].add(originals.get(source_id, source_id))
-    leaks = {copy for copy, original in originals.items() if not original.startswith("train/")}
-    unreadable, named = (
-        set(truth["unreadable"]),
-        {name for name, reason in reasons.items() if reason == "unreadable"},
-    )
-    return {
-        "wrong_labels": _score(wrong, suspected),
-        "near_duplicates": {
-            "planted": len(originals),
-            "found": sum(
-                group_of[copy] == group_of[original] for copy, original in originals.items()
-            ),
-            "falsely": sum(len(drawings) - 1 for drawings in members.values()),
-        },
-        "leaks": _score(leaks, {name for name, reason in reasons.items() if reason == "leak"}),
-        "unreadable": _score(unreadable, named),
-    }
-
-
-def _score(planted: set[str], named: set[str]) -> dict[str, int]:
-    return {"planted": len(planted), "found": len(planted & named), "falsely": len(named - planted)}
 
 
 def _plan(

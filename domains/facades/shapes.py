@@ -1,4 +1,4 @@
-"""A drawn task outside of the façades: which colour is the shape? The classes are colours.
+"""A retention task beside the façades: which colour is the shape? The classes are colours.
 
 Circles, triangles, squares and hexagons, in every colour alike, on grey ground. The base of the
 façades knows the names of colours, from walls, and those of shapes it has never read; so colours
@@ -7,14 +7,14 @@ are what it can forget.
 
 from __future__ import annotations
 
-import io
 import math
+from pathlib import Path
 
-import datasets
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data_prep.sources.rows import SOURCE_FEATURES
+from nicheclip.domain import Domain
+from nicheclip.files import replaced_folder
 
 COLOURS = {
     "red": (196, 56, 48), "pink": (236, 160, 176), "brown": (124, 82, 54), "yellow": (232, 198, 70),
@@ -27,41 +27,27 @@ GRAIN = 5.0  # standard deviation of the noise in each pixel
 SUPERSAMPLING = 3
 
 
-def draw_shapes(class_names: list[str], per_class: int, seed: int) -> datasets.Dataset:
-    """Draws `per_class` shapes of each colour, in memory; the same seed draws the same.
-
-    Args:
-        class_names: keys of `COLOURS`.
-
-    Returns:
-        rows as `data_prep.sources` describes them.
+def write_images(folder: Path, domain: Domain, seed: int) -> Path:
+    """Draws `folder`/<colour>/*.png for the retention task; the same seed draws the same.
 
     Raises:
-        ValueError: for a colour that does not exist.
+        ValueError: if a class of the task is no colour of `COLOURS`.
     """
-    unknown = sorted(set(class_names) - set(COLOURS))
-    if unknown:
+    task = domain.retention
+    assert task is not None  # it is what names this module
+    if unknown := sorted(set(task.classes) - set(COLOURS)):
         raise ValueError(
-            f"no shape is '{unknown[0]}'; the classes of outside are colours, and known are "
+            f"no shape is '{unknown[0]}'; the classes of retention are colours, and known are "
             f"{', '.join(COLOURS)}"
         )
-    rows = []
-    for colour in class_names:
-        for index in range(per_class):
-            rng = np.random.default_rng([seed, list(COLOURS).index(colour), index])
-            encoded = io.BytesIO()
-            _draw(COLOURS[colour], CORNERS[index % len(CORNERS)], rng).save(encoded, "PNG")
-            rows.append(
-                {
-                    "image": {"bytes": encoded.getvalue(), "path": None},
-                    "source_id": f"{colour}/{index:04d}.png",
-                    "version": "1",
-                    "class_name": colour,
-                    "split": None,
-                    "attribution": None,
-                }
-            )
-    return datasets.Dataset.from_list(rows, features=SOURCE_FEATURES)
+    with replaced_folder(folder) as unfinished:
+        for colour in task.classes:
+            (unfinished / colour).mkdir()
+            for index in range(task.images_per_class):
+                rng = np.random.default_rng([seed, list(COLOURS).index(colour), index])
+                picture = _draw(COLOURS[colour], CORNERS[index % len(CORNERS)], rng)
+                picture.save(unfinished / colour / f"{index:04d}.png")
+    return folder
 
 
 def _draw(colour: tuple[int, int, int], corners: int, rng: np.random.Generator) -> Image.Image:

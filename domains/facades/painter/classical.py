@@ -1,6 +1,6 @@
 """Greek revival, Georgian, Palladian: one symmetric front with an accent in the middle."""
 
-from data_prep.sources.painter.scene import Scene, box, mix, tone
+from domains.facades.painter.scene import Scene, box, mix, tone
 
 
 def _venetian_window(s: Scene, y: float, r: float, high: float) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from data_prep.sources.painter.scene import Colour, Points, Scene, box, mix, tone
+from domains.facades.painter.scene import Colour, Points, Scene, box, mix, tone
 
 # Half the outline of a curved gable, from its foot to its peak: shares of the way in and of the way
 # up.

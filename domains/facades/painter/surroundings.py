@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image, ImageFilter
 
-from data_prep.sources.painter.scene import (
+from domains.facades.painter.scene import (
     FOLIAGE,
     LAMPLIGHT,
     MARGIN,

@@ -1,6 +1,6 @@
 """International style, Chicago school, Art Deco: one tall block."""
 
-from data_prep.sources.painter.scene import Scene, box, mix, opening, tone
+from domains.facades.painter.scene import Scene, box, mix, opening, tone
 
 
 def _floors(

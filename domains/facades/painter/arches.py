@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.sources.painter.scene import Scene, box, opening, tone
+from domains.facades.painter.scene import Scene, box, opening, tone
 
 
 @dataclass(frozen=True)

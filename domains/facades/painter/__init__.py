@@ -1,6 +1,6 @@
 """Paints building façades: the pictures of the embedded default domain, with no download.
 
-    from data_prep.sources.painter import STYLES, draw
+    from domains.facades.painter import STYLES, draw
     draw("gothic", numpy.random.default_rng(0)).save("gothic.png")
 
 Twelve styles in four clusters. The styles of a cluster share their composition, and a style is a
@@ -18,12 +18,13 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
-from data_prep.sources.painter.arches import arches
-from data_prep.sources.painter.classical import classical
-from data_prep.sources.painter.gables import gables
-from data_prep.sources.painter.modern import modern
-from data_prep.sources.painter.scene import STYLES, Scene
-from data_prep.sources.painter.surroundings import (
+from domains.facades.painter.arches import arches
+from domains.facades.painter.classical import classical
+from domains.facades.painter.gables import gables
+from domains.facades.painter.modern import modern
+from domains.facades.painter.palette import STYLES
+from domains.facades.painter.scene import Scene
+from domains.facades.painter.surroundings import (
     backdrop,
     camera,
     develop,
@@ -35,21 +36,7 @@ from data_prep.sources.painter.surroundings import (
 
 __all__ = ["STYLES", "draw", "paint"]
 
-NUMBERS = (
-    "no",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-)
+NUMBERS = "no one two three four five six seven eight nine ten eleven twelve".split()
 COMPOSITIONS: dict[str, Callable[[Scene], None]] = {
     "gothic": partial(arches, shape="pointed", slender=0.33),
     "romanesque": partial(arches, shape="round", slender=0.44),

@@ -1,0 +1,84 @@
+"""python -m domains.facades.score RUN
+
+How many of the painter's planted faults data_prep has found in RUN, and how often it was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from nicheclip.evaluation.summary import format_table
+from nicheclip.files import read_json
+from nicheclip.run import load_prepared
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[1])
+    parser.add_argument("run", type=Path, help="a run directory of painted façades")
+    found = score(parser.parse_args().run)
+    columns = ["planted", "found", "falsely"]
+    print(format_table(["fault", *columns], [[n, *map(str, f.values())] for n, f in found.items()]))
+
+
+def score(run: Path) -> dict[str, dict[str, int]]:
+    """For each fault how many were `planted`, `found`, and found `falsely`.
+
+    Planted are those among the images that could show it. A leak is a train copy of a held-out
+    drawing. Near-duplicates are judged among what is kept or set aside, not what the filter drops.
+    """
+    remedy = f"run `python -m data_prep domains/facades/domain.yaml --run {run}` first"
+    truth = read_json(run / "images" / "truth.json", remedy)
+    report = read_json(run / "data" / "report.json", remedy)
+    kinds = {entry["source_id"]: entry["kind"] for entry in report["quarantined"]}
+    group_of = _groups(run, report)
+    originals = {
+        copy: original
+        for copy, original in truth["near_duplicates"].items()
+        if {copy, original} <= set(group_of)
+    }
+    drawings = defaultdict(set)
+    for source_id, group in group_of.items():
+        drawings[group].add(originals.get(source_id, source_id))
+    leaks = {copy for copy, original in originals.items() if not original.startswith("train/")}
+    suspects = {entry["source_id"] for entry in report["suspects"]}
+    return {
+        "wrong labels": _count(set(truth["wrong_labels"]) - set(kinds), suspects),
+        "near-duplicates": {
+            "planted": len(originals),
+            "found": sum(group_of[copy] == group_of[own] for copy, own in originals.items()),
+            "falsely": sum(len(members) - 1 for members in drawings.values()),
+        },
+        "leaks": _count(leaks, {name for name, kind in kinds.items() if kind == "leak"}),
+        "unreadable": _count(
+            set(truth["unreadable"]), {n for n, kind in kinds.items() if kind == "unreadable"}
+        ),
+    }
+
+
+def _groups(run: Path, report: dict[str, Any]) -> dict[str, str]:
+    """The near-duplicate group of each image that is kept, or set aside for another one."""
+    group_of: dict[str, str] = {}
+    for rows in load_prepared(run).values():
+        group_of |= zip(rows["source_id"][:], rows["group_id"][:], strict=True)
+    waiting = {e["source_id"]: e["other"] for e in report["quarantined"] if e["other"]}
+    for source_id, other in waiting.items():
+        while other not in group_of and other in waiting and waiting[other] != source_id:
+            other = waiting[other]
+        group_of[source_id] = group_of.get(other, source_id)
+    return group_of
+
+
+def _count(planted: set[str], named: set[str]) -> dict[str, int]:
+    return {
+        "planted": len(planted),
+        "found": len(planted & named),
+        "falsely": len(named - planted),
+    }
+
+
+if __name__ == "__main__":
+    main()
