@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from model_card.figures import CLUSTER_COLOURS, STYLE
-from nicheclip.evaluation.summary import format_table
+from nicheclip.evaluation.intervals import format_table
 
 # the article's: an epoch's samples, and the images that they are drawn from (4,545 - 485)
 VISITS, IMAGES = 7018, 4060

@@ -29,7 +29,7 @@ from data_prep.quality import out_of_fold_probabilities
 from data_prep.report import ENVIRONMENT
 from nicheclip.clip import encode_texts, load_clip, zero_shot_logits
 from nicheclip.domain import Domain
-from nicheclip.evaluation.summary import format_table
+from nicheclip.evaluation.intervals import format_table
 from nicheclip.files import quiet_datasets, read_json
 from nicheclip.publishing.pages import Thumbnails
 

@@ -3,8 +3,7 @@
     classifier = NicheClassifier.from_pretrained("you/your-model")
     print(classifier(["photo.jpg"])[0])
 
-Needs only torch, transformers, safetensors, huggingface_hub and Pillow; with an ONNX backend also
-onnxruntime.
+Needs torch, transformers, safetensors, huggingface_hub and Pillow; an ONNX backend onnxruntime.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from safetensors.numpy import load_file
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+from transformers import CLIPModel, CLIPProcessor
 
+from nicheclip.clip import encode_texts
 from nicheclip.head import SCORES, Head, prediction_sets, softmax
 from nicheclip.images import Photo, open_image
 
@@ -75,9 +76,8 @@ class Prediction:
     def __str__(self) -> str:
         if self.outside:
             return "outside my domain"
-        among = ""
-        if len(self.prediction_set) > 1:
-            among = f", one of: {', '.join(self.prediction_set)}"
+        several = len(self.prediction_set) > 1
+        among = f", one of: {', '.join(self.prediction_set)}" if several else ""
         return f"{self.label or 'not sure'} ({self.best} {self.confidence:.0%}{among})"
 
 
@@ -93,24 +93,6 @@ class VisualTower(torch.nn.Module):
         """(B, 3, S, S) -> (B, D)."""
         image_embeds = self.visual_projection(self.vision_model(pixel_values).pooler_output)
         return torch.nn.functional.normalize(image_embeds, dim=-1)
-
-
-class TextTower:
-    """The half that reads: texts, longer ones cut off -> unit-length text_embeds (M, D)."""
-
-    def __init__(self, model: CLIPModel, tokenizer):
-        self.model = model
-        self.tokenizer = tokenizer
-
-    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
-        """M texts -> (M, D)."""
-        length = self.model.text_model.config.max_position_embeddings
-        tokens = self.tokenizer(
-            list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt"
-        )
-        return torch.nn.functional.normalize(
-            self.model.get_text_features(**tokens).pooler_output, dim=-1
-        )
 
 
 class OnnxTower:
@@ -133,9 +115,7 @@ class OnnxTower:
             ) from error
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        self.session = onnxruntime.InferenceSession(
-            path, options, providers=["CPUExecutionProvider"]
-        )
+        self.session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
 
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) -> (B, D)."""
@@ -157,7 +137,7 @@ class NicheClassifier:
         head: Head,
         image_processor,
         settings: dict[str, Any],
-        text_tower: Callable[[Sequence[str]], torch.Tensor] | None = None,
+        text_tower: Callable[[list[str]], torch.Tensor] | None = None,
     ):
         self.tower = tower
         self.head = head
@@ -199,19 +179,15 @@ class NicheClassifier:
                 "(for another CLIP model, use transformers' zero-shot-image-classification "
                 "pipeline)"
             )
-        settings = read_settings(folder / SETTINGS_FILE)
+        settings = _read_settings(folder / SETTINGS_FILE)
         embeds = load_file(folder / PROTOTYPES_FILE)
-        head = Head(
-            embeds["prototypes"],
-            {name: embeds[name] for name in ("whitening", "means")},
-            settings["trained_logit_scale"],
-            settings["temperature"],
-        )
-        image_processor = AutoImageProcessor.from_pretrained(folder)
+        fitted = settings["trained_logit_scale"], settings["temperature"]
+        head = Head(embeds["prototypes"], embeds, *fitted)
+        processor = CLIPProcessor.from_pretrained(folder)
         if backend == "torch":
             model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
-            text_tower = TextTower(model, AutoTokenizer.from_pretrained(folder))
-            return cls(VisualTower(model), head, image_processor, settings, text_tower)
+            text_tower = partial(encode_texts, model, processor)
+            return cls(VisualTower(model), head, processor.image_processor, settings, text_tower)
         path = folder / ONNX_FILES[backend]
         if not path.is_file():
             raise FileNotFoundError(
@@ -219,7 +195,7 @@ class NicheClassifier:
                 "anew with `python -m model_card RUN --onnx` (it leaves INT8 out where that costs "
                 "too much: onnx/report.json)"
             )
-        return cls(OnnxTower(path), head, image_processor, settings)
+        return cls(OnnxTower(path), head, processor.image_processor, settings)
 
     @torch.inference_mode()
     def image_embeds(self, images: Sequence[Photo]) -> torch.Tensor:
@@ -232,7 +208,6 @@ class NicheClassifier:
         pictures = [open_image(image) for image in images]
         return self.tower(self.image_processor(pictures, return_tensors="pt")["pixel_values"])
 
-    @torch.inference_mode()
     def text_embeds(self, texts: Sequence[str]) -> torch.Tensor:
         """Unit-length text_embeds (M, D), to look for images by words.
 
@@ -243,17 +218,14 @@ class NicheClassifier:
             raise ValueError(
                 "an ONNX backend has no text tower; load the model with backend='torch'"
             )
-        return self.text_tower(texts)
+        return self.text_tower(list(texts))
 
     def probabilities(self, images: Sequence[Photo]) -> np.ndarray:
         """Calibrated probabilities (N, C), classes in the order of `class_names`."""
         return softmax(self.head.logits(self.image_embeds(images).numpy()))
 
     def __call__(self, images: Sequence[Photo]) -> list[Prediction]:
-        """Classifies a batch of images.
-
-        Args:
-            images: paths, PIL images, bytes of files, or uint8 arrays (H, W, 3) or (H, W).
+        """Classifies paths, PIL images, bytes of files, or uint8 arrays (H, W, 3) or (H, W).
 
         Raises:
             TypeError: if it is given one image instead of a list.
@@ -280,7 +252,7 @@ class NicheClassifier:
         return predictions
 
 
-def read_settings(path: Path) -> dict[str, Any]:
+def _read_settings(path: Path) -> dict[str, Any]:
     """nicheclip.json, if it is one that this version reads.
 
     Raises:
@@ -303,14 +275,11 @@ def read_settings(path: Path) -> dict[str, Any]:
         value = settings
         for part in name.split("."):
             value = value.get(part) if isinstance(value, dict) else None
-        expected = (int, float) if kind is float else kind
-        if not isinstance(value, expected) or isinstance(value, bool):
+        if not isinstance(value, kind):
             raise ValueError(
                 f"'{path}': {name} is {value!r}, expected a {kind.__name__}; fetch or build it anew"
             )
     if settings["ood"]["score"] not in SCORES:
-        raise ValueError(
-            f"'{path}': ood.score is '{settings['ood']['score']}', which is unknown; expected one "
-            f"of {', '.join(SCORES)}"
-        )
+        known = f"expected one of {', '.join(SCORES)}"
+        raise ValueError(f"'{path}': ood.score is '{settings['ood']['score']}'; {known}")
     return settings

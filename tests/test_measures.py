@@ -260,9 +260,7 @@ def test_prediction_sets_hold_the_label_as_often_as_stated(coverage):
         fitted = fit_conformal(probabilities[order[:1000]], labels[order[:1000]], coverage)
         rest = order[1000:]
         found.append(
-            prediction_sets(probabilities[rest], fitted.quantile)[
-                np.arange(len(rest)), labels[rest]
-            ].mean()
+            prediction_sets(probabilities[rest], fitted)[np.arange(len(rest)), labels[rest]].mean()
         )
     assert np.mean(found) == pytest.approx(coverage, abs=0.006)
 
@@ -270,12 +268,12 @@ def test_prediction_sets_hold_the_label_as_often_as_stated(coverage):
 def test_prediction_sets_are_never_empty_and_grow_with_doubt():
     probabilities = np.array([[0.97, 0.02, 0.01], [0.5, 0.45, 0.05], [0.4, 0.3, 0.3]])
     fitted = fit_conformal(np.tile(probabilities, (10, 1)), np.tile([0, 1, 1], 10), coverage=0.9)
-    sets = prediction_sets(probabilities, fitted.quantile)
+    sets = prediction_sets(probabilities, fitted)
     assert sets[:, 0].all()
     assert sets.sum(axis=1).tolist() == sorted(sets.sum(axis=1))
     # of three images none is the 90 % quantile
     few = fit_conformal(probabilities, np.array([0, 1, 1]), coverage=0.9)
-    assert prediction_sets(probabilities, few.quantile).all()
+    assert prediction_sets(probabilities, few).all()
 
 
 def test_abstention_answers_as_often_as_the_aim_allows():

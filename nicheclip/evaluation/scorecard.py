@@ -11,7 +11,14 @@ from scipy.special import log_softmax
 
 from nicheclip.domain import Domain
 from nicheclip.evaluation import metrics
-from nicheclip.evaluation.intervals import Measure, bootstrap, proportion
+from nicheclip.evaluation.intervals import (
+    METRIC_TITLES,
+    Measure,
+    Verdict,
+    bootstrap,
+    format_table,
+    proportion,
+)
 from nicheclip.evaluation.predictions import Outputs, Predictions
 from nicheclip.evaluation.robustness import prompt_answers
 
@@ -23,31 +30,27 @@ class Statistic:
     Args:
         compute: takes the indices of images (M,) int.
         groups: (N,) near-duplicate group of each image.
+        biased: as in `bootstrap`.
         values: (N,) of which it is the mean, NaN where an image is not judged.
         share: whether the values are hits, 0 or 1.
-        biased: as in `bootstrap`.
     """
 
     compute: Callable[[np.ndarray], float]
     groups: np.ndarray
-    split: str
+    split: str = "test"
+    biased: bool = False
     values: np.ndarray | None = None
     share: bool = False
-    biased: bool = False
 
     def measure(self) -> Measure:
         """The value on all images that are judged, with its interval."""
         if self.values is None:
             return bootstrap(self.compute, self.groups, self.split, self.biased)
-        judged = np.flatnonzero(np.isfinite(self.values))
+        judged = np.isfinite(self.values)
+        values, groups = self.values[judged], self.groups[judged]
         if self.share:
-            return proportion(self.values[judged] > 0, self.groups[judged], self.split)
-        return bootstrap(
-            lambda chosen: self.compute(judged[chosen]),
-            self.groups[judged],
-            self.split,
-            self.biased,
-        )
+            return proportion(values > 0, groups, self.split)
+        return bootstrap(lambda chosen: float(values[chosen].mean()), groups, self.split)
 
     def minus(self, other: Statistic) -> Measure:
         """The difference on the same images, with the interval of the paired difference."""
@@ -56,61 +59,57 @@ class Statistic:
         )
 
 
-def statistics(
-    answers: Predictions, labels: np.ndarray, groups: np.ndarray, domain: Domain
-) -> dict[str, Statistic]:
-    """Those that any classifier has.
+def mean(
+    values: np.ndarray, groups: np.ndarray, split: str = "test", share: bool = False
+) -> Statistic:
+    """The mean of values (N,); images where it is NaN are not judged."""
+    values = values.astype(float)
+    return Statistic(
+        lambda chosen: float(np.nanmean(values[chosen])), groups, split, False, values, share
+    )
 
-    Args:
-        labels: (N,) int, of the test images.
-        groups: (N,) their near-duplicate groups.
-    """
-    calibrated, count = answers.calibrated, len(domain.classes)
+
+def statistics(
+    found: Predictions, labels: np.ndarray, groups: np.ndarray, domain: Domain
+) -> dict[str, Statistic]:
+    """Those that any classifier has, of labels (N,) int and near-duplicate groups (N,) of test."""
+    calibrated, count = found.calibrated, len(domain.classes)
     predicted, confidence = calibrated.argmax(axis=1), calibrated.max(axis=1)
     right = predicted == labels
-    answered = confidence >= answers.fitted.abstention.threshold
+    answered = confidence >= found.fitted["abstention"]["threshold"]
     own = np.arange(len(labels)), labels
-    losses = -log_softmax(answers.logits, axis=1)[own]  # finite where p underflows
-    covered = answers.sets[own]
+    losses = -log_softmax(found.logits, axis=1)[own]  # finite where p underflows
+    covered = found.sets[own]
 
-    def of_classes(metric: Callable[..., float], biased: bool = False) -> Statistic:
-        def compute(chosen: np.ndarray) -> float:
-            return metric(predicted[chosen], labels[chosen], count)
+    def of(metric: Callable[..., float], *columns: np.ndarray, **options: Any) -> Statistic:
+        biased = options.pop("biased", False)
+        return Statistic(
+            lambda chosen: metric(*(column[chosen] for column in columns), **options),
+            groups,
+            biased=biased,
+        )
 
-        return Statistic(compute, groups, "test", biased=biased)
+    def share(hits: np.ndarray) -> Statistic:
+        return mean(hits, groups, share=True)
 
-    def ece(confidence: np.ndarray, equal_mass: bool = False) -> Statistic:
-        def compute(chosen: np.ndarray) -> float:
-            return metrics.expected_calibration_error(
-                confidence[chosen], right[chosen], equal_mass=equal_mass
-            )
-
-        return Statistic(compute, groups, "test", biased=True)
-
-    def worst_coverage(chosen: np.ndarray) -> float:
-        of_class = np.bincount(labels[chosen], minlength=count)
-        hits = np.bincount(labels[chosen], covered[chosen], count)
-        return float((hits[of_class > 0] / of_class[of_class > 0]).min())
-
+    ece, by_class = metrics.expected_calibration_error, {"num_classes": count}
     return {
-        "accuracy": mean(right, groups, share=True),
-        "balanced_accuracy": of_classes(metrics.balanced_accuracy),
-        "macro_f1": of_classes(metrics.macro_f1),
-        "worst_class_f1": of_classes(metrics.worst_f1, biased=True),
-        "top_3_accuracy": mean(metrics.top_k_correct(calibrated, labels, 3), groups, share=True),
-        "ece_before_calibration": ece(answers.raw.max(axis=1)),
-        "ece": ece(confidence),
-        "ece_equal_mass": ece(confidence, equal_mass=True),
+        "accuracy": share(right),
+        "balanced_accuracy": of(metrics.balanced_accuracy, predicted, labels, **by_class),
+        "macro_f1": of(metrics.macro_f1, predicted, labels, **by_class),
+        "worst_class_f1": of(metrics.worst_f1, predicted, labels, biased=True, **by_class),
+        "top_3_accuracy": share(metrics.top_k_correct(calibrated, labels, 3)),
+        "ece_before_calibration": of(ece, found.raw.max(axis=1), right, biased=True),
+        "ece": of(ece, confidence, right, biased=True),
+        "ece_equal_mass": of(ece, confidence, right, biased=True, equal_mass=True),
         "nll": mean(losses, groups),
         "brier": mean(metrics.brier(calibrated, labels), groups),
-        "aurc": Statistic(
-            lambda chosen: metrics.aurc(confidence[chosen], right[chosen]), groups, "test"
-        ),
-        "coverage": mean(answered, groups, share=True),
-        "selective_accuracy": mean(np.where(answered, right, np.nan), groups, share=True),
-        "conformal_coverage": mean(covered, groups, share=True),
-        "conformal_worst_class": Statistic(worst_coverage, groups, "test", biased=True),
-        "conformal_set_size": mean(answers.sets.sum(axis=1), groups),
+        "aurc": of(metrics.aurc, confidence, right),
+        "coverage": share(answered),
+        "selective_accuracy": share(np.where(answered, right, np.nan)),
+        "conformal_coverage": share(covered),
+        "conformal_worst_class": of(metrics.worst_share, covered, labels, biased=True),
+        "conformal_set_size": mean(found.sets.sum(axis=1), groups),
     }
 
 
@@ -130,37 +129,37 @@ def clip_statistics(
     score, threshold = outputs.ood.score, outputs.ood.threshold
     own = outputs.own_scores[score]
     outside = np.concatenate([scores[score] for scores in outputs.ood_scores.values()])
-    both, number = np.concatenate([own, outside]), len(own)
-    groups_of_both = np.concatenate(
-        [np.unique(groups, return_inverse=True)[1], number + np.arange(len(outside))]
-    )
+    alone = np.arange(len(outside))
+    both, is_own = np.concatenate([own, outside]), np.arange(len(own) + len(outside)) < len(own)
+    groups_of_both = np.append(np.unique(groups, return_inverse=True)[1], len(own) + alone)
 
-    def where(judged: np.ndarray, hits: np.ndarray) -> Statistic:
+    def share(hits: np.ndarray, judged: np.ndarray) -> Statistic:
         return mean(np.where(np.isfinite(judged), hits, np.nan), groups, share=True)
 
     def told_apart(metric: Callable[[np.ndarray, np.ndarray], float]) -> Statistic:
         def compute(chosen: np.ndarray) -> float:
-            return metric(both[chosen[chosen < number]], both[chosen[chosen >= number]])
+            mine = is_own[chosen]
+            return metric(both[chosen[mine]], both[chosen[~mine]])
 
         return Statistic(compute, groups_of_both, "test and OOD")
 
     found = statistics(outputs, labels, groups, domain) | {
-        "hard_negative_pass_rate": where(margin, margin > 0),
+        "hard_negative_pass_rate": share(margin > 0, margin),
         "hard_negative_margin": mean(margin, groups),
-        "semantic_recall_at_1": mean(rank <= 1, groups, share=True),
-        "semantic_recall_at_3": mean(rank <= 3, groups, share=True),
-        "semantic_recall_at_5": mean(rank <= 5, groups, share=True),
+        "semantic_recall_at_1": share(rank <= 1, rank),
+        "semantic_recall_at_3": share(rank <= 3, rank),
+        "semantic_recall_at_5": share(rank <= 5, rank),
         "semantic_mrr": mean(1 / rank, groups),
-        "image_recall_at_1": where(found_at, found_at <= 1),
-        "image_recall_at_5": where(found_at, found_at <= 5),
+        "image_recall_at_1": share(found_at <= 1, found_at),
+        "image_recall_at_5": share(found_at <= 5, found_at),
         "image_map": mean(precision, groups),
         "noise_confidence_p95": Statistic(
             lambda chosen: float(np.percentile(noise[chosen], 95)), np.arange(len(noise)), "noise"
         ),
         "ood_auroc": told_apart(metrics.auroc),
         "ood_fpr95": told_apart(metrics.fpr95),
-        "ood_accepted": mean(outside >= threshold, np.arange(len(outside)), "OOD", share=True),
-        "in_domain_accepted": mean(own >= threshold, groups, share=True),
+        "ood_accepted": mean(outside >= threshold, alone, "OOD", share=True),
+        "in_domain_accepted": share(own >= threshold, own),
         "same_answer": mean(np.mean(same, axis=0), groups),
         "embedding_stability": mean(np.mean(cosines, axis=0), groups),
         "prompt_consistency": mean(consistent, groups),
@@ -170,14 +169,6 @@ def clip_statistics(
         for name, each in found.items()
         if each.values is None or np.isfinite(each.values).any()
     }
-
-
-def mean(
-    values: np.ndarray, groups: np.ndarray, split: str = "test", share: bool = False
-) -> Statistic:
-    """The mean of values (N,); images where it is NaN are not judged."""
-    values = values.astype(float)
-    return Statistic(lambda chosen: float(np.nanmean(values[chosen])), groups, split, values, share)
 
 
 def compare(
@@ -195,52 +186,80 @@ def compare(
     }
 
 
-def perfect_ece(answers: Predictions) -> Measure:
+def perfect_ece(found: Predictions) -> Measure:
     """What the ECE would be by chance if the confidences were right: mean, range of 95 %."""
-    draws = metrics.ece_of_perfect(answers.calibrated.max(axis=1))
+    draws = metrics.ece_of_perfect(found.calibrated.max(axis=1))
     low, high = np.percentile(draws, [2.5, 97.5])
-    return Measure(float(draws.mean()), float(low), float(high), len(answers.logits), "test")
+    return Measure(float(draws.mean()), float(low), float(high), len(found.logits), "test")
 
 
-def class_table(
-    tuned: Outputs, base: Outputs, labels: np.ndarray, domain: Domain
-) -> dict[str, dict[str, float | None]]:
-    """Each class: test images, precision, recall, F1, the base's F1; None: nothing to judge."""
-    count = len(domain.classes)
-    precision, recall, f1 = metrics.class_scores(tuned.calibrated.argmax(axis=1), labels, count)
-    _, _, base_f1 = metrics.class_scores(base.calibrated.argmax(axis=1), labels, count)
-    columns = {"precision": precision, "recall": recall, "f1": f1, "base_f1": base_f1}
-    table: dict[str, dict[str, float | None]] = {}
+def tables(tuned: Outputs, base: Outputs, labels: np.ndarray, domain: Domain) -> dict[str, Any]:
+    """`classes`: what is known of each, None where there is nothing to judge.
+
+    `ood`: of each kind of picture, the confidence in it, and how well each score notices it.
+    `stability`: of each mild change, the cosine to the picture's own image_embeds, and how often
+    the answer stays.
+    """
+    classes: dict[str, Any] = {}
+    answers = (outputs.calibrated.argmax(axis=1) for outputs in (tuned, base))
+    own, of_base = (metrics.class_scores(each, labels, len(domain.classes)) for each in answers)
+    columns = dict(zip(("precision", "recall", "f1", "base_f1"), [*own, of_base[2]], strict=True))
     for index, name in enumerate(domain.class_names):
-        table[name] = {"n": int((labels == index).sum())}
+        classes[name] = {"n": int((labels == index).sum())}
         for title, column in columns.items():
-            table[name][title] = None if np.isnan(column[index]) else float(column[index])
-    return table
+            classes[name][title] = None if np.isnan(column[index]) else float(column[index])
 
-
-def ood_table(outputs: Outputs) -> dict[str, dict[str, Any]]:
-    """Each kind of OOD picture: the confidence in it, and how well each score notices it."""
-    chosen, table = outputs.ood.score, {}
-    for kind, scores in outputs.ood_scores.items():
-        table[kind] = {
-            "n": len(scores[chosen]),
+    kinds: dict[str, Any] = {}
+    for kind, scores in tuned.ood_scores.items():
+        accepted = scores[tuned.ood.score] >= tuned.ood.threshold
+        kinds[kind] = {
+            "n": len(accepted),
             "confidence_mean": float(scores["confidence"].mean()),
             "confidence_p95": float(np.percentile(scores["confidence"], 95)),
-            "accepted": float((scores[chosen] >= outputs.ood.threshold).mean()),
+            "accepted": float(accepted.mean()),
         }
-        for title, metric in (("auroc", metrics.auroc), ("fpr95", metrics.fpr95)):
-            for name, values in scores.items():
-                table[kind][f"{title}_{name}"] = metric(outputs.own_scores[name], values)
-    return table
+        for name, values in scores.items():
+            kinds[kind][f"auroc_{name}"] = metrics.auroc(tuned.own_scores[name], values)
+            kinds[kind][f"fpr95_{name}"] = metrics.fpr95(tuned.own_scores[name], values)
 
-
-def stability_table(outputs: Outputs) -> dict[str, dict[str, float]]:
-    """Each mild change: mean cosine to the picture's own embedding, how often the answer stays."""
-    return {
+    stability = {
         name: {
             "n": int(np.isfinite(same).sum()),
             "cosine": float(np.nanmean(cosine)),
             "same_answer": float(np.nanmean(same)),
         }
-        for name, (cosine, same) in outputs.changed.items()
+        for name, (cosine, same) in tuned.changed.items()
     }
+    return {"classes": classes, "ood": kinds, "stability": stability}
+
+
+def scorecard_text(measures: dict[str, Measure], gates: dict[str, Verdict]) -> str:
+    """All measures, those with a gate first, as calibrate.py shows them."""
+    rows = []
+    for name in [*gates, *(name for name in METRIC_TITLES if name in measures.keys() - gates)]:
+        found, gain = measures[name], measures[name].difference
+        others = [f"{each.value:.3f}" if each else "" for each in (found.base, found.probe)]
+        gained = f"{gain.value:+.3f}{' ?' if gain.low <= 0 <= gain.high else ''}" if gain else ""
+        row = [METRIC_TITLES[name], *others, str(found), gained, str(gates.get(name, ""))]
+        rows.append([*row, f"{found.n} {found.split}"])
+    header = ["metric", "base", "probe", "fine-tuned [95 % interval]", "gained", "gate", "n"]
+    return (
+        f"{format_table(header, rows)}\n"
+        "probe: logistic regression on the base's image_embeds; ?: the interval of the gain holds 0"
+    )
+
+
+def calibration_text(tuned: Outputs) -> str:
+    """Temperature, abstention and the OOD threshold in words."""
+    temperature, abstention = tuned.fitted["temperature_fit"], tuned.fitted["abstention"]
+    aim = "reached" if abstention["target_reached"] else "not reached, so the best at half coverage"
+    aurocs = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in tuned.ood.auroc.items()]
+    warning = f"warning: {temperature['warning']}\n" if temperature["warning"] else ""
+    return (
+        "\ntemperature {value:.3f} [{low:.3f}, {high:.3f}]; ".format(**temperature)
+        + f"below a confidence of {abstention['threshold']:.2f} the answer is 'not sure' (aim: "
+        f"{abstention['aim'].replace('_', ' ')} of {abstention['target']:.0%}, {aim} on "
+        f"calibration)\n{warning}"
+        f"outside of the domain: {tuned.ood.score.replace('_', ' ')} below "
+        f"{tuned.ood.threshold:.3f} (AUROC on calibration: {', '.join(aurocs)})"
+    )
