@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,87 +29,74 @@ class Statistic:
     """A number about images, and how to find its interval.
 
     Args:
-        compute: takes the indices of images (M,) int.
+        metric: of the columns' values.
+        columns: (N,) each; where the first is NaN, an image is not judged.
         groups: (N,) near-duplicate group of each image.
+        share: whether it is the mean of hits, 0 or 1.
         biased: as in `bootstrap`.
-        values: (N,) of which it is the mean, NaN where an image is not judged.
-        share: whether the values are hits, 0 or 1.
     """
 
-    compute: Callable[[np.ndarray], float]
+    metric: Callable[..., float]
+    columns: tuple[np.ndarray, ...]
     groups: np.ndarray
     split: str = "test"
-    biased: bool = False
-    values: np.ndarray | None = None
     share: bool = False
+    biased: bool = False
+
+    def __call__(self, chosen: np.ndarray) -> float:
+        """Of the images with these indices (M,) int."""
+        return float(self.metric(*(column[chosen] for column in self.columns)))
 
     def measure(self) -> Measure:
         """The value on all images that are judged, with its interval."""
-        if self.values is None:
-            return bootstrap(self.compute, self.groups, self.split, self.biased)
-        judged = np.isfinite(self.values)
-        values, groups = self.values[judged], self.groups[judged]
+        judged = np.flatnonzero(~np.isnan(self.columns[0]))
+        groups = self.groups[judged]
         if self.share:
-            return proportion(values > 0, groups, self.split)
-        return bootstrap(lambda chosen: float(values[chosen].mean()), groups, self.split)
+            return proportion(self.columns[0][judged] > 0, groups, self.split)
+        return bootstrap(lambda chosen: self(judged[chosen]), groups, self.split, self.biased)
 
     def minus(self, other: Statistic) -> Measure:
         """The difference on the same images, with the interval of the paired difference."""
-        return bootstrap(
-            lambda chosen: self.compute(chosen) - other.compute(chosen), self.groups, self.split
-        )
+        return bootstrap(lambda chosen: self(chosen) - other(chosen), self.groups, self.split)
 
 
 def mean(
     values: np.ndarray, groups: np.ndarray, split: str = "test", share: bool = False
 ) -> Statistic:
-    """The mean of values (N,); images where it is NaN are not judged."""
-    values = values.astype(float)
-    return Statistic(
-        lambda chosen: float(np.nanmean(values[chosen])), groups, split, False, values, share
-    )
+    """The mean of values (N,), those that are not NaN."""
+    return Statistic(np.nanmean, (values.astype(float),), groups, split, share)
 
 
 def statistics(
     found: Predictions, labels: np.ndarray, groups: np.ndarray, domain: Domain
 ) -> dict[str, Statistic]:
     """Those that any classifier has, of labels (N,) int and near-duplicate groups (N,) of test."""
-    calibrated, count = found.calibrated, len(domain.classes)
+    calibrated, own = found.calibrated, (np.arange(len(labels)), labels)
     predicted, confidence = calibrated.argmax(axis=1), calibrated.max(axis=1)
-    right = predicted == labels
+    right, covered = predicted == labels, found.sets[own]
     answered = confidence >= found.fitted["abstention"]["threshold"]
-    own = np.arange(len(labels)), labels
     losses = -log_softmax(found.logits, axis=1)[own]  # finite where p underflows
-    covered = found.sets[own]
-
-    def of(metric: Callable[..., float], *columns: np.ndarray, **options: Any) -> Statistic:
-        biased = options.pop("biased", False)
-        return Statistic(
-            lambda chosen: metric(*(column[chosen] for column in columns), **options),
-            groups,
-            biased=biased,
-        )
-
-    def share(hits: np.ndarray) -> Statistic:
-        return mean(hits, groups, share=True)
-
-    ece, by_class = metrics.expected_calibration_error, {"num_classes": count}
+    by_class = partial(metrics.class_scores, num_classes=len(domain.classes))
+    ece, answers = metrics.expected_calibration_error, (predicted, labels)
+    share = partial(mean, groups=groups, share=True)
+    plain = partial(Statistic, groups=groups)
+    biased = partial(Statistic, groups=groups, biased=True)
     return {
         "accuracy": share(right),
-        "balanced_accuracy": of(metrics.balanced_accuracy, predicted, labels, **by_class),
-        "macro_f1": of(metrics.macro_f1, predicted, labels, **by_class),
-        "worst_class_f1": of(metrics.worst_f1, predicted, labels, biased=True, **by_class),
+        "balanced_accuracy": plain(lambda *of: np.nanmean(by_class(*of)[1]), answers),
+        "macro_f1": plain(lambda *of: np.nanmean(by_class(*of)[2]), answers),
+        "worst_class_f1": biased(lambda *of: np.nanmin(by_class(*of)[2]), answers),
         "top_3_accuracy": share(metrics.top_k_correct(calibrated, labels, 3)),
-        "ece_before_calibration": of(ece, found.raw.max(axis=1), right, biased=True),
-        "ece": of(ece, confidence, right, biased=True),
-        "ece_equal_mass": of(ece, confidence, right, biased=True, equal_mass=True),
+        "ece_before_calibration": biased(ece, (found.raw.max(axis=1), right)),
+        "ece": biased(ece, (confidence, right)),
+        "ece_equal_mass": biased(partial(ece, equal_mass=True), (confidence, right)),
         "nll": mean(losses, groups),
         "brier": mean(metrics.brier(calibrated, labels), groups),
-        "aurc": of(metrics.aurc, confidence, right),
+        "aurc": plain(metrics.aurc, (confidence, right)),
         "coverage": share(answered),
         "selective_accuracy": share(np.where(answered, right, np.nan)),
         "conformal_coverage": share(covered),
-        "conformal_worst_class": of(metrics.worst_share, covered, labels, biased=True),
+        "conformal_worst_class": biased(metrics.worst_share, (covered, labels)),
         "conformal_set_size": mean(found.sets.sum(axis=1), groups),
     }
 
@@ -130,18 +118,19 @@ def clip_statistics(
     own = outputs.own_scores[score]
     outside = np.concatenate([scores[score] for scores in outputs.ood_scores.values()])
     alone = np.arange(len(outside))
-    both, is_own = np.concatenate([own, outside]), np.arange(len(own) + len(outside)) < len(own)
+    both = np.append(own, outside), np.repeat([True, False], [len(own), len(outside)])
     groups_of_both = np.append(np.unique(groups, return_inverse=True)[1], len(own) + alone)
 
-    def share(hits: np.ndarray, judged: np.ndarray) -> Statistic:
-        return mean(np.where(np.isfinite(judged), hits, np.nan), groups, share=True)
+    def share(hits: np.ndarray, of: np.ndarray) -> Statistic:
+        return mean(np.where(np.isnan(of), np.nan, hits), groups, share=True)
 
     def told_apart(metric: Callable[[np.ndarray, np.ndarray], float]) -> Statistic:
-        def compute(chosen: np.ndarray) -> float:
-            mine = is_own[chosen]
-            return metric(both[chosen[mine]], both[chosen[~mine]])
-
-        return Statistic(compute, groups_of_both, "test and OOD")
+        return Statistic(
+            lambda scores, is_own: metric(scores[is_own], scores[~is_own]),
+            both,
+            groups_of_both,
+            "test and OOD",
+        )
 
     found = statistics(outputs, labels, groups, domain) | {
         "hard_negative_pass_rate": share(margin > 0, margin),
@@ -154,7 +143,7 @@ def clip_statistics(
         "image_recall_at_5": share(found_at <= 5, found_at),
         "image_map": mean(precision, groups),
         "noise_confidence_p95": Statistic(
-            lambda chosen: float(np.percentile(noise[chosen], 95)), np.arange(len(noise)), "noise"
+            partial(np.percentile, q=95), (noise,), np.arange(len(noise)), "noise"
         ),
         "ood_auroc": told_apart(metrics.auroc),
         "ood_fpr95": told_apart(metrics.fpr95),
@@ -164,11 +153,8 @@ def clip_statistics(
         "embedding_stability": mean(np.mean(cosines, axis=0), groups),
         "prompt_consistency": mean(consistent, groups),
     }
-    return {
-        name: each
-        for name, each in found.items()
-        if each.values is None or np.isfinite(each.values).any()
-    }
+    # What no image can be judged by is left out.
+    return {name: each for name, each in found.items() if not np.isnan(each.columns[0]).all()}
 
 
 def compare(
