@@ -57,12 +57,7 @@ def calibrate(run: Path) -> None:
     base = fit_and_run(*load_clip(domain.base), domain, splits, "base", reference=True)
     probe = run_probe(base.embeds, splits, domain)
 
-    measures = scorecard.compare(
-        scorecard.clip_statistics(tuned, labels, groups, domain),
-        scorecard.clip_statistics(base, labels, groups, domain),
-        scorecard.statistics(probe, labels, groups, domain),
-    )
-    measures["ece_of_perfect"] = scorecard.perfect_ece(tuned)
+    measures = scorecard.compare(tuned, base, probe, labels, groups, domain)
     gates: dict[str, Verdict] = {
         name: judge_gate(name, measures[name], target) for name, target in domain.gates.items()
     }

@@ -45,12 +45,9 @@ ONNX_FILES = {"onnx": "onnx/vision_model.onnx", "onnx-int8": "onnx/vision_model_
 class Prediction:
     """What the model says about one image.
 
-    Attributes:
-        probabilities: of the classes, calibrated, falling.
-        prediction_set: the classes that hold the right one as often as the model card says, the
-            most probable first.
-        outside: whether the image looks like none of the domain.
-        threshold: below this confidence the answer is "not sure".
+    The `probabilities` are calibrated and fall; the `prediction_set` holds the right class as often
+    as the model card says, the most probable first; an image that is `outside` looks like none of
+    the domain; below a confidence of `threshold` the answer is "not sure".
     """
 
     probabilities: dict[str, float]
@@ -154,8 +151,7 @@ class NicheClassifier:
         """Loads a folder made by `python -m model_card`, or a repository of the Hub.
 
         Args:
-            backend: what runs the visual tower: "torch", "onnx", or "onnx-int8" (smaller, faster,
-                nearly the same).
+            backend: of the visual tower: "torch", "onnx", or "onnx-int8" (faster, nearly the same).
 
         Raises:
             FileNotFoundError: if it is a CLIP model, but not one of NicheCLIP's; or if it has no
@@ -199,12 +195,7 @@ class NicheClassifier:
 
     @torch.inference_mode()
     def image_embeds(self, images: Sequence[Photo]) -> torch.Tensor:
-        """Unit-length image_embeds (N, D), of the same kinds of images as `__call__` takes.
-
-        Raises:
-            OSError: naming the image that can't be read.
-            ValueError: for an address.
-        """
+        """Unit-length image_embeds (N, D) of what `open_image` takes, and refuses, as an image."""
         pictures = [open_image(image) for image in images]
         return self.tower(self.image_processor(pictures, return_tensors="pt")["pixel_values"])
 
@@ -215,9 +206,7 @@ class NicheClassifier:
             ValueError: of an ONNX backend, which has the visual tower only.
         """
         if self.text_tower is None:
-            raise ValueError(
-                "an ONNX backend has no text tower; load the model with backend='torch'"
-            )
+            raise ValueError("ONNX has no text tower; load the model with backend='torch'")
         return self.text_tower(list(texts))
 
     def probabilities(self, images: Sequence[Photo]) -> np.ndarray:

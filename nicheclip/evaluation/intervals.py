@@ -56,12 +56,10 @@ LOWER_IS_BETTER = frozenset(
 
 @dataclass(frozen=True)
 class Measure:
-    """One metric on one split.
+    """One metric on one split, over `n` images, with its 95 % interval.
 
-    `low` and `high` bound the 95 % interval, `n` counts what was averaged over. `base` is the same
-    metric of the base model's zero-shot classifier on the same images, `probe` that of a linear
-    probe on the base's image_embeds, and `difference` the metric minus the base's, with the
-    interval of the paired difference.
+    `base` and `probe` are the base's zero-shot classifier and a linear probe on its image_embeds,
+    on the same images; `difference` is that to the base, paired.
     """
 
     value: float

@@ -53,16 +53,6 @@ def macro_f1(predicted: np.ndarray, labels: np.ndarray, num_classes: int) -> flo
     return float(np.nanmean(class_scores(predicted, labels, num_classes)[2]))
 
 
-def worst_f1(predicted: np.ndarray, labels: np.ndarray, num_classes: int) -> float:
-    """The F1 of the class that has the lowest."""
-    return float(np.nanmin(class_scores(predicted, labels, num_classes)[2]))
-
-
-def balanced_accuracy(predicted: np.ndarray, labels: np.ndarray, num_classes: int) -> float:
-    """Unweighted mean of the classes' recall, over classes that occur."""
-    return float(np.nanmean(class_scores(predicted, labels, num_classes)[1]))
-
-
 def worst_share(hits: np.ndarray, labels: np.ndarray) -> float:
     """The share of hits (N,) bool in the class where it is lowest."""
     counts = np.bincount(labels)

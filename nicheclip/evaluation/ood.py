@@ -1,8 +1,6 @@
 """Pictures that a model should not answer, and how it notices them.
 
-What a real index meets: noise, textures, flat colours, pages of text, other objects, and pictures
-of the domain of which hardly anything is left. All are drawn here, so that they cost no download
-and are always the same.
+They are drawn here, so that they cost no download and are always the same.
 """
 
 from __future__ import annotations
@@ -20,10 +18,8 @@ PER_KIND = 100
 KINDS = ("noise", "texture", "flat colour", "page of text", "object", "crop of 4 %", "heavy blur")
 SHRINKAGE = 0.01  # of the covariance towards a round one: there may be fewer images than dimensions
 ACCEPTED = 0.95  # share of in-domain images that the threshold lets pass
-WORDS = (
-    "the of and in to a for is on that by with as was at from are an be it which this or its not "
-    "stone new"
-).split()
+WORDS = "the of and in to a for is on that by with as was at from are an be it which this".split()
+WORDS += ["or", "its", "not", "stone", "new"]
 
 
 def ood_pictures(

@@ -158,25 +158,33 @@ def clip_statistics(
 
 
 def compare(
-    tuned: dict[str, Statistic], base: dict[str, Statistic], probe: dict[str, Statistic]
+    tuned: Outputs,
+    base: Outputs,
+    probe: Predictions,
+    labels: np.ndarray,
+    groups: np.ndarray,
+    domain: Domain,
 ) -> dict[str, Measure]:
-    """Each measure of the fine-tuned model, with the base's, the probe's, and what it gained."""
-    return {
-        name: replace(
+    """Each measure of the fine-tuned model, with the base's, the probe's, and what it gained.
+
+    `ece_of_perfect` is what the ECE would be by chance if the confidences were right: its mean, and
+    the range of 95 % of draws.
+    """
+    statistics_of_base = clip_statistics(base, labels, groups, domain)
+    statistics_of_probe = statistics(probe, labels, groups, domain)
+    measures = {}
+    for name, statistic in clip_statistics(tuned, labels, groups, domain).items():
+        of_base, of_probe = statistics_of_base.get(name), statistics_of_probe.get(name)
+        measures[name] = replace(
             statistic.measure(),
-            base=base[name].measure() if name in base else None,
-            probe=probe[name].measure() if name in probe else None,
-            difference=statistic.minus(base[name]) if name in base else None,
+            base=of_base and of_base.measure(),
+            probe=of_probe and of_probe.measure(),
+            difference=of_base and statistic.minus(of_base),
         )
-        for name, statistic in tuned.items()
-    }
-
-
-def perfect_ece(found: Predictions) -> Measure:
-    """What the ECE would be by chance if the confidences were right: mean, range of 95 %."""
-    draws = metrics.ece_of_perfect(found.calibrated.max(axis=1))
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return Measure(float(draws.mean()), float(low), float(high), len(found.logits), "test")
+    draws = metrics.ece_of_perfect(tuned.calibrated.max(axis=1))
+    low, high = np.percentile(draws, [2.5, 97.5]).tolist()
+    measures["ece_of_perfect"] = Measure(float(draws.mean()), low, high, len(labels), "test")
+    return measures
 
 
 def tables(tuned: Outputs, base: Outputs, labels: np.ndarray, domain: Domain) -> dict[str, Any]:
