@@ -177,9 +177,9 @@ def compare(
         of_base, of_probe = statistics_of_base.get(name), statistics_of_probe.get(name)
         measures[name] = replace(
             statistic.measure(),
-            base=of_base and of_base.measure(),
-            probe=of_probe and of_probe.measure(),
-            difference=of_base and statistic.minus(of_base),
+            base=of_base.measure() if of_base else None,
+            probe=of_probe.measure() if of_probe else None,
+            difference=statistic.minus(of_base) if of_base else None,
         )
     draws = metrics.ece_of_perfect(tuned.calibrated.max(axis=1))
     low, high = np.percentile(draws, [2.5, 97.5]).tolist()
