@@ -243,7 +243,7 @@ def test_where_hardly_anything_is_wrong_the_temperature_comes_with_a_warning():
     assert "all 40 calibration images are right" in perfect.warning
     labels[:3] = (labels[:3] + 1) % 4
     assert "3 errors among 40 images" in calibrate_temperature(logits, labels, groups).warning
-    with pytest.raises(ValueError, match="all 40 are wrong"):
+    with pytest.raises(ValueError, match="all 40 calibration images are wrong"):
         calibrate_temperature(
             logits, (labels + 1) % 4 if (labels[3:] == 0).any() else labels, groups
         )

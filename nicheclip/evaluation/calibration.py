@@ -37,11 +37,9 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """
     right = logits.argmax(axis=1) == labels
     if right.all() or not right.any():  # both, if there are none
-        state = f"all {len(labels)} are {'right' if right.all() else 'wrong'}"
-        raise ValueError(
-            "the calibration images can't identify a temperature: "
-            f"{state if len(labels) else 'there are none'}; {REMEDY}"
-        )
+        state = f"all {len(labels)} calibration images are {'right' if right.all() else 'wrong'}"
+        told = state if len(labels) else "there are no calibration images"
+        raise ValueError(f"the temperature can't be identified, since {told}; {REMEDY}")
     found = minimize_scalar(  # over log T, where the NLL has one minimum
         lambda log_t: nll(logits / np.exp(log_t), labels),
         bounds=np.log(TEMPERATURE_BOUNDS),
@@ -62,22 +60,31 @@ class Temperature:
 
 
 def calibrate_temperature(
-    logits: np.ndarray, labels: np.ndarray, groups: np.ndarray, resamples: int = 200
+    logits: np.ndarray,
+    labels: np.ndarray,
+    groups: np.ndarray,
+    resamples: int = 200,
+    reference: bool = False,
 ) -> Temperature:
     """`fit_temperature` with its interval, and a warning where it is needed.
 
     Where all images are right there is nothing to fit: T stays 1, with a warning.
 
+    Args:
+        reference: only measured beside another model: T stays 1 as well where all are wrong.
+
     Raises:
         ValueError: if there are no images, or all are wrong.
     """
-    wrong, n = logits.argmax(axis=1) != labels, len(labels)
-    if n and not wrong.any():
-        told = f"all {n} calibration images are right, so T stays 1; {REMEDY}"
-        return Temperature(1.0, 1.0, 1.0, told)
-    value, warning = fit_temperature(logits, labels), ""
+    wrong, warning = logits.argmax(axis=1) != labels, ""
+    try:
+        value = fit_temperature(logits, labels)
+    except ValueError as error:
+        if wrong.all() and not reference:
+            raise
+        return Temperature(1.0, 1.0, 1.0, f"T stays 1: {error}")
     if wrong.sum() < FEW_ERRORS:
-        errors = f"{wrong.sum()} errors among {n} images"
+        errors = f"{wrong.sum()} errors among {len(labels)} images"
         warning = f"T rests on {errors}, so it is hardly known; {REMEDY}"
     elif np.isclose(np.log(value), np.log(TEMPERATURE_BOUNDS), atol=1e-3).any():
         warning = f"T is {value:.3g}, at the end of what is searched: is this the model's data?"
@@ -161,18 +168,10 @@ def fit(
 ) -> dict[str, Any]:
     """What the calibration split decides, as calibration.json holds it, from uncalibrated logits.
 
-    Args:
-        reference: only measured beside another model: if all images are wrong, T stays 1.
-
     Raises:
-        ValueError: if all images are wrong.
+        ValueError: if all images are wrong, but for a `reference` (see `calibrate_temperature`).
     """
-    try:
-        temperature = calibrate_temperature(logits, labels, groups)
-    except ValueError as error:
-        if not reference:
-            raise
-        temperature = Temperature(1.0, 1.0, 1.0, str(error))
+    temperature = calibrate_temperature(logits, labels, groups, reference=reference)
     calibrated = logits / temperature.value
     probabilities = softmax(calibrated)
     aims = domain.selective_accuracy, domain.answered_share
