@@ -17,6 +17,7 @@ from scipy.special import softmax
 from transformers import CLIPModel, CLIPProcessor
 
 from data_prep import findings
+from data_prep.clusters import measure
 from data_prep.divide import Catalogue, Decisions, Division, divide
 from data_prep.duplicates import Fingerprints
 from data_prep.encode import encode_rows
@@ -66,6 +67,7 @@ class Report(TypedDict):
     least_likely_kept: list[Entry]
     near_duplicates: list[list[dict[str, str]]]
     alike_across_splits: list[Entry]
+    confusions: dict[str, Any]
 
 
 def prepare(
@@ -153,6 +155,7 @@ def prepare(
             least_likely_kept=least_likely,
             near_duplicates=findings.near_duplicates(splits, domain.class_names),
             alike_across_splits=alike,
+            confusions=measure(domain, catalogue, division, dropped, image_embeds, zero_shot, seed),
         )
         _save(splits, report, domain, run, catalogue, pictures)
         write_review(run / "review.csv", findings.suspicions(quarantined, suspects))

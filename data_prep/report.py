@@ -13,32 +13,31 @@ from typing import Any
 
 from PIL import Image
 
+from data_prep.clusters import agreement, proposal
+from data_prep.findings import SMALL_EXAM
 from data_prep.quality import threshold_of
 from nicheclip.domain import Domain, QualityFilter
 from nicheclip.evaluation.intervals import detectable_difference
 from nicheclip.publishing.pages import Thumbnails, environment
 
-SMALL_EXAM = 10  # test images of a class; with fewer, its own accuracy says next to nothing
 SHOWN = 60  # entries of a gallery
 
-# The kinds of reasons for the quarantine, those worth a look first: after which step of the funnel
-# they are missing, and what they mean. Other kinds count as lost on reading.
+# The kinds of what is set aside, those worth a look first: after which step of the funnel they are
+# missing, and what they mean.
 READING, COPIES, LEAKS = "readable, with a label", "unique, uncontradicted", "without leaks"
 KINDS = {
     "conflict": (COPIES, "The same picture under two labels: at least one of them is wrong."),
     "leak": (
         LEAKS,
-        "It is nearly the same as a held-out image, which would make that image too easy.",
+        "Nearly the same as an image of the split named here, which it would make too easy.",
     ),
     "exact duplicate": (COPIES, "The same file again, under the same label. It is used once."),
     "dropped by hand": (COPIES, "Someone wrote “drop” into review.csv."),
     "unreadable": (READING, "The file does not decode, or not to its end."),
     "too small": (READING, "Below smallest_side of the domain file."),
     "blank": (READING, "Every pixel has the same colour."),
-    "no class": (READING, "Beside the class folders, or without a label."),
+    "no class": (READING, "Beside the class folders, or labelled with none of the classes."),
 }
-
-ENVIRONMENT = environment(Path(__file__).parent)
 
 
 def write_report(
@@ -51,71 +50,58 @@ def write_report(
         picture: gives the stored image of a source_id; raises KeyError for an image that can't be
             read.
     """
-    thumbnails = Thumbnails(picture)
-    page = ENVIRONMENT.get_template("report.html.jinja").render(
+    aside, suspects = report["quarantined"], report["suspects"]
+    mistaken = Counter((entry["label"], entry["suspected_label"]) for entry in suspects)
+    proposed = proposal(domain, report["confusions"])
+    page = environment(Path(__file__).parent).get_template("report.html.jinja")
+    content = page.render(
         report=report,
         domain=domain,
-        thumbnails=thumbnails,
-        funnel=_funnel(report["counts"]),
-        kinds=_quarantine(report["quarantined"]),
-        confusions=_confusions(report["suspects"]),
+        thumbnails=Thumbnails(picture),
+        funnel=_funnel(report["counts"], Counter(entry["kind"] for entry in aside)),
+        aside={kind: _pairs(kind, aside) for kind in KINDS},
+        kinds=KINDS,
+        alike=[
+            [
+                {"source_id": source_id, "split": split, "cosine": pair["cosine"]}
+                for source_id, split in zip(pair["source_ids"], pair["splits"], strict=True)
+            ]
+            for pair in report["alike_across_splits"]
+        ],
+        mistaken=[(pair, number) for pair, number in mistaken.most_common(5) if number > 1],
+        proposed=proposed,
+        cluster_of={name: key for key, members in domain.clusters.items() for name in members},
+        agreement=agreement(domain, proposed),
         threshold=threshold_of(QualityFilter(**report["filter"])),
         detectable_difference=detectable_difference,
         small_exam=SMALL_EXAM,
-        shown=SHOWN,
+        most=SHOWN,
     )
-    path.write_text(page, encoding="utf-8", newline="\n")
+    path.write_text(content, encoding="utf-8", newline="\n")
 
 
-def _funnel(counts: dict[str, Any]) -> list[dict[str, Any]]:
-    """The steps from reading to the filter: how many images are left, and what was lost by kind."""
-    left = counts["read"]
-    steps = [{"title": "images read", "left": left, "lost": {}}]
-    for title in (READING, COPIES, LEAKS):
-        lost = {
-            kind: number
-            for kind, number in counts["quarantined"].items()
-            if KINDS.get(kind, (READING,))[0] == title
-        }
+def _funnel(counts: dict[str, Any], aside: Counter[str]) -> list[tuple]:
+    """The steps from reading to training: title, pieces of the bar, number of images, remark."""
+    left, kept, dropped = counts["read"], counts["kept"], counts["dropped_by_filter"]
+    steps: list[tuple] = [("images read", [("before", left)], left, "")]
+    for step in (READING, COPIES, LEAKS):
+        lost = {kind: number for kind, number in aside.items() if KINDS[kind][0] == step}
         left -= sum(lost.values())
-        steps.append({"title": title, "left": left, "lost": lost})
-    lost = {"suspected of a wrong label": counts["dropped_by_filter"]}
-    return [
-        *steps,
-        {"title": "kept after the filter", "left": left - sum(lost.values()), "lost": lost},
-    ]
+        remark = ", ".join(f"{number:,} {kind}" for kind, number in lost.items())
+        steps.append((step, [("before", left), ("lost", sum(lost.values()))], left, remark))
+    remark = f"{dropped:,} suspected of a wrong label"
+    steps.append(("kept", [*kept.items(), ("lost", dropped)], left - dropped, remark))
+    train, samples = kept["train"], counts["train_samples_per_epoch"]
+    remark = f"{samples / train:.1f} of each train image on average"
+    return [*steps, ("samples", [("train", train), ("again", samples - train)], samples, remark)]
 
 
-def _quarantine(quarantined: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The entries by kind of reason, two that name each other as one.
-
-    And how many of each kind are shown.
-    """
-    kinds: dict[str, dict] = {kind: {} for kind in KINDS}
-    for entry in quarantined:
-        kind, other = entry["kind"], entry["other"]
-        entry = entry | {"particulars": entry["detail"] or "", "other_label": None}
-        kinds.setdefault(kind, {}).setdefault(frozenset({entry["source_id"], other}), entry)
-    filled = sorted((kind for kind in kinds if kinds[kind]), key=lambda kind: len(kinds[kind]))
-    room, shown = SHOWN, {}
-    # the same for each; what small kinds leave over goes to the larger
-    for position, kind in enumerate(filled):
-        shown[kind] = min(len(kinds[kind]), room // (len(filled) - position))
-        room -= shown[kind]
-    meanings = {kind: meaning for kind, (_, meaning) in KINDS.items()}
-    return [
-        {
-            "name": kind,
-            "meaning": meanings.get(kind, ""),
-            "entries": list(kinds[kind].values()),
-            "shown": shown[kind],
-        }
-        for kind in kinds
-        if kinds[kind]
-    ]
-
-
-def _confusions(suspects: list[dict[str, Any]]) -> list[tuple[tuple[str, str], int]]:
-    """The pairs of label and suspected label that come up most, if they come up more than once."""
-    pairs = Counter((entry["label"], entry["suspected_label"]) for entry in suspects)
-    return [(pair, number) for pair, number in pairs.most_common(5) if number > 1]
+def _pairs(kind: str, aside: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Each entry of a kind with the other image that it names; two that name each other once."""
+    entries = {entry["source_id"]: entry for entry in aside}
+    pairs = {}
+    for entry in aside:
+        if entry["kind"] == kind:
+            named = [entry["source_id"], *([entry["other"]] if entry["other"] else [])]
+            pairs[frozenset(named)] = [entries.get(each, {"source_id": each}) for each in named]
+    return list(pairs.values())

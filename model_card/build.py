@@ -15,10 +15,11 @@ from nicheclip.classifier import NicheClassifier
 from nicheclip.domain import Domain
 from nicheclip.evaluation.intervals import METRIC_TITLES, Measure
 from nicheclip.files import read_json, replaced_folder
+from nicheclip.images import encode_jpeg, to_rgb
 from nicheclip.publishing.hub import save_published_model
 from nicheclip.publishing.image_index import INDEX_FILE, write_index
 from nicheclip.publishing.onnx import add_onnx
-from nicheclip.run import load_prepared, run_lock
+from nicheclip.run import load_prepared, read_report, run_lock
 
 TEMPLATE = Path(__file__).parent / "template.md"
 REPORTED = ("accuracy", "macro_f1", "ece")
@@ -46,11 +47,11 @@ def build(
         ImportError: if ONNX is wanted and not installed.
         ValueError: if there is no split of that name to index.
     """
-    scorecard = read_json(run / "scorecard.json", f"run `python calibrate.py {run}` first")
-    calibration = read_json(run / "calibration.json", f"run `python calibrate.py {run}` first")
+    remedy = f"run `python calibrate.py {run}` first"
+    scorecard = read_json(run / "scorecard.json", remedy, ["provenance", "ood"])
+    calibration = read_json(run / "calibration.json", remedy, ["ood"])
     training = read_json(run / "training.json", f"run `accelerate launch train.py {run}` first")
-    report = read_json(run / "data" / "report.json", "run `python -m data_prep` first")
-    domain, splits = Domain.load(run), load_prepared(run)
+    domain, splits, report = Domain.load(run), load_prepared(run), read_report(run)
 
     with run_lock(run), replaced_folder(run / "hub") as folder:
         save_published_model(run, folder, domain, calibration)
@@ -61,24 +62,23 @@ def build(
         if index:
             write_index(NicheClassifier.from_pretrained(folder), splits, index, folder / INDEX_FILE)
         onnx_report = add_onnx(run, folder) if onnx else None
-        whose = attributions(splits)
         card = make_card(
             domain,
             scorecard,
-            calibration,
-            training,
-            report,
-            whose,
             license_name,
             repo_id,
-            onnx_report,
+            calibration=calibration,
+            training=training,
+            counts=report["counts"],
+            attributions=attributions(splits),
+            onnx=onnx_report,
         )
         card.save(folder / "README.md")
     return run / "hub"
 
 
 def save_examples(run: Path, folder: Path, count: int) -> None:
-    """The first test image of each of the first `count` classes, walking the clusters side by side."""
+    """The first test image of each of `count` classes, walking the clusters side by side."""
     test = load_prepared(run)["test"]
     names = test.features["label"].names
     clusters = Domain.load(run).clusters.values()
@@ -86,23 +86,22 @@ def save_examples(run: Path, folder: Path, count: int) -> None:
     labels = test["label"][:]
     for name in chosen:
         folder.mkdir(exist_ok=True)
-        test[labels.index(names.index(name))]["image"].convert("RGB").save(
-            folder / f"{name}.jpg", quality=95
-        )
+        picture = to_rgb(test[labels.index(names.index(name))]["image"])
+        (folder / f"{name}.jpg").write_bytes(encode_jpeg(picture, 95))
 
 
 def make_card(
     domain: Domain,
     scorecard: dict[str, Any],
-    calibration: dict[str, Any],
-    training: dict[str, Any],
-    report: dict[str, Any],
-    whose: str,
     license_name: str,
     repo_id: str | None,
-    onnx: dict[str, Any] | None,
+    **content: Any,
 ) -> ModelCard:
-    """The model card: every number in it comes from the files of the run."""
+    """The model card: every number in it comes from the files of the run.
+
+    Args:
+        content: what else the template asks for.
+    """
     measures = {name: Measure.from_dict(fields) for name, fields in scorecard["metrics"].items()}
     title = f"CLIP for {domain.title[0].lower()}{domain.title[1:]}"
     base_is_local = Path(domain.base).is_dir()
@@ -137,9 +136,5 @@ def make_card(
         measures=measures,
         titles=METRIC_TITLES,
         gates=scorecard["gates"],
-        calibration=calibration,
-        training=training,
-        counts=report["counts"],
-        attributions=whose,
-        onnx=onnx,
+        **content,
     )

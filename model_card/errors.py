@@ -1,4 +1,4 @@
-"""RUN/errors.html: where the model was wrong on the test split, with pictures, for someone who knows the niche.
+"""RUN/errors.html: where the model was wrong on test, with pictures, for who knows the niche.
 
 The page needs nothing but itself. Lines ticked on it are saved as review_errors.csv, which
 data_prep reads.
@@ -6,30 +6,25 @@ data_prep reads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+import csv
+import io
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
+from PIL import Image
 
 from data_prep.review import Suspicion
 from nicheclip.domain import Domain
-from nicheclip.evaluation.metrics import confusion_matrix
 from nicheclip.publishing.pages import Thumbnails, environment
 
 NEIGHBOURS = 10  # training images that are asked about a label
 DOUBTED = 0.8  # share of them that agree on another label, from which the label looks wrong
 MOST_ERRORS, MOST_RIGHT = 300, 60  # shown; each has up to three pictures
 CHUNK = 512  # test images compared with all training images at a time
-
-
-@dataclass(frozen=True)
-class Neighbour:
-    """A training image, and its cosine with the test image."""
-
-    row: int
-    cosine: float
 
 
 @dataclass(frozen=True)
@@ -41,8 +36,8 @@ class Reading:
         own: probability of its label, `best` of the predicted class.
         doubt: share of the nearest training images that have one other label.
         other: that label, the most frequent of the others.
-        nearest: training image by class, of the label and of the predicted class; absent if the
-            class has none.
+        nearest: row and cosine of the nearest training image of the label and of the predicted
+            class, by class; absent if a class has none.
     """
 
     row: int
@@ -53,7 +48,7 @@ class Reading:
     base_predicted: int
     doubt: float
     other: int
-    nearest: dict[int, Neighbour]
+    nearest: dict[int, tuple[int, float]]
 
     @property
     def wrong(self) -> bool:
@@ -78,30 +73,26 @@ def read_errors(
         labels: (N,) int.
         train_embeds, train_labels: (M, D) and (M,) int.
     """
-    predicted, base_predicted = calibrated.argmax(axis=1), base_calibrated.argmax(axis=1)
     readings = []
     for start in range(0, len(labels), CHUNK):
         cosines = image_embeds[start : start + CHUNK] @ train_embeds.T  # (CHUNK, M)
         for row, cosine in enumerate(cosines, start):
-            label, answer = int(labels[row]), int(predicted[row])
+            label, predicted = int(labels[row]), int(calibrated[row].argmax())
             near = train_labels[np.argsort(-cosine, kind="stable")[:NEIGHBOURS]]
-            others = np.bincount(near, minlength=int(max(label, train_labels.max())) + 1) / len(
-                near
-            )
+            others = np.bincount(near, minlength=calibrated.shape[1]) / len(near)  # (C,)
             others[label] = 0
             nearest = {}
-            for each in (label, answer):
+            for each in (label, predicted):
                 of_class = np.flatnonzero(train_labels == each)
                 if len(of_class):
                     found = int(of_class[cosine[of_class].argmax()])
-                    nearest[each] = Neighbour(found, float(cosine[found]))
-            probabilities = calibrated[row]
+                    nearest[each] = (found, float(cosine[found]))
+            own, best = float(calibrated[row, label]), float(calibrated[row, predicted])
+            base_predicted = int(base_calibrated[row].argmax())
+            doubt, other = float(others.max()), int(others.argmax())
             readings.append(
-                Reading(
-                    row, label, answer, float(probabilities[label]), float(probabilities[answer]),
-                    int(base_predicted[row]), float(others.max()), int(others.argmax()), nearest,
-                )
-            )  # fmt: skip
+                Reading(row, label, predicted, own, best, base_predicted, doubt, other, nearest)
+            )
     return sorted(readings, key=lambda reading: (-reading.best, reading.row))
 
 
@@ -114,49 +105,46 @@ def write_errors(
         readings: of all test images.
     """
     wrong = [reading for reading in readings if reading.wrong]
-    doubtful = sorted(
-        (reading for reading in readings if not reading.wrong and reading.doubt >= DOUBTED),
-        key=lambda reading: -reading.doubt,
-    )
-    labels, predicted = (
-        np.array([getattr(each, name) for each in readings]) for name in ("label", "predicted")
-    )
-    rows_of = {"test": test, "train": training_set}
-    sources = {split: rows["source_id"][:] for split, rows in rows_of.items()}
-    names, shown = domain.class_names, [*wrong[:MOST_ERRORS], *doubtful[:MOST_RIGHT]]
-    hashes = test["sha256"][:]
+    doubted = [each for each in readings if not each.wrong and each.doubt >= DOUBTED]
+    doubted.sort(key=lambda reading: -reading.doubt)
+    names, hashes = domain.class_names, test["sha256"][:]
+    sources = {"test": test["source_id"][:], "train": training_set["source_id"][:]}
+    place: dict[str, tuple[Dataset, int]] = {}
+    for rows in (training_set, test):
+        place |= {source_id: (rows, row) for row, source_id in enumerate(rows["source_id"])}
 
-    def picture(place: str):
-        split, row = place.split(":")
-        return rows_of[split][int(row)]["image"]
+    def picture(source_id: str) -> Image.Image:
+        rows, row = place[source_id]
+        return rows[row]["image"]
 
-    def review_line(reading: Reading) -> dict[str, str]:
-        line = Suspicion(
-            sources["test"][reading.row], names[reading.label], hashes[reading.row], "read in errors.html",
-            names[reading.other], f"{reading.doubt:.2f}", decision="drop",
-        )  # fmt: skip
-        return asdict(line)
+    def review_line(reading: Reading) -> str:
+        image = sources["test"][reading.row], names[reading.label], hashes[reading.row]
+        found = "read in errors.html", names[reading.other], f"{reading.doubt:.2f}"
+        return _csv(astuple(Suspicion(*image, *found, decision="drop")))
 
     page = environment(Path(__file__).parent).get_template("errors.html.jinja")
     content = page.render(
         domain=domain,
-        order=domain.by_cluster,
         names=names,
-        matrix=confusion_matrix(predicted, labels, len(names)).tolist(),
-        total=len(readings),
+        first_of_cluster={members[0] for members in domain.clusters.values()},
+        cells=Counter((reading.label, reading.predicted) for reading in readings),
+        sizes=Counter(reading.label for reading in readings),
+        readings=readings,
         wrong=wrong,
-        doubtful=doubtful,
-        shown=shown,
-        limits={
-            "errors": MOST_ERRORS,
-            "right": MOST_RIGHT,
-            "doubted": DOUBTED,
-            "neighbours": NEIGHBOURS,
-        },
+        doubted=doubted,
+        limits=(MOST_ERRORS, MOST_RIGHT),
+        doubt=DOUBTED,
+        neighbours=NEIGHBOURS,
         sources=sources,
-        lines=[review_line(reading) for reading in shown],
-        header=[field.name for field in fields(Suspicion)],
+        review_line=review_line,
+        header=_csv(field.name for field in fields(Suspicion)),
         thumbnails=Thumbnails(picture),
     )
     path.write_text(content, encoding="utf-8", newline="\n")
     return len(wrong)
+
+
+def _csv(values: Iterable[str]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(values)
+    return line.getvalue()

@@ -15,26 +15,25 @@ from sklearn.manifold import TSNE
 
 from nicheclip.domain import Domain
 from nicheclip.evaluation.intervals import METRIC_TITLES, Measure, Verdict
-from nicheclip.evaluation.metrics import N_BINS, class_scores, correct, reliability
+from nicheclip.evaluation.metrics import (
+    N_BINS,
+    class_scores,
+    confusion_matrix,
+    correct,
+    reliability,
+)
 from nicheclip.evaluation.predictions import Outputs
 
 BASE, PROBE, TUNED, GATE, INK = "#9AA0A6", "#009E73", "#0072B2", "#D55E00", "#333333"
 # Okabe and Ito's colours, safe for colour-blind readers, then two more for domains with many
 # clusters.
-CLUSTER_COLOURS = [
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#D55E00",
-    "#B8A800",
-    "#000000",
-    "#7B4FA3",
-    "#8C6D46",
-]
+CLUSTER_COLOURS = (
+    "#0072B2 #E69F00 #009E73 #CC79A7 #56B4E9 #D55E00 #B8A800 #000000 #7B4FA3 #8C6D46".split()
+)
 MARKERS = ["o", "^", "s", "D", "v", "P"]
+MOST_CLASSES = 60  # of a figure with a row a class
 STYLE: dict[Any, Any] = {
+    "text.parse_math": False,  # a name may hold a dollar sign
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -82,7 +81,13 @@ def _figure(width: float, height: float, columns: int = 1, **options: Any) -> tu
 def _scorecard(domain: Domain, measures: dict[str, Measure], gates: dict[str, Verdict]) -> Figure:
     figure, axes = _figure(8, 0.62 * len(gates) + 1.2)
     names = list(gates)[::-1]
-    labelled = max(names, key=lambda name: measures[name].probe is not None)  # in the legend, once
+    named: set[str] = set()  # in the legend, each once
+
+    def once(label: str) -> str | None:
+        new = label not in named
+        named.add(label)
+        return label if new else None
+
     for height, name in enumerate(names):
         measure = measures[name]
         for offset, which, colour, label in (
@@ -90,46 +95,40 @@ def _scorecard(domain: Domain, measures: dict[str, Measure], gates: dict[str, Ve
             (0.0, measure.probe, PROBE, "linear probe"),
             (0.24, measure, TUNED, "fine-tuned"),
         ):
-            if which is None:
-                continue
-            errors = [[max(0, which.value - which.low)], [max(0, which.high - which.value)]]
-            axes.errorbar(
-                which.value,
-                height + offset,
-                xerr=errors,
-                fmt="o",
-                color=colour,
-                capsize=3,
-                label=label if name == labelled else None,
-            )
+            if which is not None:
+                errors = [[max(0, which.value - which.low)], [max(0, which.high - which.value)]]
+                place = which.value, height + offset
+                axes.errorbar(
+                    *place, xerr=errors, fmt="o", color=colour, capsize=3, label=once(label)
+                )
         target = domain.gates[name]  # type: ignore[index]
-        named = None if height else "gate"
-        axes.plot(
-            [target] * 2, [height - 0.38, height + 0.38], color=GATE, linewidth=2, label=named
-        )
-        axes.text(
-            1.02,
-            height,
-            f"{gates[name].target}  {gates[name].verdict}",
-            va="center",
-            transform=axes.get_yaxis_transform(),
-        )
+        ends = [height - 0.38, height + 0.38]
+        axes.plot([target] * 2, ends, color=GATE, linewidth=2, label=once("gate"))
+        verdict = f"{gates[name].target}  {gates[name].verdict}"
+        axes.text(1.02, height, verdict, va="center", transform=axes.get_yaxis_transform())
     ticks = [f"{METRIC_TITLES[name]}\n{measures[name].n} {measures[name].split}" for name in names]
     axes.set_yticks(range(len(names)), ticks, fontsize=9)
     axes.set(xlim=(0, 1), title=f"{domain.title}: scorecard on held-out images, 95 % intervals")
     axes.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=4)
+    if names:
+        figure.legend(loc="outside lower center", ncols=4)
+    else:
+        axes.text(0.5, 0.5, "no gates in the domain file", ha="center", va="center")
     return figure
 
 
 def _confusion(domain: Domain, labels: np.ndarray, tuned: Outputs) -> Figure:
-    order = domain.by_cluster
-    count = len(order)
-    matrix = np.zeros((count, count), dtype=int)
-    np.add.at(matrix, (labels, tuned.calibrated.argmax(axis=1)), 1)
+    """All classes by cluster; of more than `MOST_CLASSES` those that are confused most."""
+    count = len(domain.classes)
+    matrix = confusion_matrix(tuned.calibrated.argmax(axis=1), labels, count)
+    order = np.array(domain.by_cluster)
+    if count > MOST_CLASSES:
+        wrong = matrix - np.diag(np.diag(matrix))
+        most = np.argsort(-(wrong.sum(axis=0) + wrong.sum(axis=1)), kind="stable")[:MOST_CLASSES]
+        order = order[np.isin(order, most)]
+    share = (matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1))[np.ix_(order, order)]
     matrix = matrix[np.ix_(order, order)]
-    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    side = 2.5 + 0.34 * count
+    side = 2.5 + 0.34 * len(order)
     figure, axes = _figure(side + 0.8, side)
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for row, column in zip(*np.nonzero(matrix), strict=True):
@@ -137,44 +136,47 @@ def _confusion(domain: Domain, labels: np.ndarray, tuned: Outputs) -> Figure:
         axes.text(
             column, row, matrix[row, column], ha="center", va="center", fontsize=7, color=colour
         )
-    edge = -0.5
-    for members in domain.clusters.values():
+    cluster_of, edge = np.array(domain.class_clusters)[order], 0
+    for cluster in dict.fromkeys(cluster_of.tolist()):
+        size = int((cluster_of == cluster).sum())
         box = matplotlib.patches.Rectangle(
-            (edge, edge), len(members), len(members), fill=False, edgecolor=GATE, linewidth=1.5
+            (edge - 0.5, edge - 0.5), size, size, fill=False, edgecolor=GATE, linewidth=1.5
         )
         axes.add_patch(box)
-        edge += len(members)
+        edge += size
     names = [domain.class_names[index] for index in order]
-    axes.set_xticks(
-        range(count), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8
-    )
-    axes.set_yticks(range(count), names, fontsize=8)
-    axes.set(
-        xlabel="predicted",
-        ylabel="labelled",
-        title=f"Confusions on {len(labels)} test images (boxes: clusters)",
-    )
+    places = range(len(names))
+    axes.set_xticks(places, names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
+    axes.set_yticks(places, names, fontsize=8)
+    shown = f"{len(order)} of {count} classes, the most confused" if count > len(order) else ""
+    title = f"Confusions on {len(labels)} test images (boxes: clusters)"
+    axes.set(xlabel="predicted", ylabel="labelled", title=f"{title}\n{shown}" if shown else title)
     axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=axes, shrink=0.6, label="share of the labelled class")
     return figure
 
 
 def _classes(domain: Domain, labels: np.ndarray, tuned: Outputs, base: Outputs) -> Figure:
-    order = domain.by_cluster
+    """F1 of each class, of the lowest `MOST_CLASSES` where there are more, and a map."""
+    count = len(domain.classes)
+    f1 = {
+        title: class_scores(outputs.calibrated.argmax(axis=1), labels, count)[2]
+        for title, outputs in (("base zero-shot", base), ("fine-tuned", tuned))
+    }
+    order = np.array(domain.by_cluster)
+    if count > MOST_CLASSES:
+        order = np.argsort(f1["fine-tuned"], kind="stable")[:MOST_CLASSES]
     figure, (bars, scatter) = _figure(
         12.5, max(5.0, 0.3 * len(order) + 1.4), columns=2, gridspec_kw={"width_ratios": [1, 1.25]}
     )
     heights = np.arange(len(order))[::-1]
-    counts = np.bincount(labels, minlength=len(order))
-    for outputs, colour, label, offset in (
-        (base, BASE, "base zero-shot", -0.2),
-        (tuned, TUNED, "fine-tuned", 0.2),
-    ):
-        _, _, f1 = class_scores(outputs.calibrated.argmax(axis=1), labels, len(order))
-        bars.barh(heights + offset, f1[order], height=0.38, color=colour, label=label)
+    counts = np.bincount(labels, minlength=count)
+    for (title, values), colour, offset in zip(f1.items(), (BASE, TUNED), (-0.2, 0.2), strict=True):
+        bars.barh(heights + offset, values[order], height=0.38, color=colour, label=title)
     names = [f"{domain.class_names[index]} ({counts[index]})" for index in order]
     bars.set_yticks(heights, names, fontsize=8)
-    bars.set(xlim=(0, 1), title="F1 of each class (test images)")
+    which = "each class" if len(order) == count else f"the worst {len(order)} of {count} classes"
+    bars.set(xlim=(0, 1), title=f"F1 of {which} (test images)")
     bars.legend(loc="upper center", bbox_to_anchor=(0.5, -0.05), ncols=2)
     _map(scatter, domain, labels, tuned)
     return figure
@@ -182,10 +184,8 @@ def _classes(domain: Domain, labels: np.ndarray, tuned: Outputs, base: Outputs) 
 
 def _map(axes: Axes, domain: Domain, labels: np.ndarray, tuned: Outputs) -> None:
     perplexity = min(30, (len(labels) - 1) / 3)
-    # (N, 2)
-    places = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(
-        tuned.image_embeds
-    )
+    projection = TSNE(perplexity=perplexity, init="pca", random_state=0)
+    places = projection.fit_transform(tuned.image_embeds)  # (N, 2)
     for cluster, members in enumerate(domain.clusters.values()):
         for position, name in enumerate(members):
             own = labels == domain.class_names.index(name)
@@ -199,11 +199,11 @@ def _map(axes: Axes, domain: Domain, labels: np.ndarray, tuned: Outputs) -> None
                 color=CLUSTER_COLOURS[cluster % len(CLUSTER_COLOURS)],
                 marker=MARKERS[position % len(MARKERS)],
             )
-    axes.set(
-        xticks=[], yticks=[], title="Map of the fine-tuned image_embeds (t-SNE; colour: cluster)"
-    )
+    title = "Map of the fine-tuned image_embeds (t-SNE; colour: cluster)"
+    axes.set(xticks=[], yticks=[], title=title)
     axes.spines[:].set_visible(False)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, markerscale=1.4)
+    if len(domain.classes) <= MOST_CLASSES:
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, markerscale=1.4)
 
 
 def _reliability(

@@ -7,6 +7,8 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from nicheclip.images import open_image
+
 UNREADABLE = "**This file can't be read as a picture.** Try another one: a JPEG, PNG or WebP photo."
 
 
@@ -25,11 +27,8 @@ def photo_input(label: str, height: int) -> gr.Image:
 
 
 def open_photo(photo: dict[str, Any]) -> Image.Image | None:
-    """The picture of what `photo_input` gives; None if it can't be read."""
+    """The picture of what `photo_input` gives, as training saw it; None if it can't be read."""
     try:
-        image = Image.open(photo["path"])
-        image.load()
-    # What Pillow raises for a broken file depends on its format.
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return open_image(photo["path"])
+    except OSError:
         return None
-    return image

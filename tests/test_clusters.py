@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import shutil
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import numpy as np
 import pytest
 import yaml
 
-from data_prep.clusters import agreement, main, propose, soft_confusion
+from data_prep.clusters import agreement, main, measure, propose, soft_confusion
+from data_prep.divide import Catalogue, Division
 from nicheclip.domain import Domain
 
 
@@ -24,54 +24,77 @@ def proposal(domain: Path, run: Path, *options: str) -> tuple[dict, str]:
     return yaml.safe_load(stdout.getvalue()), stderr.getvalue()
 
 
-@pytest.fixture(scope="module")
-def without_exam(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The prepared run, with a calibration split that can't be read, and without test images."""
-    run = tmp_path_factory.mktemp("clusters") / "run"
-    shutil.copytree(prepared, run, ignore=shutil.ignore_patterns("images", "cache"))
-    shutil.rmtree(run / "data" / "test")
-    for path in (run / "data" / "calibration").iterdir():
-        path.write_bytes(b"closed")
-    return run
+def changed(folder: Path, run: Path, **values: object) -> Path:
+    """The run's domain file with other values; None takes one out."""
+    raw = yaml.safe_load((run / "domain.yaml").read_text(encoding="utf-8")) | values
+    kept = {key: value for key, value in raw.items() if value is not None}
+    (folder / "other.yaml").write_text(yaml.safe_dump(kept, sort_keys=False), encoding="utf-8")
+    return folder / "other.yaml"
 
 
-def test_the_proposal_can_be_pasted_and_is_compared(without_exam, domain):
-    proposed, notes = proposal(without_exam, without_exam)
+def test_the_proposal_can_be_pasted_and_is_compared(prepared, domain):
+    proposed, notes = proposal(prepared, prepared)
     members = [name for names in proposed["clusters"].values() for name in names]
     assert sorted(members) == sorted(domain.class_names)
     assert 1 < max(map(len, proposed["clusters"].values())) <= 4
-    raw = yaml.safe_load((without_exam / "domain.yaml").read_text(encoding="utf-8"))
+    raw = yaml.safe_load((prepared / "domain.yaml").read_text(encoding="utf-8"))
     assert Domain.model_validate(raw | proposed).clusters == proposed["clusters"]
     both, own = re.search(r"(\d+) of the domain file's (\d+) pairs", notes).groups()
     # the tiny sample still finds most of the painter's clusters
     assert int(both) > 6 and own == "12"
 
-    page = (without_exam / "clusters.html").read_text(encoding="utf-8")
-    assert "data:image/jpeg" in page and "taken for" in page
-    shown = set(re.findall(r'alt="picture of ([^"]+)"', page))
-    assert shown and all(source_id.startswith("train/") for source_id in shown)
 
-
-def test_a_domain_without_clusters_and_smaller_ones(without_exam, tmp_path):
-    raw = yaml.safe_load((without_exam / "domain.yaml").read_text(encoding="utf-8"))
-    del raw["clusters"]
-    bare = tmp_path / "bare.yaml"
-    bare.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
-    proposed, notes = proposal(bare, without_exam, "--largest", "2")
+def test_a_domain_without_clusters_and_smaller_ones(prepared, tmp_path):
+    bare = changed(tmp_path, prepared, clusters=None)
+    proposed, notes = proposal(bare, prepared, "--largest", "2")
     assert "no clusters of its own" in notes and "Rand" not in notes
     assert max(map(len, proposed["clusters"].values())) == 2
 
 
-def test_errors_say_what_to_do(without_exam, tmp_path):
-    with pytest.raises(SystemExit, match="python -m data_prep DOMAIN --run .*empty"):
-        main([str(without_exam), "--run", str(tmp_path / "empty")])
-    raw = yaml.safe_load((without_exam / "domain.yaml").read_text(encoding="utf-8"))
-    raw["classes"]["brutalist"] = ["a drawing of a brutalist building"]
-    raw["clusters"]["modern"].append("brutalist")
-    other = tmp_path / "other.yaml"
-    other.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
+def test_errors_say_what_to_do(prepared, domain, tmp_path):
+    with pytest.raises(SystemExit, match="python -m data_prep .* --run .*empty"):
+        main([str(prepared), "--run", str(tmp_path / "empty")])
+    classes = {name: domain.classes[name] for name in domain.class_names[1:]}
+    other = changed(tmp_path, prepared, classes=classes, clusters=None)
     with pytest.raises(SystemExit, match="other classes"):
-        main([str(other), "--run", str(without_exam)])
+        main([str(other), "--run", str(prepared)])
+
+
+def test_confusions_are_measured_on_what_trains_and_on_validation_alone(domain):
+    rng = np.random.default_rng(0)
+    parts = rng.choice(["train", "validation", "calibration", "test", ""], 400)
+    labels = np.arange(400) % 4
+    image_embeds = np.eye(12, 16)[labels] + 0.4 * rng.normal(size=(400, 16))
+    zero_shot = rng.dirichlet(np.ones(12), 400)
+    zero_shot[(labels == 2), 3] += 1
+    names = [f"{part}/{index}" for index, part in enumerate(parts)]
+    dropped = {name for name in names if name.startswith("train/1")}
+    catalogue = Catalogue(
+        names, [domain.class_names[i] for i in labels], labels, names, [None] * 400
+    )
+    arguments = domain, catalogue, Division(parts, np.array(names), {}), dropped
+    found = measure(*arguments, image_embeds, zero_shot)
+
+    train = (parts == "train") & ~np.isin(names, list(dropped))
+    used = train | (parts == "validation")
+    assert (found["train"], found["validation"]) == (train.sum(), (parts == "validation").sum())
+    there, back = found["pairs"][:2]
+    assert (there["label"], there["other"]) == tuple(domain.class_names[2:4])
+    assert (back["label"], back["other"]) == tuple(domain.class_names[3:1:-1])
+    assert there["zero_shot"] == pytest.approx(zero_shot[used & (labels == 2), 3].mean(), abs=1e-4)
+    assert max(found["affinity"]) == pytest.approx(
+        np.mean([way[name] for way in (there, back) for name in ("probe", "zero_shot")]), abs=1e-4
+    )
+    for way in found["pairs"]:
+        own = train & (labels == domain.class_names.index(way["label"]))
+        surest = [each["source_id"] for each in way["surest"]]
+        assert set(surest) <= set(np.array(names)[own]) and way["images"] == own.sum()
+        chances = [each["probability"] for each in way["surest"]]
+        assert chances == sorted(chances, reverse=True) and way["mistaken"] >= len(chances)
+    assert any(way["surest"] for way in found["pairs"])
+
+    image_embeds[~used], zero_shot[~used] = 0, 1 / 12
+    assert measure(*arguments, image_embeds, zero_shot) == found
 
 
 def noise(classes: int, seed: int) -> np.ndarray:
@@ -116,7 +139,13 @@ def test_confusion_does_not_depend_on_class_sizes():
     assert np.allclose(soft_confusion(probabilities[many], many), expected)
 
 
-def test_agreement_counts_pairs():
-    found = agreement(["c1", "c1", "c1", "c2"], ["a", "a", "b", "b"])
-    assert (found["both"], found["proposed"], found["own"]) == (1, 3, 2)
-    assert agreement(["c1", "c1", "c2", "c2"], ["b", "b", "a", "a"])["rand"] == 1
+def test_agreement_counts_pairs(domain):
+    arches, classical, *others = domain.clusters.values()
+    proposed = {"c1": [*arches, classical[0]], "c2": classical[1:], "c3": sum(others, [])}
+    assert "10 of the domain file's 12 pairs are among the proposal's 22" in agreement(
+        domain, proposed
+    )
+    reversed_names = dict(
+        reversed([(f"c{n}", own) for n, own in enumerate(domain.clusters.values())])
+    )
+    assert "index 1.00" in agreement(domain, reversed_names)

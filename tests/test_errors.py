@@ -70,10 +70,9 @@ def test_the_nearest_are_the_nearest_and_a_wrong_label_is_doubted():
     for reading in readings:
         cosines = train_embeds @ embeds[reading.row]
         for label in {reading.label, reading.predicted}:
-            assert reading.nearest[label].cosine == pytest.approx(
-                cosines[train_labels == label].max()
-            )
-            assert train_labels[reading.nearest[label].row] == label
+            row, cosine = reading.nearest[label]
+            assert cosine == pytest.approx(cosines[train_labels == label].max())
+            assert train_labels[row] == label
         assert (reading.doubt >= DOUBTED) == (reading.row < 20)
         assert reading.row >= 20 or reading.other == truth[reading.row]
 

@@ -159,8 +159,11 @@ def test_in_double_precision_the_towers_agree_to_ten_digits(name, domain, sample
 @pytest.mark.parametrize(
     "name", ["0 blocks", "1 block", "2 blocks", "all blocks", "the last layer norm"]
 )
-def test_kept_views_train_as_their_pixels_do(name, dtype, tolerance, domain, samples, tmp_path):
-    trainer = staged(domain, samples, STAGES[name], tmp_path, cached_views=2, feature_dtype=dtype)
+def test_kept_views_train_as_their_pixels_do(
+    name, dtype, tolerance, domain, samples, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("nicheclip.training.feature_cache.KEPT_AS", np.dtype(dtype).type)
+    trainer = staged(domain, samples, STAGES[name], tmp_path, cached_views=2)
     chosen = list(range(0, 48, 4))
     kept = trainer.data_collator([samples[index] for index in chosen])
     samples.features = None
@@ -287,7 +290,7 @@ def test_states_that_the_kept_precision_can_not_hold_are_an_error(domain, sample
     begin_later(model)
     with torch.no_grad():
         model.vision_model.pre_layrnorm.bias += 1e6
-    with pytest.raises(FloatingPointError, match="--feature_dtype float32"):
+    with pytest.raises(FloatingPointError, match="--cached_views 0"):
         encode_views(model.vision_model, samples, 1, [0], tmp_path)
 
 

@@ -180,8 +180,6 @@ def samplings(draw: st.DrawFn) -> dict:
         "class_clusters": draw(st.lists(st.integers(0, 3), min_size=classes, max_size=classes)),
         "batch_size": draw(st.integers(1, 2)) * 4,
         "cluster_share": draw(SHARES),
-        "cluster_draw": draw(st.sampled_from(["size", "even"])),
-        "classes_per_batch": draw(st.none() | st.integers(1, 5)),
         "seed": draw(st.integers(0, 9)),
     }
 

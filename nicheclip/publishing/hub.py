@@ -1,4 +1,7 @@
-"""The published folder: a plain CLIPModel with the temperature folded in, and what the classifier needs beside it."""
+"""What is published, and how it gets to the Hub.
+
+The folder: a plain CLIPModel with the temperature folded in, and what the classifier needs beside.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,22 @@ from nicheclip.domain import Domain
 from nicheclip.files import read_json, write_json
 from nicheclip.run import CLASS_MEANS_FILE
 
+RepoType = Literal["model", "dataset", "space"]
+KEPT = {".gitattributes"}  # of a repository: the Hub's own
+LOG_IN = "log in with `hf auth login`, with a token that may write there"
+REMEDIES = {
+    401: LOG_IN,
+    403: LOG_IN,
+    404: "check the name, and that your token may read and write there",
+    412: "someone has committed there meanwhile; look at it, then push again",
+    429: "the Hub has had too many requests from you; wait some minutes and push again",
+}
+
 
 def save_published_model(
     run: Path, folder: Path, domain: Domain, calibration: dict[str, Any]
 ) -> None:
-    """Writes model, processor, nicheclip.json and prototypes.safetensors (the prompt bank as well) into `folder`.
+    """Writes model, processor, nicheclip.json and prototypes.safetensors into `folder`.
 
     softmax(logits / T) is what the published model's own softmax gives: log T is taken off its
     logit_scale.
@@ -33,40 +47,24 @@ def save_published_model(
     processor.save_pretrained(folder)
     prompts, prompt_classes = domain.prompt_bank
     embeds = {
-        # (C, D)
-        "prototypes": encode_texts(model, processor, domain.canonical_prompts).cpu().contiguous(),
-        # (P, D), by class in file order
-        "prompt_embeds": encode_texts(model, processor, prompts).cpu().contiguous(),
+        "prototypes": encode_texts(model, processor, domain.canonical_prompts),  # (C, D)
+        "prompt_embeds": encode_texts(model, processor, prompts),  # (P, D), by class in file order
         "prompt_classes": torch.tensor(prompt_classes),  # (P,)
     }
-    save_file(embeds | load_file(run / CLASS_MEANS_FILE), folder / PROTOTYPES_FILE)
-    write_json(
-        folder / SETTINGS_FILE,
-        {
-            "format_version": FORMAT_VERSION,
-            "title": domain.title,
-            "class_names": domain.class_names,
-            "prompts": domain.classes,
-            "clusters": domain.clusters,
-            "temperature": calibration["temperature"],
-            "trained_logit_scale": calibration["trained_logit_scale"],
-            "fitted_on": {"split": calibration["split"], "n": calibration["n"]},
-            "abstention": calibration["abstention"],
-            "conformal": calibration["conformal"],
-            "ood": calibration["ood"],
-        },
-    )
-
-
-RepoType = Literal["model", "dataset", "space"]
-KEPT = {".gitattributes"}  # of a repository: the Hub's own
-REMEDIES = {
-    401: "log in with `hf auth login`, with a token that may write there",
-    403: "log in with `hf auth login`, with a token that may write there",
-    404: "check the name, and that your token may read and write there",
-    412: "someone has committed there meanwhile; look at it, then push again",
-    429: "the Hub has had too many requests from you; wait some minutes and push again",
-}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in embeds.items()}
+    save_file(tensors | load_file(run / CLASS_MEANS_FILE), folder / PROTOTYPES_FILE)
+    settings = {
+        "format_version": FORMAT_VERSION,
+        "title": domain.title,
+        "class_names": domain.class_names,
+        "prompts": domain.classes,
+        "clusters": domain.clusters,
+        "temperature": calibration["temperature"],
+        "trained_logit_scale": calibration["trained_logit_scale"],
+        "fitted_on": {"split": calibration["split"], "n": calibration["n"]},
+        **{name: calibration[name] for name in ("abstention", "conformal", "ood")},
+    }
+    write_json(folder / SETTINGS_FILE, settings)
 
 
 def push(
@@ -77,7 +75,7 @@ def push(
     repo_type: RepoType = "model",
     overwrite: bool = False,
 ) -> str:
-    """Makes a repository's content that of the folder, in one commit, and gives the address of the commit.
+    """Makes a repository's content that of the folder, in one commit; gives its address.
 
     Large files that the Hub has already, of an earlier push or of one that was interrupted, are not
     uploaded again.

@@ -8,7 +8,6 @@ Published only by option, since the images go along; needs faiss-cpu besides `da
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from tqdm.auto import tqdm
 
 from nicheclip.classifier import NicheClassifier
 from nicheclip.files import quiet_datasets
+from nicheclip.images import encode_jpeg, to_rgb
 
 INDEX_FILE = "index/images.parquet"
 SIDE = 320  # longest side of a published image, in pixels
@@ -69,7 +69,7 @@ def write_index(
                     embeds = classifier.image_embeds(batch["image"]).cpu().numpy()
                     for place, image in enumerate(batch["image"]):
                         yield {
-                            "image": {"bytes": _as_jpeg(image), "path": None},
+                            "image": {"bytes": _small(image), "path": None},
                             "label": classes[batch["label"][place]],
                             "split": name,
                             "source_id": batch["source_id"][place],
@@ -91,12 +91,10 @@ def write_index(
     return len(written)
 
 
-def _as_jpeg(image: Picture) -> bytes:
-    small = image.convert("RGB")
+def _small(image: Picture) -> bytes:
+    small = to_rgb(image)
     small.thumbnail((SIDE, SIDE), Resampling.BICUBIC)
-    encoded = io.BytesIO()
-    small.save(encoded, "JPEG", quality=85)
-    return encoded.getvalue()
+    return encode_jpeg(small, 85)
 
 
 class ImageIndex:

@@ -1,14 +1,14 @@
-"""HTML pages that need nothing but themselves: their pictures are inside."""
+"""HTML pages that need nothing but themselves; base.html.jinja has what they share."""
 
 from __future__ import annotations
 
 import base64
 import io
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import jinja2
+from markupsafe import Markup
 from PIL import Image
 
 SHORT_SIDE, LONG_SIDE = 112, 160  # pixels, of a thumbnail at most
@@ -16,51 +16,55 @@ JPEG_QUALITY = 80
 
 
 def environment(folder: Path) -> jinja2.Environment:
-    """Templates of a folder, escaping what they are given."""
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder),
+    """The templates of a folder and base.html.jinja, escaping what they are given."""
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([folder, Path(__file__).parent]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    templates.filters |= {"number": "{:,}".format, "plural": _plural, "percent": percent}
+    return templates
 
 
-@dataclass(frozen=True)
-class Thumbnail:
-    """One small picture of the page: `uri` holds its JPEG, `number` is its place."""
-
-    number: int
-    uri: str
-    width: int
-    height: int
+def percent(share: float, digits: int = 0) -> str:
+    """A share in words: 0.125 is "12%"; 100% is what is whole, not what is rounded to it."""
+    text = f"{share:.{digits}%}"
+    return "over 99%" if text.startswith("100") and share < 1 else text
 
 
-@dataclass
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 class Thumbnails:
-    """The pictures that the page asks for, each of them once."""
+    """The small pictures of a page: each is kept once, at its end, however often it is shown."""
 
-    picture: Callable[[str], Image.Image]
-    made: dict[str, Thumbnail | None] = field(default_factory=dict)  # by source_id
-    distinct: dict[str, Thumbnail] = field(default_factory=dict)  # by uri
+    def __init__(self, picture: Callable[[str], Image.Image]):
+        """`picture` gives the image of a source_id; it raises KeyError if there is none."""
+        self._picture = picture
+        self._shown: dict[str, Markup | None] = {}  # by source_id
+        self.ids: dict[str, str] = {}  # the id of each <image> by its URI
 
-    def __call__(self, source_id: str) -> Thumbnail | None:
-        """None if there is no picture."""
-        if source_id not in self.made:
+    def __call__(self, source_id: str) -> Markup | None:
+        """The <svg> that shows a picture; None if there is no picture."""
+        if source_id not in self._shown:
             try:
-                image = self.picture(source_id)
+                self._shown[source_id] = self._show(source_id, self._picture(source_id))
             except KeyError:
-                self.made[source_id] = None
-            else:
-                self.made[source_id] = self._add(image)
-        return self.made[source_id]
+                self._shown[source_id] = None
+        return self._shown[source_id]
 
-    def _add(self, image: Image.Image) -> Thumbnail:
+    def _show(self, source_id: str, image: Image.Image) -> Markup:
         scale = min(1, SHORT_SIDE / min(image.size), LONG_SIDE / max(image.size))
-        size = [max(1, round(side * scale)) for side in image.size]
+        width, height = (max(1, round(side * scale)) for side in image.size)
         encoded = io.BytesIO()
-        image.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(
-            encoded, "JPEG", quality=JPEG_QUALITY
-        )
+        small = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+        small.save(encoded, "JPEG", quality=JPEG_QUALITY)
         uri = f"data:image/jpeg;base64,{base64.b64encode(encoded.getvalue()).decode()}"
-        return self.distinct.setdefault(uri, Thumbnail(len(self.distinct), uri, *size))
+        image_id = self.ids.setdefault(uri, f"p{len(self.ids)}")
+        return Markup(
+            '<svg class="picture" viewBox="0 0 {} {}" role="img" aria-label="picture of {}">'
+            '<use href="#{}"/></svg>'
+        ).format(width, height, source_id, image_id)

@@ -132,8 +132,6 @@ class StagedTrainer(Trainer):
             domain.class_clusters,
             args.train_batch_size * args.world_size,
             args.cluster_share,
-            cluster_draw=args.cluster_draw,
-            classes_per_batch=args.classes_per_batch,
             seed=args.data_seed if args.data_seed is not None else args.seed,
             num_processes=args.world_size,
             process_index=args.process_index,
@@ -245,9 +243,7 @@ class StagedTrainer(Trainer):
             ("validation", self.eval_dataset, 1),
         ):
             folder = self.feature_cache / name
-            views.features = encode_views(
-                self._vision, views, count, cuts, folder, self.args.feature_dtype, precision
-            )
+            views.features = encode_views(self._vision, views, count, cuts, folder, precision)
         self.encoding_seconds += time.perf_counter() - started
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -471,8 +467,6 @@ class StagedTrainer(Trainer):
             "data_seed",
             "loss",
             "cluster_share",
-            "cluster_draw",
-            "classes_per_batch",
             "weight_decay",
         )
         return {name: getattr(self.args, name) for name in names} | {
@@ -480,7 +474,6 @@ class StagedTrainer(Trainer):
             "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
             "label_smoothing": self.args.label_smoothing_factor,
             "cached_views": self.args.cached_views,
-            "feature_dtype": self.args.feature_dtype,
             "precision": "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "float32",
             "stages": [stage.model_dump(mode="json") for stage in self.domain.stages],
         }
