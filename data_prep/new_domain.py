@@ -32,7 +32,7 @@ from data_prep.clusters import propose
 from data_prep.sources.folders import SIDECARS, list_files, split_of
 from nicheclip.clip import encode_texts, load_clip
 from nicheclip.domain import Domain, class_key
-from nicheclip.evaluation.summary import format_table
+from nicheclip.evaluation.intervals import format_table
 from nicheclip.images import readable_formats
 
 BASE = "openai/clip-vit-base-patch32"

@@ -302,7 +302,7 @@ def test_prediction_sets_are_never_empty_grow_with_their_coverage_and_hold_the_l
     logits, labels = answer
     probabilities = softmax(logits, axis=1)
     small, large = (
-        prediction_sets(probabilities, fit_conformal(probabilities, labels, coverage).quantile)
+        prediction_sets(probabilities, fit_conformal(probabilities, labels, coverage))
         for coverage in sorted(coverages)
     )
     assert small.any(axis=1).all()
