@@ -27,6 +27,7 @@ import datasets
 import numpy as np
 import torch
 import transformers
+from nicheclip.evaluation.summary import format_table
 from PIL import Image
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, RandomSampler
@@ -35,7 +36,6 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProce
 from data_prep.verify import JPEG_QUALITY
 from domains.facades.painter import STYLES, draw
 from nicheclip.domain import Domain
-from nicheclip.evaluation.summary import format_table
 from nicheclip.files import quiet_datasets, write_json
 from nicheclip.processes import keep_freed_memory
 from nicheclip.run import features
