@@ -1,4 +1,4 @@
-"""python -m data_prep.new_domain FOLDER --name birds [--noun bird] [--base MODEL] [--out FILE] [--force]
+"""python -m data_prep.new_domain FOLDER --name birds [--noun bird] [--base MODEL] [--out FILE]
 
 Writes a domain file from class folders: FOLDER/<class>/<image>, or FOLDER/<split>/<class>/<image>.
 Classes are the folders' names, prompts are templates, clusters and the length of the stages are
@@ -314,10 +314,10 @@ def _clusters(prompts: dict[str, list[str]], local: str | None) -> tuple[dict[st
             for own in prompts.values()
         ]
         members = propose(_alike(np.stack(text_embeds), model.logit_scale.exp().item()))
-        origin = "proposed from the base model's text_embeds of the prompts: a guess, until it has seen images"
+        origin = "proposed from the base model's text_embeds of the prompts: a guess"
     else:
         members = propose(_shared_words(names))
-        origin = "proposed from words that the names share, since the base model is not here yet: a guess"
+        origin = "proposed from words that the names share, without the base model: a guess"
     if len(members) == len(names):
         return {}, "none proposed, since no classes stand out as alike: all of them are one cluster"
     return {
@@ -326,7 +326,7 @@ def _clusters(prompts: dict[str, list[str]], local: str | None) -> tuple[dict[st
 
 
 def _alike(text_embeds: np.ndarray, scale: float) -> np.ndarray:
-    """How likely a zero-shot classifier without the right class takes each prompt for another's, (C, C) symmetric."""
+    """How likely each prompt is taken for another one, (C, C) symmetric; itself is left out."""
     text_embeds = text_embeds / np.linalg.norm(text_embeds, axis=1, keepdims=True)
     logits = scale * text_embeds @ text_embeds.T
     np.fill_diagonal(logits, -np.inf)

@@ -1,4 +1,4 @@
-"""What README and docs say: files that exist, options that are known, commands that run as they are printed."""
+"""What README and docs say: files that exist, options that are known, commands that run."""
 
 from __future__ import annotations
 
@@ -142,7 +142,8 @@ def test_training_is_launched_as_the_documents_say(prepared, tmp_path):
             launched.append(
                 subprocess.Popen(
                     [sys.executable, "-m", modules[launcher], *own],
-                    cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                    cwd=tmp_path, env=environment, stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT, text=True,
                 )
             )  # fmt: skip
         for process in launched:
@@ -169,7 +170,8 @@ def test_the_benchmarks_of_the_documents_run(command, tmp_path):
     name, *options = command.split()
     ran = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", *options],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=400,
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        timeout=400,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert ran.stdout.strip()

@@ -92,7 +92,7 @@ def assert_equal(
 def plain_step(
     domain: Domain, batch: dict, chosen: Stage, dtype: torch.dtype
 ) -> tuple[torch.Tensor, dict]:
-    """CLIPModel's own forward pass: all images from pixels, each with its own prompt of 77 tokens."""
+    """CLIPModel's own forward pass: images from pixels, each with its prompt of 77 tokens."""
     model, processor = load_clip(domain.base)
     model.to(dtype)
     names = set(trainable_names([name for name, _ in model.named_parameters()], chosen))
@@ -113,7 +113,7 @@ def plain_step(
 
 @pytest.mark.parametrize("name", STAGES)
 def test_the_fast_step_is_the_plain_step(name, domain, samples, tmp_path):
-    """From the same pixels: distinct prompts at their length, and the class token alone in the last block."""
+    """From the same pixels: distinct prompts at their length, the class token in the last block."""
     trainer = staged(domain, samples, STAGES[name], tmp_path, cached_views=0)
     batch = trainer.data_collator([samples[index] for index in range(0, 48, 4)])
     expected, expected_gradients = plain_step(domain, batch, STAGES[name], torch.float32)

@@ -165,7 +165,8 @@ def test_the_folder_holds_what_it_should_and_no_pickle(run):
         if path.is_file()
     }
     assert {
-        "README.md", "config.json", "model.safetensors", "nicheclip.json", "prototypes.safetensors", "scorecard.json",
+        "README.md", "config.json", "model.safetensors", "nicheclip.json",
+        "prototypes.safetensors", "scorecard.json",
     } <= files  # fmt: skip
     figures = {"scorecard", "confusion", "classes", "reliability", "outside"}
     assert {f"figures/{name}.{kind}" for name in figures for kind in ("png", "svg")} <= files

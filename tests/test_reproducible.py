@@ -36,7 +36,8 @@ def machine() -> str:
         if cpu.is_file()
         else []
     )
-    return f"{names[0] if names else platform.processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    name = names[0] if names else platform.processor()
+    return f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads"
 
 
 def weights_digest(folder: Path) -> str:
@@ -47,7 +48,7 @@ def weights_digest(folder: Path) -> str:
 
 
 def results(run: Path) -> dict[str, Any]:
-    """Fingerprint, digests of the best and of the last weights, epochs, scorecard, nicheclip.json, predictions."""
+    """Fingerprint, digests of best and last weights, epochs, scorecard, settings, predictions."""
     training = json.loads((run / "training.json").read_text())
     scorecard = json.loads((run / "scorecard.json").read_text())
     scorecard.pop("provenance")

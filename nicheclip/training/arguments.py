@@ -51,9 +51,7 @@ class StagedTrainingArguments(TrainingArguments):
     )
     initial_logit_scale: float | None = field(
         default=None,
-        metadata={
-            "help": "exp(logit_scale) to begin with, e.g. the recipe's 14.3; default: the base model's."
-        },
+        metadata={"help": "exp(logit_scale) to begin with, e.g. 14.3; default: the base model's."},
     )
     wise_ft: str = field(
         default="1",
@@ -65,9 +63,8 @@ class StagedTrainingArguments(TrainingArguments):
     cached_views: int = field(
         default=4,
         metadata={
-            "help": "Augmented views of each image; what the frozen part of the visual tower makes of them is kept on "
-            "disk and its visits take them in turn. 0: a new view at each visit, and nothing is "
-            "kept."
+            "help": "Augmented views of each image, taken in turn; what the frozen part of the "
+            "visual tower makes of them is kept on disk. 0: a new view each time, nothing is kept."
         },
     )
     feature_cache: str | None = field(
@@ -85,8 +82,8 @@ class StagedTrainingArguments(TrainingArguments):
     gradient_accumulation_steps: int = field(
         default=1,
         metadata={
-            "help": "Batches whose gradients are averaged before a step. The pair losses see the negatives of one "
-            "batch at a time, so accumulating is no larger batch to them; to class_prompts it is."
+            "help": "Batches whose gradients are averaged before a step. To the pair losses, which "
+            "see the negatives of one batch at a time, that is no larger batch."
         },
     )
     # The recipe's optimiser: CLIP's betas and eps, strong decay, cosine.

@@ -83,7 +83,7 @@ class EndOfStage(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """A context in which SIGINT and SIGTERM end the training after the step at hand, with a checkpoint.
+    """A context in which SIGINT and SIGTERM end the training after the step at hand.
 
     With one process, a second signal ends it at once. With several, all agree on the step, and
     further signals are
@@ -133,7 +133,7 @@ class StopOnSignal(TrainerCallback):
 
 
 def ignore_interrupts(worker: int) -> None:
-    """For workers of a DataLoader: a Ctrl-C reaches them as well, but their parent has a step to finish."""
+    """For workers of a DataLoader: a Ctrl-C reaches them, but their parent has a step to finish."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -36,7 +36,7 @@ def training_record(trainer: StagedTrainer) -> dict[str, Any]:
 
 
 def batch_record(trainer: StagedTrainer) -> dict[str, float]:
-    """How the batches of an epoch are composed, and the lowest value that the loss can reach on them."""
+    """How the batches of an epoch are composed, and the lowest value of the loss on them."""
     trainer.sampler.set_epoch(0)
     args, labels, classes = trainer.args, trainer.train_dataset.labels, len(trainer.domain.classes)
     floors = [

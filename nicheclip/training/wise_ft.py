@@ -1,4 +1,4 @@
-"""WiSE-FT: the weights between the base and the fine-tuned model (Wortsman et al. 2022, arXiv:2109.01903).
+"""WiSE-FT: weights between base and fine-tuned (Wortsman et al. 2022, arXiv:2109.01903).
 
 alpha 0 is the base, 1 the fine-tuned model. Between them there is often a model that is as good on
 the domain and has forgotten less; which alpha that is, validation says.
