@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 
+from nicheclip.domain import Domain, DomainError
 from nicheclip.training.losses import LOSSES
 
 METRICS = ("accuracy", "macro_f1", "ece", "loss")  # of validation, each epoch
@@ -184,3 +187,22 @@ def _is_share(text: str) -> bool:
         return 0 <= float(text) <= 1
     except ValueError:
         return False
+
+
+def parse_arguments(domain: Domain, run: Path, options: list[str]) -> StagedTrainingArguments:
+    """Command line over domain file over defaults.
+
+    Raises:
+        DomainError: for a key of `training` that is no argument.
+    """
+    arguments: Any = StagedTrainingArguments  # transformers asks for a NewType that no class has
+    parser = HfArgumentParser(arguments, prog="train.py")
+    known = StagedTrainingArguments.__dataclass_fields__
+    if unknown := sorted(set(domain.training) - set(known)):
+        raise DomainError(
+            f"training: unknown key '{unknown[0]}'; expected a field of transformers' "
+            "TrainingArguments"
+        )
+    of_run = {"output_dir": str(run / "checkpoints"), "feature_cache": str(run / "cache/features")}
+    parser.set_defaults(**of_run | domain.training)
+    return parser.parse_args_into_dataclasses(options)[0]
