@@ -24,7 +24,6 @@ from nicheclip.evaluation import scorecard
 from nicheclip.evaluation.intervals import METRIC_TITLES, Verdict, judge_gate
 from nicheclip.evaluation.predictions import fit_and_run, write_predictions
 from nicheclip.evaluation.probe import run_probe
-from nicheclip.evaluation.summary import calibration_text, scorecard_text
 from nicheclip.files import replaced_file, replaced_folder, write_json
 from nicheclip.processes import keep_freed_memory
 from nicheclip.run import CLASS_MEANS_FILE, check_exam, load_prepared, provenance, run_lock
@@ -58,23 +57,18 @@ def calibrate(run: Path) -> None:
     base = fit_and_run(*load_clip(domain.base), domain, splits, "base", reference=True)
     probe = run_probe(base.embeds, splits, domain)
 
-    measures = scorecard.compare(
-        scorecard.clip_statistics(tuned, labels, groups, domain),
-        scorecard.clip_statistics(base, labels, groups, domain),
-        scorecard.statistics(probe, labels, groups, domain),
-    )
-    measures["ece_of_perfect"] = scorecard.perfect_ece(tuned)
+    measures = scorecard.compare(tuned, base, probe, labels, groups, domain)
     gates: dict[str, Verdict] = {
         name: judge_gate(name, measures[name], target) for name, target in domain.gates.items()
     }
     calibration = {
         "split": "calibration",
         "n": len(splits["calibration"]),
-        **tuned.fitted.to_dict(),
+        **tuned.fitted,
         "trained_logit_scale": tuned.head.trained_logit_scale,
         "ood": asdict(tuned.ood),
-        "base": base.fitted.to_dict(),
-        "probe": probe.fitted.to_dict(),
+        "base": base.fitted,
+        "probe": probe.fitted,
     }
     with replaced_folder(run / "figures") as folder:
         draw_figures(folder, domain, labels, tuned, base, measures, gates)
@@ -93,13 +87,11 @@ def calibrate(run: Path) -> None:
         "base": Path(domain.base).name if Path(domain.base).is_dir() else domain.base,
         "metrics": {name: measures[name].to_dict() for name in METRIC_TITLES if name in measures},
         "gates": {name: asdict(gate) for name, gate in gates.items()},
-        "classes": scorecard.class_table(tuned, base, labels, domain),
-        "ood": scorecard.ood_table(tuned),
-        "stability": scorecard.stability_table(tuned),
+        **scorecard.tables(tuned, base, labels, domain),
     }
     write_json(run / "scorecard.json", results)
-    print(scorecard_text(measures, gates))
-    print(calibration_text(tuned))
+    print(scorecard.scorecard_text(measures, gates))
+    print(scorecard.calibration_text(tuned))
     print(f"\nread the errors in {run / 'errors.html'}; the figures are in {run / 'figures'}")
     print(f"next: python -m model_card {run}")
 

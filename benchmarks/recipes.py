@@ -27,7 +27,6 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from nicheclip.evaluation.retention import retention_accuracy
 from scipy.special import softmax
 from torch.nn.functional import normalize
 from transformers import CLIPModel, CLIPProcessor
@@ -41,6 +40,7 @@ from nicheclip.evaluation import metrics
 from nicheclip.evaluation.calibration import fit_temperature
 from nicheclip.evaluation.ood import PER_KIND, ood_pictures
 from nicheclip.evaluation.probe import fit_probe
+from nicheclip.evaluation.robustness import retention_accuracy
 from nicheclip.files import read_json, write_json
 from nicheclip.run import load_prepared, load_retention
 from nicheclip.training.arguments import StagedTrainingArguments

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from data_prep.prepare import Report, prepare
 from nicheclip.domain import Domain
-from nicheclip.evaluation.summary import format_table
+from nicheclip.evaluation.intervals import format_table
 from nicheclip.processes import keep_freed_memory
 
 

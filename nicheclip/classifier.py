@@ -3,8 +3,7 @@
     classifier = NicheClassifier.from_pretrained("you/your-model")
     print(classifier(["photo.jpg"])[0])
 
-Needs only torch, transformers, safetensors, huggingface_hub and Pillow; with an ONNX backend also
-onnxruntime.
+Needs torch, transformers, safetensors, huggingface_hub and Pillow; an ONNX backend onnxruntime.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from safetensors.numpy import load_file
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+from transformers import CLIPModel, CLIPProcessor
 
+from nicheclip.clip import encode_texts
 from nicheclip.head import SCORES, Head, prediction_sets, softmax
 from nicheclip.images import Photo, open_image
 
@@ -44,12 +45,9 @@ ONNX_FILES = {"onnx": "onnx/vision_model.onnx", "onnx-int8": "onnx/vision_model_
 class Prediction:
     """What the model says about one image.
 
-    Attributes:
-        probabilities: of the classes, calibrated, falling.
-        prediction_set: the classes that hold the right one as often as the model card says, the
-            most probable first.
-        outside: whether the image looks like none of the domain.
-        threshold: below this confidence the answer is "not sure".
+    The `probabilities` are calibrated and fall; the `prediction_set` holds the right class as often
+    as the model card says, the most probable first; an image that is `outside` looks like none of
+    the domain; below a confidence of `threshold` the answer is "not sure".
     """
 
     probabilities: dict[str, float]
@@ -75,9 +73,8 @@ class Prediction:
     def __str__(self) -> str:
         if self.outside:
             return "outside my domain"
-        among = ""
-        if len(self.prediction_set) > 1:
-            among = f", one of: {', '.join(self.prediction_set)}"
+        several = len(self.prediction_set) > 1
+        among = f", one of: {', '.join(self.prediction_set)}" if several else ""
         return f"{self.label or 'not sure'} ({self.best} {self.confidence:.0%}{among})"
 
 
@@ -93,24 +90,6 @@ class VisualTower(torch.nn.Module):
         """(B, 3, S, S) -> (B, D)."""
         image_embeds = self.visual_projection(self.vision_model(pixel_values).pooler_output)
         return torch.nn.functional.normalize(image_embeds, dim=-1)
-
-
-class TextTower:
-    """The half that reads: texts, longer ones cut off -> unit-length text_embeds (M, D)."""
-
-    def __init__(self, model: CLIPModel, tokenizer):
-        self.model = model
-        self.tokenizer = tokenizer
-
-    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
-        """M texts -> (M, D)."""
-        length = self.model.text_model.config.max_position_embeddings
-        tokens = self.tokenizer(
-            list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt"
-        )
-        return torch.nn.functional.normalize(
-            self.model.get_text_features(**tokens).pooler_output, dim=-1
-        )
 
 
 class OnnxTower:
@@ -133,9 +112,7 @@ class OnnxTower:
             ) from error
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        self.session = onnxruntime.InferenceSession(
-            path, options, providers=["CPUExecutionProvider"]
-        )
+        self.session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
 
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) -> (B, D)."""
@@ -157,7 +134,7 @@ class NicheClassifier:
         head: Head,
         image_processor,
         settings: dict[str, Any],
-        text_tower: Callable[[Sequence[str]], torch.Tensor] | None = None,
+        text_tower: Callable[[list[str]], torch.Tensor] | None = None,
     ):
         self.tower = tower
         self.head = head
@@ -174,8 +151,7 @@ class NicheClassifier:
         """Loads a folder made by `python -m model_card`, or a repository of the Hub.
 
         Args:
-            backend: what runs the visual tower: "torch", "onnx", or "onnx-int8" (smaller, faster,
-                nearly the same).
+            backend: of the visual tower: "torch", "onnx", or "onnx-int8" (faster, nearly the same).
 
         Raises:
             FileNotFoundError: if it is a CLIP model, but not one of NicheCLIP's; or if it has no
@@ -199,19 +175,15 @@ class NicheClassifier:
                 "(for another CLIP model, use transformers' zero-shot-image-classification "
                 "pipeline)"
             )
-        settings = read_settings(folder / SETTINGS_FILE)
+        settings = _read_settings(folder / SETTINGS_FILE)
         embeds = load_file(folder / PROTOTYPES_FILE)
-        head = Head(
-            embeds["prototypes"],
-            {name: embeds[name] for name in ("whitening", "means")},
-            settings["trained_logit_scale"],
-            settings["temperature"],
-        )
-        image_processor = AutoImageProcessor.from_pretrained(folder)
+        fitted = settings["trained_logit_scale"], settings["temperature"]
+        head = Head(embeds["prototypes"], embeds, *fitted)
+        processor = CLIPProcessor.from_pretrained(folder)
         if backend == "torch":
             model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
-            text_tower = TextTower(model, AutoTokenizer.from_pretrained(folder))
-            return cls(VisualTower(model), head, image_processor, settings, text_tower)
+            text_tower = partial(encode_texts, model, processor)
+            return cls(VisualTower(model), head, processor.image_processor, settings, text_tower)
         path = folder / ONNX_FILES[backend]
         if not path.is_file():
             raise FileNotFoundError(
@@ -219,20 +191,14 @@ class NicheClassifier:
                 "anew with `python -m model_card RUN --onnx` (it leaves INT8 out where that costs "
                 "too much: onnx/report.json)"
             )
-        return cls(OnnxTower(path), head, image_processor, settings)
+        return cls(OnnxTower(path), head, processor.image_processor, settings)
 
     @torch.inference_mode()
     def image_embeds(self, images: Sequence[Photo]) -> torch.Tensor:
-        """Unit-length image_embeds (N, D), of the same kinds of images as `__call__` takes.
-
-        Raises:
-            OSError: naming the image that can't be read.
-            ValueError: for an address.
-        """
+        """Unit-length image_embeds (N, D) of what `open_image` takes, and refuses, as an image."""
         pictures = [open_image(image) for image in images]
         return self.tower(self.image_processor(pictures, return_tensors="pt")["pixel_values"])
 
-    @torch.inference_mode()
     def text_embeds(self, texts: Sequence[str]) -> torch.Tensor:
         """Unit-length text_embeds (M, D), to look for images by words.
 
@@ -240,20 +206,15 @@ class NicheClassifier:
             ValueError: of an ONNX backend, which has the visual tower only.
         """
         if self.text_tower is None:
-            raise ValueError(
-                "an ONNX backend has no text tower; load the model with backend='torch'"
-            )
-        return self.text_tower(texts)
+            raise ValueError("ONNX has no text tower; load the model with backend='torch'")
+        return self.text_tower(list(texts))
 
     def probabilities(self, images: Sequence[Photo]) -> np.ndarray:
         """Calibrated probabilities (N, C), classes in the order of `class_names`."""
         return softmax(self.head.logits(self.image_embeds(images).numpy()))
 
     def __call__(self, images: Sequence[Photo]) -> list[Prediction]:
-        """Classifies a batch of images.
-
-        Args:
-            images: paths, PIL images, bytes of files, or uint8 arrays (H, W, 3) or (H, W).
+        """Classifies paths, PIL images, bytes of files, or uint8 arrays (H, W, 3) or (H, W).
 
         Raises:
             TypeError: if it is given one image instead of a list.
@@ -280,7 +241,7 @@ class NicheClassifier:
         return predictions
 
 
-def read_settings(path: Path) -> dict[str, Any]:
+def _read_settings(path: Path) -> dict[str, Any]:
     """nicheclip.json, if it is one that this version reads.
 
     Raises:
@@ -303,14 +264,11 @@ def read_settings(path: Path) -> dict[str, Any]:
         value = settings
         for part in name.split("."):
             value = value.get(part) if isinstance(value, dict) else None
-        expected = (int, float) if kind is float else kind
-        if not isinstance(value, expected) or isinstance(value, bool):
+        if not isinstance(value, kind):
             raise ValueError(
                 f"'{path}': {name} is {value!r}, expected a {kind.__name__}; fetch or build it anew"
             )
     if settings["ood"]["score"] not in SCORES:
-        raise ValueError(
-            f"'{path}': ood.score is '{settings['ood']['score']}', which is unknown; expected one "
-            f"of {', '.join(SCORES)}"
-        )
+        known = f"expected one of {', '.join(SCORES)}"
+        raise ValueError(f"'{path}': ood.score is '{settings['ood']['score']}'; {known}")
     return settings

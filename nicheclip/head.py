@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-Score = Literal["confidence", "energy", "prompt_cosine", "mahalanobis"]
-SCORES: tuple[Score, ...] = ("confidence", "energy", "prompt_cosine", "mahalanobis")
+SCORES = ("confidence", "energy", "prompt_cosine", "mahalanobis")
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -40,12 +38,11 @@ def mass_above(probabilities: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Head:
-    """From image_embeds to answers: what users load, and what calibrate.py fits and judges.
+    """From image_embeds to logits: what users load, and what calibrate.py fits and judges.
 
     Attributes:
         prototypes: (C, D) unit-length text_embeds of the canonical prompts.
-        class_means: of the training images: `whitening` (D, D), a root of the precision within
-            classes, and the classes' whitened `means` (C, D).
+        class_means: `whitening` (D, D) and whitened `means` (C, D), see `fit_class_means`.
         trained_logit_scale: logarithm of what multiplies cosines, as training left it.
         temperature: divides the logits.
     """
@@ -64,12 +61,11 @@ class Head:
         """Unit-length image_embeds (N, D) -> calibrated logits (N, C)."""
         return self.logit_scale * image_embeds @ self.prototypes.T
 
-    def ood_scores(self, image_embeds: np.ndarray) -> dict[Score, np.ndarray]:
+    def ood_scores(self, image_embeds: np.ndarray) -> dict[str, np.ndarray]:
         """How much each image looks like one of the domain, higher is more: (N,) by each score.
 
-        The energy is Liu et al.'s (2020, arXiv:2010.03759), of calibrated logits. The Mahalanobis
-        distance to the nearest class mean (Lee et al. 2018, arXiv:1807.03888) has a minus before
-        it.
+        The energy (Liu et al. 2020, arXiv:2010.03759) is that of calibrated logits, mahalanobis
+        minus the distance to the nearest class mean.
         """
         logits = self.logits(image_embeds)
         highest = logits.max(axis=1)

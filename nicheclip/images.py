@@ -68,7 +68,7 @@ def open_image(photo: Photo) -> Image.Image:
                 return to_rgb(opened)
     # What Pillow raises for a broken file depends on its format.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise OSError(f"can't read {named} as an image: {error}") from error
+        raise OSError(f"{named} can't be read as an image: {error}") from error
 
 
 def to_rgb(image: Image.Image, mended: list[str] | None = None) -> Image.Image:

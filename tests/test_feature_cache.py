@@ -159,8 +159,11 @@ def test_in_double_precision_the_towers_agree_to_ten_digits(name, domain, sample
 @pytest.mark.parametrize(
     "name", ["0 blocks", "1 block", "2 blocks", "all blocks", "the last layer norm"]
 )
-def test_kept_views_train_as_their_pixels_do(name, dtype, tolerance, domain, samples, tmp_path):
-    trainer = staged(domain, samples, STAGES[name], tmp_path, cached_views=2, feature_dtype=dtype)
+def test_kept_views_train_as_their_pixels_do(
+    name, dtype, tolerance, domain, samples, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("nicheclip.training.feature_cache.KEPT_AS", np.dtype(dtype).type)
+    trainer = staged(domain, samples, STAGES[name], tmp_path, cached_views=2)
     chosen = list(range(0, 48, 4))
     kept = trainer.data_collator([samples[index] for index in chosen])
     samples.features = None
@@ -176,13 +179,14 @@ def test_kept_views_train_as_their_pixels_do(name, dtype, tolerance, domain, sam
     assert_equal(found["k"], found["p"], tolerance)
 
 
-def test_what_all_stages_leave_frozen_is_encoded_once(domain, samples, tmp_path):
+def test_what_all_stages_leave_frozen_is_encoded_once(domain, samples, tmp_path, monkeypatch):
     """The pooled states are worked out from those after the blocks that no stage trains."""
+    monkeypatch.setattr("nicheclip.training.feature_cache.KEPT_AS", np.float32)
     model, _ = load_clip(domain.base)
     begin_later(model)
     tower = model.vision_model.eval()
-    both = encode_views(tower, samples, 2, [2, pooled(tower)], tmp_path / "both", "float32")
-    alone = encode_views(tower, samples, 2, [pooled(tower)], tmp_path / "alone", "float32")
+    both = encode_views(tower, samples, 2, [2, pooled(tower)], tmp_path / "both")
+    alone = encode_views(tower, samples, 2, [pooled(tower)], tmp_path / "alone")
     assert {path.name for path in (tmp_path / "both").iterdir()} == {"after-block-2", "pooled"}
     places = [(row, view) for view in range(2) for row in range(len(samples.rows))]
     np.testing.assert_allclose([both(*p) for p in places], [alone(*p) for p in places], atol=2e-5)
@@ -230,7 +234,7 @@ def test_a_shard_is_known_by_everything_it_depends_on(domain, prepared, samples,
         now = encoded(tower, changed, cache)
         assert not now & first, "a stale shard must not be read, nor lie about"
     assert encoded(tower, samples, cache) == first
-    for options in ({"dtype": "float32"}, {"autocast": torch.bfloat16}, {"cut": 1}):
+    for options in ({"autocast": torch.bfloat16}, {"cut": 1}):
         assert not encoded(tower, samples, tmp_path / str(options), **options) & first
     with torch.no_grad():
         model.vision_model.encoder.layers[3].mlp.fc1.bias += 1
@@ -287,7 +291,7 @@ def test_states_that_the_kept_precision_can_not_hold_are_an_error(domain, sample
     begin_later(model)
     with torch.no_grad():
         model.vision_model.pre_layrnorm.bias += 1e6
-    with pytest.raises(FloatingPointError, match="--feature_dtype float32"):
+    with pytest.raises(FloatingPointError, match="--cached_views 0"):
         encode_views(model.vision_model, samples, 1, [0], tmp_path)
 
 

@@ -77,5 +77,5 @@ def test_the_classifier_needs_little():
         names = imported(ROOT.joinpath(*waiting.pop().split(".")).with_suffix(".py"))
         waiting += [name for name in names if name.startswith("nicheclip.")]
         needed |= {name.partition(".")[0] for name in names} - {"nicheclip"}
-    third_party = {"torch", "transformers", "safetensors", "huggingface_hub", "PIL", "numpy"}
+    third_party = set("torch transformers safetensors huggingface_hub PIL numpy tqdm".split())
     assert needed - sys.stdlib_module_names == third_party | {"onnxruntime"}

@@ -30,14 +30,8 @@ SHAPES = {
 @pytest.mark.parametrize("labels", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.8, 1.0])
 @pytest.mark.parametrize("batch_size", [7, 16, 32])
-@pytest.mark.parametrize("cluster_draw", ["size", "even"])
-@pytest.mark.parametrize("classes_per_batch", [None, 1, 3])
-def test_batches_are_full_of_one_cluster_and_leave_nobody_out(
-    labels, share, batch_size, cluster_draw, classes_per_batch
-):
-    sampler = ClusterBatchSampler(
-        labels, CLASS_CLUSTERS, batch_size, share, cluster_draw, classes_per_batch
-    )
+def test_batches_are_full_of_one_cluster_and_leave_nobody_out(labels, share, batch_size):
+    sampler = ClusterBatchSampler(labels, CLASS_CLUSTERS, batch_size, share)
     batches = list(sampler)
     assert len(batches) == len(sampler)
     assert {len(batch) for batch in batches} == {batch_size}
@@ -76,49 +70,10 @@ def test_every_cluster_leads_batches():
     assert set(leads) == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize("labels", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("share", [0.3, 0.5, 1.0])
-def test_an_even_draw_lets_all_clusters_lead_equally_often(labels, share):
-    sampler = ClusterBatchSampler(labels, CLASS_CLUSTERS, 16, share, cluster_draw="even")
-    leads = Counter(CLASS_CLUSTERS[labels[batch[0]]] for batch in sampler)
-    assert set(leads) == {0, 1, 2, 3}
-    assert len(set(leads.values())) == 1
-    assert len(sampler) >= len(ClusterBatchSampler(labels, CLASS_CLUSTERS, 16, share))
-
-
-@pytest.mark.parametrize("classes_per_batch", [None, 2])
-def test_the_pool_is_walked_without_replacement(classes_per_batch):
-    labels = SHAPES["even"]
-    sampler = ClusterBatchSampler(
-        labels, CLASS_CLUSTERS, 20, 0.5, classes_per_batch=classes_per_batch
-    )
-    assert (np.bincount(np.concatenate(list(sampler)), minlength=len(labels)) == 1).all()
-
-
-def test_fewer_classes_per_batch_leave_fewer_classes_in_the_part_from_the_pool():
-    labels, class_clusters = labels_of(*[40] * 20), np.arange(20) // 2
-
-    def classes_from_pool(classes_per_batch: int | None) -> float:
-        sampler = ClusterBatchSampler(
-            labels, class_clusters, 24, 0.5, classes_per_batch=classes_per_batch
-        )
-        return np.mean([len(set(labels[batch[12:]])) for batch in sampler])
-
-    by_setting = [classes_from_pool(setting) for setting in (2, 4, 6, None)]
-    assert by_setting == sorted(by_setting)
-    for setting, classes in zip((2, 4), by_setting, strict=False):
-        # a chunk may begin in one batch and end in the next
-        assert setting <= classes <= setting + 1.5
-    assert by_setting[-1] > 8
-
-
 @pytest.mark.parametrize("num_processes", [2, 4])
-@pytest.mark.parametrize(
-    "options", [{}, {"cluster_draw": "even", "classes_per_batch": 2}], ids=["plain", "options"]
-)
-def test_the_slices_of_all_processes_make_up_the_batches_of_one(num_processes, options):
+def test_the_slices_of_all_processes_make_up_the_batches_of_one(num_processes):
     labels = SHAPES["uneven"]
-    one = ClusterBatchSampler(labels, CLASS_CLUSTERS, 16, seed=5, **options)
+    one = ClusterBatchSampler(labels, CLASS_CLUSTERS, 16, seed=5)
     many = [
         ClusterBatchSampler(
             labels,
@@ -127,7 +82,6 @@ def test_the_slices_of_all_processes_make_up_the_batches_of_one(num_processes, o
             num_processes=num_processes,
             process_index=rank,
             seed=5,
-            **options,
         )
         for rank in range(num_processes)
     ]
@@ -194,8 +148,6 @@ def test_a_larger_cluster_share_makes_more_hard_pairs():
         ({"cluster_share": 1.5}, "cluster_share is 1.5"),
         ({"batch_size": 301}, "batch_size is 301"),
         ({"num_processes": 3}, "multiple of the 3 processes .* such as 18"),
-        ({"cluster_draw": "odd"}, "cluster_draw is 'odd'; expected one of size, even"),
-        ({"classes_per_batch": 0}, "classes_per_batch is 0"),
     ],
 )
 def test_impossible_settings_are_refused(options, message):

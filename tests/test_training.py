@@ -251,7 +251,7 @@ def test_which_stage_goes_on():
 @pytest.mark.parametrize("loss", ["info_nce", "class_prompts"])
 def test_other_losses_train_and_resume_with_workers(prepared, tmp_path, loss):
     """In the middle of an epoch, and of an accumulated step's epoch, with views that workers draw."""
-    options = [*KEEP_ALL, "--loss", loss, "--cluster_draw", "even", "--classes_per_batch", "4"]
+    options = [*KEEP_ALL, "--loss", loss]
     options += ["--per_device_train_batch_size", "12", "--gradient_accumulation_steps", "2"]
     run = fresh(prepared, tmp_path / "whole")
     train.train([str(run), *options])

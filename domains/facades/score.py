@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from nicheclip.evaluation.summary import format_table
+from nicheclip.evaluation.intervals import format_table
 from nicheclip.files import read_json
 from nicheclip.run import load_prepared
 

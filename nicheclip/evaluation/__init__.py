@@ -1,1 +1,1 @@
-"""What a model is worth: metrics with intervals, calibration, baselines, and what is none of its domain."""
+"""What a model is worth: metrics, intervals, calibration, OOD pictures, scorecard."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -49,30 +49,17 @@ METRIC_TITLES = {
     "prompt_consistency": "Same answer with other prompts",
 }
 LOWER_IS_BETTER = frozenset(
-    {
-        "ece",
-        "ece_of_perfect",
-        "ece_equal_mass",
-        "ece_before_calibration",
-        "nll",
-        "brier",
-        "aurc",
-        "conformal_set_size",
-        "noise_confidence_p95",
-        "ood_fpr95",
-        "ood_accepted",
-    }
+    "ece ece_of_perfect ece_equal_mass ece_before_calibration nll brier aurc conformal_set_size "
+    "noise_confidence_p95 ood_fpr95 ood_accepted".split()
 )
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One metric on one split.
+    """One metric on one split, over `n` images, with its 95 % interval.
 
-    `low` and `high` bound the 95 % interval, `n` counts what was averaged over. `base` is the same
-    metric of the base model's zero-shot classifier on the same images, `probe` that of a linear
-    probe on the base's image_embeds, and `difference` the metric minus the base's, with the
-    interval of the paired difference.
+    `base` and `probe` are the base's zero-shot classifier and a linear probe on its image_embeds,
+    on the same images; `difference` is that to the base, paired.
     """
 
     value: float
@@ -86,30 +73,22 @@ class Measure:
 
     def to_dict(self) -> dict[str, Any]:
         """As it is written to JSON: what is None is left out."""
-        return _without_none(asdict(self))
+        return {
+            name: value.to_dict() if isinstance(value, Measure) else value
+            for name, value in vars(self).items()
+            if value is not None
+        }
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Measure:
         """The other way."""
-        return cls(
-            **fields
-            | {
-                name: cls.from_dict(value)
-                for name, value in fields.items()
-                if isinstance(value, dict)
-            }
-        )
+        inner = {
+            name: cls.from_dict(each) for name, each in fields.items() if isinstance(each, dict)
+        }
+        return cls(**fields | inner)
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
-def _without_none(fields: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: _without_none(value) if isinstance(value, dict) else value
-        for name, value in fields.items()
-        if value is not None
-    }
 
 
 def proportion(hits: np.ndarray, groups: np.ndarray, split: str) -> Measure:
@@ -121,58 +100,48 @@ def proportion(hits: np.ndarray, groups: np.ndarray, split: str) -> Measure:
     if len(np.unique(groups)) < len(groups):
         return bootstrap(lambda chosen: float(hits[chosen].mean()), groups, split)
     test = binomtest(int(hits.sum()), len(hits))
-    interval = test.proportion_ci(confidence_level=0.95, method="wilson")
-    return Measure(
-        float(test.statistic), float(interval.low), float(interval.high), len(hits), split
-    )
+    low, high = test.proportion_ci(confidence_level=0.95, method="wilson")
+    return Measure(float(test.statistic), float(low), float(high), len(hits), split)
 
 
 def bootstrap(
     statistic: Callable[[np.ndarray], float], groups: np.ndarray, split: str, biased: bool = False
 ) -> Measure:
-    """A statistic with its percentile bootstrap interval, resampling whole groups of near-duplicates.
+    """A statistic with its percentile bootstrap interval, resampling whole groups.
 
     Args:
         statistic: takes the indices of the chosen images (M,) int, gives the value; NaN where they
             allow none.
-        groups: the group of each image (N,), any comparable type.
+        groups: the near-duplicate group of each image (N,), any comparable type.
         biased: of a statistic that grows with noise, as the ECE does, resamples lie above the
             value, of a minimum below it; the basic bootstrap (the percentiles mirrored at the
             value, cut off at 0 and 1) takes that off.
     """
-    values = [statistic(chosen) for chosen in resample_groups(groups)]
     value = float(statistic(np.arange(len(groups))))
-    low, high = np.nanpercentile(values, [2.5, 97.5])
+    resampled = [statistic(chosen) for chosen in resample_groups(groups)]
+    low, high = np.nanpercentile(resampled, [2.5, 97.5])
     if biased:
         low, high = min(value, max(0.0, 2 * value - high)), max(value, min(1.0, 2 * value - low))
     return Measure(value, float(low), float(high), len(groups), split)
 
 
-def resample_groups(
-    groups: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
-) -> list[np.ndarray]:
-    """Indices of the images in each resample of whole groups (N,), `resamples` arrays.
-
-    The same groups, the same.
-    """
-    return _resampled(
-        np.unique(groups, return_inverse=True)[1].astype(np.int64).tobytes(), resamples, seed
-    )
+def resample_groups(groups: np.ndarray, resamples: int = RESAMPLES) -> list[np.ndarray]:
+    """Indices of the images in each resample of whole groups (N,); equal groups, equal draws."""
+    numbers = np.unique(groups, return_inverse=True)[1].astype(np.int64)
+    return _resampled(numbers.tobytes(), resamples)
 
 
 @lru_cache(maxsize=16)
-def _resampled(group_of_image: bytes, resamples: int, seed: int) -> list[np.ndarray]:
-    groups = np.frombuffer(group_of_image, dtype=np.int64)
+def _resampled(group_numbers: bytes, resamples: int) -> list[np.ndarray]:
+    groups = np.frombuffer(group_numbers, dtype=np.int64)
     members = np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))[:-1])
-    rng = np.random.default_rng(seed)
-    return [
-        np.concatenate([members[pick] for pick in rng.integers(len(members), size=len(members))])
-        for _ in range(resamples)
-    ]
+    rng = np.random.default_rng(0)
+    drawn = (rng.integers(len(members), size=len(members)) for _ in range(resamples))
+    return [np.concatenate([members[pick] for pick in picks]) for picks in drawn]
 
 
 def detectable_difference(n: int, accuracy: float = 0.8) -> float:
-    """The smallest difference in accuracy that `n` images each show with 80 % power at the 5 % level.
+    """The difference in accuracy that `n` images each show with 80 % power at the 5 % level.
 
     Of two models of about that `accuracy`, by the normal approximation for unpaired proportions,
     which is cautious: on the same images the models mostly agree.
@@ -201,12 +170,23 @@ def judge_gate(metric: str, measure: Measure, target: float) -> Verdict:
     """Whether a metric reaches its target, by its interval."""
     lower = metric in LOWER_IS_BETTER
     told = f"{'<' if lower else '≥'} {target:.2f}"
-    if measure.high < target if lower else measure.low >= target:
-        return Verdict(told, "pass")
-    if measure.low >= target if lower else measure.high < target:
-        return Verdict(told, "fail")
+    if measure.high < target:
+        return Verdict(told, "pass" if lower else "fail")
+    if measure.low >= target:
+        return Verdict(told, "fail" if lower else "pass")
     # The interval's side towards the target shrinks with the root of n.
     distance = abs(measure.value - target)
     side = measure.high - measure.value if measure.value < target else measure.value - measure.low
     more = math.ceil(measure.n * ((side / distance) ** 2 - 1)) if distance > 0 else None
     return Verdict(told, "undecided", more)
+
+
+def format_table(header: list[str], rows: list[list[str]]) -> str:
+    """A plain-text table; the first column is left-aligned, the others right-aligned."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: list[str]) -> str:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+        return "  ".join([cells[0].ljust(widths[0]), *padded[1:]]).rstrip()
+
+    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])

@@ -1,8 +1,6 @@
 """Pictures that a model should not answer, and how it notices them.
 
-What a real index meets: noise, textures, flat colours, pages of text, other objects, and pictures
-of the domain of which hardly anything is left. All are drawn here, so that they cost no download
-and are always the same.
+They are drawn here, so that they cost no download and are always the same.
 """
 
 from __future__ import annotations
@@ -15,13 +13,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from nicheclip.evaluation.metrics import auroc
-from nicheclip.head import SCORES, Score
 
 PER_KIND = 100
 KINDS = ("noise", "texture", "flat colour", "page of text", "object", "crop of 4 %", "heavy blur")
 SHRINKAGE = 0.01  # of the covariance towards a round one: there may be fewer images than dimensions
 ACCEPTED = 0.95  # share of in-domain images that the threshold lets pass
-WORDS = "the of and in to a for is on that by with as was at from are an be it which this or its not stone new".split()
+WORDS = "the of and in to a for is on that by with as was at from are an be it which this".split()
+WORDS += ["or", "its", "not", "stone", "new"]
 
 
 def ood_pictures(
@@ -41,22 +39,16 @@ def ood_pictures(
                 yield Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
             case "texture":
                 yield _texture(side, rng)
-            case "flat colour":
-                yield _flat(side, rng)
+            case "flat colour":  # with a gradient in every second picture on average
+                colour, slope = rng.uniform(0, 255, 3), rng.uniform(-60, 60) * (rng.random() < 0.5)
+                down = np.linspace(-slope, slope, side)[:, None, None]
+                yield _image(colour + down * np.ones((1, side, 1)))
             case "page of text":
                 yield _page(side, rng)
             case "object":
                 yield _object(side, rng)
             case "crop of 4 %":
-                picture = own[index % len(own)].convert("RGB")
-                width, height = (max(2, round(0.2 * length)) for length in picture.size)
-                left, top = (
-                    int(rng.integers(0, length - part + 1))
-                    for length, part in zip(picture.size, (width, height), strict=True)
-                )
-                yield picture.crop((left, top, left + width, top + height)).resize(
-                    picture.size, Image.Resampling.BICUBIC
-                )
+                yield _crop(own[index % len(own)].convert("RGB"), rng)
             case "heavy blur":
                 picture = own[index % len(own)].convert("RGB")
                 yield picture.filter(ImageFilter.GaussianBlur(min(picture.size) / 10))
@@ -79,15 +71,9 @@ def _texture(side: int, rng: np.random.Generator) -> Image.Image:
     return _image(pattern[..., None] * light + (1 - pattern[..., None]) * dark)
 
 
-def _flat(side: int, rng: np.random.Generator) -> Image.Image:
-    """One colour, with a gradient in every second picture on average."""
-    colour, slope = rng.uniform(0, 255, 3), rng.uniform(-60, 60) * (rng.random() < 0.5)
-    return _image(colour + np.linspace(-slope, slope, side)[:, None, None] * np.ones((1, side, 1)))
-
-
 def _page(side: int, rng: np.random.Generator) -> Image.Image:
     """Lines of black words on nearly white."""
-    page = Image.new("RGB", (side, side), tuple(int(value) for value in rng.integers(225, 256, 3)))
+    page = Image.new("RGB", (side, side), tuple(rng.integers(225, 256, 3).tolist()))
     drawing, size = ImageDraw.Draw(page), float(rng.uniform(side / 28, side / 12))
     font, y = ImageFont.load_default(size), size
     while y < side - size:
@@ -99,20 +85,28 @@ def _page(side: int, rng: np.random.Generator) -> Image.Image:
 
 def _object(side: int, rng: np.random.Generator) -> Image.Image:
     """A few coloured ellipses and polygons on a ground, like a bowl of fruit or a toy."""
-    scene = Image.new("RGB", (side, side), tuple(int(value) for value in rng.integers(0, 256, 3)))
+    scene = Image.new("RGB", (side, side), tuple(rng.integers(0, 256, 3).tolist()))
     drawing = ImageDraw.Draw(scene)
     for _ in range(int(rng.integers(2, 7))):
-        colour = tuple(int(value) for value in rng.integers(0, 256, 3))
+        colour = tuple(rng.integers(0, 256, 3).tolist())
         x, y, radius = *rng.uniform(0.2, 0.8, 2) * side, rng.uniform(0.08, 0.3) * side
         if rng.random() < 0.5:
             flat = rng.uniform(0.5, 1)
             drawing.ellipse((x - radius, y - radius * flat, x + radius, y + radius * flat), colour)
         else:
             angles = np.sort(rng.uniform(0, math.tau, int(rng.integers(3, 9))))
-            drawing.polygon(
-                [(x + radius * math.cos(a), y + radius * math.sin(a)) for a in angles], colour
-            )
+            corners = [(x + radius * math.cos(a), y + radius * math.sin(a)) for a in angles]
+            drawing.polygon(corners, colour)
     return scene.filter(ImageFilter.GaussianBlur(side / 200))
+
+
+def _crop(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """4 % of its area, as large as the whole."""
+    width, height = (max(2, round(0.2 * length)) for length in picture.size)
+    left = int(rng.integers(0, picture.width - width + 1))
+    top = int(rng.integers(0, picture.height - height + 1))
+    part = picture.crop((left, top, left + width, top + height))
+    return part.resize(picture.size, Image.Resampling.BICUBIC)
 
 
 def _image(pixels: np.ndarray) -> Image.Image:
@@ -120,7 +114,7 @@ def _image(pixels: np.ndarray) -> Image.Image:
 
 
 def fit_class_means(image_embeds: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Where the training images lie: `whitening` (D, D) and the classes' whitened means, `means` (C, D), float32.
+    """`whitening` (D, D) and the classes' whitened `means` (C, D), float32.
 
     After the whitening the images of a class spread alike in all directions; so the distance to a
     class's mean is Mahalanobis's, with one covariance for all classes (Lee et al. 2018,
@@ -138,29 +132,28 @@ def fit_class_means(image_embeds: np.ndarray, labels: np.ndarray) -> dict[str, n
     round_one = np.trace(covariance) / len(covariance) * np.eye(len(covariance))
     precision = np.linalg.inv((1 - SHRINKAGE) * covariance + SHRINKAGE * round_one)
     whitening = np.linalg.cholesky((precision + precision.T) / 2)
-    return {
-        "whitening": whitening.astype(np.float32),
-        "means": (means @ whitening).astype(np.float32),
-    }
+    found = {"whitening": whitening, "means": means @ whitening}
+    return {name: array.astype(np.float32) for name, array in found.items()}
 
 
 @dataclass(frozen=True)
 class OODThreshold:
     """A picture whose `score` is below `threshold` is outside of the domain.
 
-    `auroc` says of each score how well it told the calibration images from OOD pictures; the
-    best was taken.
+    `auroc` says of each score how well it told the calibration images from OOD pictures; the best
+    was taken.
     """
 
-    score: Score
+    score: str
     threshold: float
-    auroc: dict[Score, float]
+    auroc: dict[str, float]
 
 
-def fit_ood_threshold(
-    own: dict[Score, np.ndarray], strange: dict[Score, np.ndarray]
-) -> OODThreshold:
-    """The score that tells calibration images (N,) from OOD pictures (M,) best, at `ACCEPTED` of the former."""
-    found = {name: auroc(own[name], strange[name]) for name in SCORES}
-    best = max(SCORES, key=lambda name: found[name])
+def fit_ood_threshold(own: dict[str, np.ndarray], ood: dict[str, np.ndarray]) -> OODThreshold:
+    """The score that tells calibration images (N,) from OOD pictures (M,) best.
+
+    The threshold lets `ACCEPTED` of the calibration images pass.
+    """
+    found = {score: auroc(own[score], ood[score]) for score in own}
+    best = max(found, key=found.__getitem__)
     return OODThreshold(best, float(np.quantile(own[best], 1 - ACCEPTED, method="lower")), found)

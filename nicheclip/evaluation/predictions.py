@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -15,7 +16,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 from nicheclip.clip import encode_images, encode_texts, image_side
 from nicheclip.domain import Domain
-from nicheclip.evaluation.calibration import Fitted, fit
+from nicheclip.evaluation.calibration import fit
 from nicheclip.evaluation.ood import (
     KINDS,
     PER_KIND,
@@ -26,7 +27,7 @@ from nicheclip.evaluation.ood import (
 )
 from nicheclip.evaluation.robustness import CHANGES
 from nicheclip.files import quiet_datasets, replaced_file
-from nicheclip.head import Head, Score, prediction_sets, softmax
+from nicheclip.head import Head, prediction_sets, softmax
 
 CHANGED_IMAGES = 300  # of a split, on which stability is measured
 
@@ -37,15 +38,16 @@ class Predictions:
 
     Attributes:
         logits: (N, C) calibrated.
+        fitted: what `fit` gave.
     """
 
     logits: np.ndarray
-    fitted: Fitted
+    fitted: dict[str, Any]
 
     @cached_property
     def raw(self) -> np.ndarray:
         """(N, C) probabilities before calibration."""
-        return softmax(self.logits * self.fitted.temperature.value)
+        return softmax(self.logits * self.fitted["temperature"])
 
     @cached_property
     def calibrated(self) -> np.ndarray:
@@ -55,7 +57,7 @@ class Predictions:
     @cached_property
     def sets(self) -> np.ndarray:
         """(N, C) bool, the prediction sets."""
-        return prediction_sets(self.calibrated, self.fitted.conformal.quantile)
+        return prediction_sets(self.calibrated, self.fitted["conformal"]["quantile"])
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,8 @@ class Outputs(Predictions):
     similarity: np.ndarray
     prompt_classes: np.ndarray
     ood: OODThreshold
-    own_scores: dict[Score, np.ndarray]
-    ood_scores: dict[str, dict[Score, np.ndarray]]
+    own_scores: dict[str, np.ndarray]
+    ood_scores: dict[str, dict[str, np.ndarray]]
     changed: dict[str, tuple[np.ndarray, np.ndarray]]
 
     @property
@@ -107,49 +109,45 @@ def fit_and_run(
         return encode_images(model, processor, images, total, description=f"{what}, {title}")
 
     def embed_ood(own: Dataset, seed: int) -> dict[str, np.ndarray]:
-        side = image_side(processor)
-        pictures = [row["image"] for row in own.select(range(min(PER_KIND, len(own))))]
+        side, pictures = image_side(processor), own[:PER_KIND]["image"]
         drawn = chain.from_iterable(ood_pictures(kind, side, seed, pictures) for kind in KINDS)
         embeds = embed(drawn, PER_KIND * len(KINDS), "OOD pictures")
         return dict(zip(KINDS, np.split(embeds, len(KINDS)), strict=True))
 
-    def embed_split(name: str) -> np.ndarray:
-        rows = splits[name]
-        return embed((row["image"] for row in rows), len(rows), f"{name} split")
-
     names = ["train", "calibration", "test", *(["validation"] if reference else [])]
-    embeds = {name: embed_split(name) for name in names}
-    calibration, test = splits["calibration"], splits["test"]
+    embeds = {}
+    for name, rows in ((name, splits[name]) for name in names):
+        embeds[name] = embed((row["image"] for row in rows), len(rows), f"{name} split")
+    train, calibration, test = (splits[name] for name in names[:3])
     prototypes = encode_texts(model, processor, domain.canonical_prompts).cpu().numpy()  # (C, D)
-    class_means = fit_class_means(embeds["train"], np.array(splits["train"]["label"]))
+    class_means = fit_class_means(embeds["train"], np.array(train["label"]))
     head = Head(prototypes, class_means, model.logit_scale.item())
     labels, groups = np.array(calibration["label"]), np.array(calibration["group_id"])
     fitted = fit(head.logits(embeds["calibration"]), labels, groups, domain, reference)
-    head = replace(head, temperature=fitted.temperature.value)
+    head = replace(head, temperature=fitted["temperature"])
     # Other OOD pictures choose the score than those that the scorecard is made of.
-    chosen_by = np.concatenate(list(embed_ood(calibration, seed=1).values()))
-    ood = fit_ood_threshold(head.ood_scores(embeds["calibration"]), head.ood_scores(chosen_by))
-    prompts, prompt_classes = domain.prompt_bank
-    bank = encode_texts(model, processor, prompts).cpu().numpy()  # (P, D)
+    choosing = np.concatenate(list(embed_ood(calibration, seed=1).values()))
+    own, outside = (head.ood_scores(each) for each in (embeds["calibration"], choosing))
 
     logits = head.logits(embeds["test"])
     tried = np.unique(np.linspace(0, len(test) - 1, CHANGED_IMAGES).astype(int))
     pictures = (change(row["image"]) for change in CHANGES.values() for row in test.select(tried))
     after = embed(pictures, len(CHANGES) * len(tried), "mild changes")
     changed = {}
-    for name, own in zip(CHANGES, np.split(after, len(CHANGES)), strict=True):
-        cosine, same = np.full(len(test), np.nan), np.full(len(test), np.nan)
-        cosine[tried] = (own * embeds["test"][tried]).sum(axis=1)
-        same[tried] = head.logits(own).argmax(axis=1) == logits[tried].argmax(axis=1)
+    for name, image_embeds in zip(CHANGES, np.split(after, len(CHANGES)), strict=True):
+        cosine, same = np.full((2, len(test)), np.nan)
+        cosine[tried] = (image_embeds * embeds["test"][tried]).sum(axis=1)
+        same[tried] = head.logits(image_embeds).argmax(axis=1) == logits[tried].argmax(axis=1)
         changed[name] = cosine, same
+    prompts, prompt_classes = domain.prompt_bank
     return Outputs(
         logits=logits,
         fitted=fitted,
         head=head,
         embeds=embeds,
-        similarity=embeds["test"] @ bank.T,
+        similarity=embeds["test"] @ encode_texts(model, processor, prompts).cpu().numpy().T,
         prompt_classes=np.array(prompt_classes),
-        ood=ood,
+        ood=fit_ood_threshold(own, outside),
         own_scores=head.ood_scores(embeds["test"]),
         ood_scores={kind: head.ood_scores(e) for kind, e in embed_ood(test, seed=0).items()},
         changed=changed,

@@ -31,9 +31,8 @@ class Probe:
         """(N, D) -> (N, C); a class that it has never seen gets none worth speaking of."""
         logits = np.full((len(image_embeds), self.num_classes), -1e3)
         scores = self.fitted.decision_function(image_embeds)
-        logits[:, self.fitted.classes_] = (
-            scores if scores.ndim == 2 else np.stack([-scores, scores], axis=1) / 2
-        )
+        two = scores.ndim == 1
+        logits[:, self.fitted.classes_] = np.stack([-scores, scores], axis=1) / 2 if two else scores
         return logits
 
 
@@ -42,23 +41,20 @@ def fit_probe(
     validation: tuple[np.ndarray, np.ndarray],
     num_classes: int,
 ) -> Probe:
-    """Logistic regression whose strength and class weights are those that are best on validation, ties by the NLL.
+    """Logistic regression, of the strength and class weights that are best on validation.
 
-    Args: image_embeds (N, D) and labels (N,) of each split.
+    Ties are decided by the NLL. Args: image_embeds (N, D) and labels (N,) of each split.
     """
+    embeds, labels = validation
     tried = []
     with threadpool_limits(1), warnings.catch_warnings():
         # a probe that is nearly converged is as good here
         warnings.simplefilter("ignore", ConvergenceWarning)
-        for strength, class_weight in product(STRENGTHS, (None, "balanced")):
-            fitted = LogisticRegression(
-                C=strength, class_weight=class_weight, tol=1e-3, max_iter=1000
-            )
-            probe = Probe(fitted.fit(*train), num_classes)
-            logits = probe.logits(validation[0])
-            tried.append(
-                (correct(logits, validation[1]).mean(), -nll(logits, validation[1]), probe)
-            )
+        for strength, weights in product(STRENGTHS, (None, "balanced")):
+            model = LogisticRegression(C=strength, class_weight=weights, tol=1e-3, max_iter=1000)
+            probe = Probe(model.fit(*train), num_classes)
+            logits = probe.logits(embeds)
+            tried.append((correct(logits, labels).mean(), -nll(logits, labels), probe))
     return max(tried, key=lambda entry: entry[:2])[2]
 
 
@@ -71,4 +67,4 @@ def run_probe(
     probe = fit_probe(train, validation, len(domain.classes))
     logits, groups = probe.logits(embeds["calibration"]), splits["calibration"]["group_id"]
     fitted = fit(logits, labels["calibration"], np.array(groups), domain, reference=True)
-    return Predictions(probe.logits(embeds["test"]) / fitted.temperature.value, fitted)
+    return Predictions(probe.logits(embeds["test"]) / fitted["temperature"], fitted)

@@ -60,13 +60,10 @@ def retention_accuracy(
 ) -> Measure:
     """The accuracy on the retention task, which fine-tuning should not forget.
 
-    Args:
-        images: those of the task, see `nicheclip.run.load_retention`.
-        labels: (N,) int, their class.
-        canonical_prompts: one of each class (C,).
+    Args: its images, labels (N,) int, and one prompt of each class (C,).
     """
     embeds = encode_images(
-        model, processor, images, len(labels), description="retention", progress=progress
+        model, processor, images, len(labels), 64, "retention", progress=progress
     )
     logits = zero_shot_logits(model, embeds, encode_texts(model, processor, canonical_prompts))
     return proportion(correct(logits, labels), np.arange(len(labels)), "retention")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,14 @@ from scipy.special import log_softmax
 
 from nicheclip.domain import Domain
 from nicheclip.evaluation import metrics
-from nicheclip.evaluation.intervals import Measure, bootstrap, proportion
+from nicheclip.evaluation.intervals import (
+    METRIC_TITLES,
+    Measure,
+    Verdict,
+    bootstrap,
+    format_table,
+    proportion,
+)
 from nicheclip.evaluation.predictions import Outputs, Predictions
 from nicheclip.evaluation.robustness import prompt_answers
 
@@ -21,96 +29,75 @@ class Statistic:
     """A number about images, and how to find its interval.
 
     Args:
-        compute: takes the indices of images (M,) int.
+        metric: of the columns' values.
+        columns: (N,) each; where the first is NaN, an image is not judged.
         groups: (N,) near-duplicate group of each image.
-        values: (N,) of which it is the mean, NaN where an image is not judged.
-        share: whether the values are hits, 0 or 1.
+        share: whether it is the mean of hits, 0 or 1.
         biased: as in `bootstrap`.
     """
 
-    compute: Callable[[np.ndarray], float]
+    metric: Callable[..., float]
+    columns: tuple[np.ndarray, ...]
     groups: np.ndarray
-    split: str
-    values: np.ndarray | None = None
+    split: str = "test"
     share: bool = False
     biased: bool = False
 
+    def __call__(self, chosen: np.ndarray) -> float:
+        """Of the images with these indices (M,) int."""
+        return float(self.metric(*(column[chosen] for column in self.columns)))
+
     def measure(self) -> Measure:
         """The value on all images that are judged, with its interval."""
-        if self.values is None:
-            return bootstrap(self.compute, self.groups, self.split, self.biased)
-        judged = np.flatnonzero(np.isfinite(self.values))
+        judged = np.flatnonzero(~np.isnan(self.columns[0]))
+        groups = self.groups[judged]
         if self.share:
-            return proportion(self.values[judged] > 0, self.groups[judged], self.split)
-        return bootstrap(
-            lambda chosen: self.compute(judged[chosen]),
-            self.groups[judged],
-            self.split,
-            self.biased,
-        )
+            return proportion(self.columns[0][judged] > 0, groups, self.split)
+        return bootstrap(lambda chosen: self(judged[chosen]), groups, self.split, self.biased)
 
     def minus(self, other: Statistic) -> Measure:
         """The difference on the same images, with the interval of the paired difference."""
-        return bootstrap(
-            lambda chosen: self.compute(chosen) - other.compute(chosen), self.groups, self.split
-        )
+        return bootstrap(lambda chosen: self(chosen) - other(chosen), self.groups, self.split)
+
+
+def mean(
+    values: np.ndarray, groups: np.ndarray, split: str = "test", share: bool = False
+) -> Statistic:
+    """The mean of values (N,), those that are not NaN."""
+    return Statistic(np.nanmean, (values.astype(float),), groups, split, share)
 
 
 def statistics(
-    answers: Predictions, labels: np.ndarray, groups: np.ndarray, domain: Domain
+    found: Predictions, labels: np.ndarray, groups: np.ndarray, domain: Domain
 ) -> dict[str, Statistic]:
-    """Those that any classifier has.
-
-    Args:
-        labels: (N,) int, of the test images.
-        groups: (N,) their near-duplicate groups.
-    """
-    calibrated, count = answers.calibrated, len(domain.classes)
+    """Those that any classifier has, of labels (N,) int and near-duplicate groups (N,) of test."""
+    calibrated, own = found.calibrated, (np.arange(len(labels)), labels)
     predicted, confidence = calibrated.argmax(axis=1), calibrated.max(axis=1)
-    right = predicted == labels
-    answered = confidence >= answers.fitted.abstention.threshold
-    own = np.arange(len(labels)), labels
-    losses = -log_softmax(answers.logits, axis=1)[own]  # finite where p underflows
-    covered = answers.sets[own]
-
-    def of_classes(metric: Callable[..., float], biased: bool = False) -> Statistic:
-        def compute(chosen: np.ndarray) -> float:
-            return metric(predicted[chosen], labels[chosen], count)
-
-        return Statistic(compute, groups, "test", biased=biased)
-
-    def ece(confidence: np.ndarray, equal_mass: bool = False) -> Statistic:
-        def compute(chosen: np.ndarray) -> float:
-            return metrics.expected_calibration_error(
-                confidence[chosen], right[chosen], equal_mass=equal_mass
-            )
-
-        return Statistic(compute, groups, "test", biased=True)
-
-    def worst_coverage(chosen: np.ndarray) -> float:
-        of_class = np.bincount(labels[chosen], minlength=count)
-        hits = np.bincount(labels[chosen], covered[chosen], count)
-        return float((hits[of_class > 0] / of_class[of_class > 0]).min())
-
+    right, covered = predicted == labels, found.sets[own]
+    answered = confidence >= found.fitted["abstention"]["threshold"]
+    losses = -log_softmax(found.logits, axis=1)[own]  # finite where p underflows
+    by_class = partial(metrics.class_scores, num_classes=len(domain.classes))
+    ece, answers = metrics.expected_calibration_error, (predicted, labels)
+    share = partial(mean, groups=groups, share=True)
+    plain = partial(Statistic, groups=groups)
+    biased = partial(Statistic, groups=groups, biased=True)
     return {
-        "accuracy": mean(right, groups, share=True),
-        "balanced_accuracy": of_classes(metrics.balanced_accuracy),
-        "macro_f1": of_classes(metrics.macro_f1),
-        "worst_class_f1": of_classes(metrics.worst_f1, biased=True),
-        "top_3_accuracy": mean(metrics.top_k_correct(calibrated, labels, 3), groups, share=True),
-        "ece_before_calibration": ece(answers.raw.max(axis=1)),
-        "ece": ece(confidence),
-        "ece_equal_mass": ece(confidence, equal_mass=True),
+        "accuracy": share(right),
+        "balanced_accuracy": plain(lambda *of: np.nanmean(by_class(*of)[1]), answers),
+        "macro_f1": plain(lambda *of: np.nanmean(by_class(*of)[2]), answers),
+        "worst_class_f1": biased(lambda *of: np.nanmin(by_class(*of)[2]), answers),
+        "top_3_accuracy": share(metrics.top_k_correct(calibrated, labels, 3)),
+        "ece_before_calibration": biased(ece, (found.raw.max(axis=1), right)),
+        "ece": biased(ece, (confidence, right)),
+        "ece_equal_mass": biased(partial(ece, equal_mass=True), (confidence, right)),
         "nll": mean(losses, groups),
         "brier": mean(metrics.brier(calibrated, labels), groups),
-        "aurc": Statistic(
-            lambda chosen: metrics.aurc(confidence[chosen], right[chosen]), groups, "test"
-        ),
-        "coverage": mean(answered, groups, share=True),
-        "selective_accuracy": mean(np.where(answered, right, np.nan), groups, share=True),
-        "conformal_coverage": mean(covered, groups, share=True),
-        "conformal_worst_class": Statistic(worst_coverage, groups, "test", biased=True),
-        "conformal_set_size": mean(answers.sets.sum(axis=1), groups),
+        "aurc": plain(metrics.aurc, (confidence, right)),
+        "coverage": share(answered),
+        "selective_accuracy": share(np.where(answered, right, np.nan)),
+        "conformal_coverage": share(covered),
+        "conformal_worst_class": biased(metrics.worst_share, (covered, labels)),
+        "conformal_set_size": mean(found.sets.sum(axis=1), groups),
     }
 
 
@@ -130,117 +117,143 @@ def clip_statistics(
     score, threshold = outputs.ood.score, outputs.ood.threshold
     own = outputs.own_scores[score]
     outside = np.concatenate([scores[score] for scores in outputs.ood_scores.values()])
-    both, number = np.concatenate([own, outside]), len(own)
-    groups_of_both = np.concatenate(
-        [np.unique(groups, return_inverse=True)[1], number + np.arange(len(outside))]
-    )
+    alone = np.arange(len(outside))
+    both = np.append(own, outside), np.repeat([True, False], [len(own), len(outside)])
+    groups_of_both = np.append(np.unique(groups, return_inverse=True)[1], len(own) + alone)
 
-    def where(judged: np.ndarray, hits: np.ndarray) -> Statistic:
-        return mean(np.where(np.isfinite(judged), hits, np.nan), groups, share=True)
+    def share(hits: np.ndarray, of: np.ndarray) -> Statistic:
+        return mean(np.where(np.isnan(of), np.nan, hits), groups, share=True)
 
     def told_apart(metric: Callable[[np.ndarray, np.ndarray], float]) -> Statistic:
-        def compute(chosen: np.ndarray) -> float:
-            return metric(both[chosen[chosen < number]], both[chosen[chosen >= number]])
-
-        return Statistic(compute, groups_of_both, "test and OOD")
+        return Statistic(
+            lambda scores, is_own: metric(scores[is_own], scores[~is_own]),
+            both,
+            groups_of_both,
+            "test and OOD",
+        )
 
     found = statistics(outputs, labels, groups, domain) | {
-        "hard_negative_pass_rate": where(margin, margin > 0),
+        "hard_negative_pass_rate": share(margin > 0, margin),
         "hard_negative_margin": mean(margin, groups),
-        "semantic_recall_at_1": mean(rank <= 1, groups, share=True),
-        "semantic_recall_at_3": mean(rank <= 3, groups, share=True),
-        "semantic_recall_at_5": mean(rank <= 5, groups, share=True),
+        "semantic_recall_at_1": share(rank <= 1, rank),
+        "semantic_recall_at_3": share(rank <= 3, rank),
+        "semantic_recall_at_5": share(rank <= 5, rank),
         "semantic_mrr": mean(1 / rank, groups),
-        "image_recall_at_1": where(found_at, found_at <= 1),
-        "image_recall_at_5": where(found_at, found_at <= 5),
+        "image_recall_at_1": share(found_at <= 1, found_at),
+        "image_recall_at_5": share(found_at <= 5, found_at),
         "image_map": mean(precision, groups),
         "noise_confidence_p95": Statistic(
-            lambda chosen: float(np.percentile(noise[chosen], 95)), np.arange(len(noise)), "noise"
+            partial(np.percentile, q=95), (noise,), np.arange(len(noise)), "noise"
         ),
         "ood_auroc": told_apart(metrics.auroc),
         "ood_fpr95": told_apart(metrics.fpr95),
-        "ood_accepted": mean(outside >= threshold, np.arange(len(outside)), "OOD", share=True),
-        "in_domain_accepted": mean(own >= threshold, groups, share=True),
+        "ood_accepted": mean(outside >= threshold, alone, "OOD", share=True),
+        "in_domain_accepted": share(own >= threshold, own),
         "same_answer": mean(np.mean(same, axis=0), groups),
         "embedding_stability": mean(np.mean(cosines, axis=0), groups),
         "prompt_consistency": mean(consistent, groups),
     }
-    return {
-        name: each
-        for name, each in found.items()
-        if each.values is None or np.isfinite(each.values).any()
-    }
-
-
-def mean(
-    values: np.ndarray, groups: np.ndarray, split: str = "test", share: bool = False
-) -> Statistic:
-    """The mean of values (N,); images where it is NaN are not judged."""
-    values = values.astype(float)
-    return Statistic(lambda chosen: float(np.nanmean(values[chosen])), groups, split, values, share)
+    # What no image can be judged by is left out.
+    return {name: each for name, each in found.items() if not np.isnan(each.columns[0]).all()}
 
 
 def compare(
-    tuned: dict[str, Statistic], base: dict[str, Statistic], probe: dict[str, Statistic]
+    tuned: Outputs,
+    base: Outputs,
+    probe: Predictions,
+    labels: np.ndarray,
+    groups: np.ndarray,
+    domain: Domain,
 ) -> dict[str, Measure]:
-    """Each measure of the fine-tuned model, with the base's, the probe's, and what it gained."""
-    return {
-        name: replace(
+    """Each measure of the fine-tuned model, with the base's, the probe's, and what it gained.
+
+    `ece_of_perfect` is what the ECE would be by chance if the confidences were right: its mean, and
+    the range of 95 % of draws.
+    """
+    statistics_of_base = clip_statistics(base, labels, groups, domain)
+    statistics_of_probe = statistics(probe, labels, groups, domain)
+    measures = {}
+    for name, statistic in clip_statistics(tuned, labels, groups, domain).items():
+        of_base, of_probe = statistics_of_base.get(name), statistics_of_probe.get(name)
+        measures[name] = replace(
             statistic.measure(),
-            base=base[name].measure() if name in base else None,
-            probe=probe[name].measure() if name in probe else None,
-            difference=statistic.minus(base[name]) if name in base else None,
+            base=of_base.measure() if of_base else None,
+            probe=of_probe.measure() if of_probe else None,
+            difference=statistic.minus(of_base) if of_base else None,
         )
-        for name, statistic in tuned.items()
-    }
+    draws = metrics.ece_of_perfect(tuned.calibrated.max(axis=1))
+    low, high = np.percentile(draws, [2.5, 97.5]).tolist()
+    measures["ece_of_perfect"] = Measure(float(draws.mean()), low, high, len(labels), "test")
+    return measures
 
 
-def perfect_ece(answers: Predictions) -> Measure:
-    """What the ECE would be by chance if the confidences were right: mean, range of 95 %."""
-    draws = metrics.ece_of_perfect(answers.calibrated.max(axis=1))
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return Measure(float(draws.mean()), float(low), float(high), len(answers.logits), "test")
+def tables(tuned: Outputs, base: Outputs, labels: np.ndarray, domain: Domain) -> dict[str, Any]:
+    """`classes`: what is known of each, None where there is nothing to judge.
 
-
-def class_table(
-    tuned: Outputs, base: Outputs, labels: np.ndarray, domain: Domain
-) -> dict[str, dict[str, float | None]]:
-    """Each class: test images, precision, recall, F1, the base's F1; None: nothing to judge."""
-    count = len(domain.classes)
-    precision, recall, f1 = metrics.class_scores(tuned.calibrated.argmax(axis=1), labels, count)
-    _, _, base_f1 = metrics.class_scores(base.calibrated.argmax(axis=1), labels, count)
-    columns = {"precision": precision, "recall": recall, "f1": f1, "base_f1": base_f1}
-    table: dict[str, dict[str, float | None]] = {}
+    `ood`: of each kind of picture, the confidence in it, and how well each score notices it.
+    `stability`: of each mild change, the cosine to the picture's own image_embeds, and how often
+    the answer stays.
+    """
+    classes: dict[str, Any] = {}
+    answers = (outputs.calibrated.argmax(axis=1) for outputs in (tuned, base))
+    own, of_base = (metrics.class_scores(each, labels, len(domain.classes)) for each in answers)
+    columns = dict(zip(("precision", "recall", "f1", "base_f1"), [*own, of_base[2]], strict=True))
     for index, name in enumerate(domain.class_names):
-        table[name] = {"n": int((labels == index).sum())}
+        classes[name] = {"n": int((labels == index).sum())}
         for title, column in columns.items():
-            table[name][title] = None if np.isnan(column[index]) else float(column[index])
-    return table
+            classes[name][title] = None if np.isnan(column[index]) else float(column[index])
 
-
-def ood_table(outputs: Outputs) -> dict[str, dict[str, Any]]:
-    """Each kind of OOD picture: the confidence in it, and how well each score notices it."""
-    chosen, table = outputs.ood.score, {}
-    for kind, scores in outputs.ood_scores.items():
-        table[kind] = {
-            "n": len(scores[chosen]),
+    kinds: dict[str, Any] = {}
+    for kind, scores in tuned.ood_scores.items():
+        accepted = scores[tuned.ood.score] >= tuned.ood.threshold
+        kinds[kind] = {
+            "n": len(accepted),
             "confidence_mean": float(scores["confidence"].mean()),
             "confidence_p95": float(np.percentile(scores["confidence"], 95)),
-            "accepted": float((scores[chosen] >= outputs.ood.threshold).mean()),
+            "accepted": float(accepted.mean()),
         }
-        for title, metric in (("auroc", metrics.auroc), ("fpr95", metrics.fpr95)):
-            for name, values in scores.items():
-                table[kind][f"{title}_{name}"] = metric(outputs.own_scores[name], values)
-    return table
+        for name, values in scores.items():
+            kinds[kind][f"auroc_{name}"] = metrics.auroc(tuned.own_scores[name], values)
+            kinds[kind][f"fpr95_{name}"] = metrics.fpr95(tuned.own_scores[name], values)
 
-
-def stability_table(outputs: Outputs) -> dict[str, dict[str, float]]:
-    """Each mild change: mean cosine to the picture's own embedding, how often the answer stays."""
-    return {
+    stability = {
         name: {
             "n": int(np.isfinite(same).sum()),
             "cosine": float(np.nanmean(cosine)),
             "same_answer": float(np.nanmean(same)),
         }
-        for name, (cosine, same) in outputs.changed.items()
+        for name, (cosine, same) in tuned.changed.items()
     }
+    return {"classes": classes, "ood": kinds, "stability": stability}
+
+
+def scorecard_text(measures: dict[str, Measure], gates: dict[str, Verdict]) -> str:
+    """All measures, those with a gate first, as calibrate.py shows them."""
+    rows = []
+    for name in [*gates, *(name for name in METRIC_TITLES if name in measures.keys() - gates)]:
+        found, gain = measures[name], measures[name].difference
+        others = [f"{each.value:.3f}" if each else "" for each in (found.base, found.probe)]
+        gained = f"{gain.value:+.3f}{' ?' if gain.low <= 0 <= gain.high else ''}" if gain else ""
+        row = [METRIC_TITLES[name], *others, str(found), gained, str(gates.get(name, ""))]
+        rows.append([*row, f"{found.n} {found.split}"])
+    header = ["metric", "base", "probe", "fine-tuned [95 % interval]", "gained", "gate", "n"]
+    return (
+        f"{format_table(header, rows)}\n"
+        "probe: logistic regression on the base's image_embeds; ?: the interval of the gain holds 0"
+    )
+
+
+def calibration_text(tuned: Outputs) -> str:
+    """Temperature, abstention and the OOD threshold in words."""
+    temperature, abstention = tuned.fitted["temperature_fit"], tuned.fitted["abstention"]
+    aim = "reached" if abstention["target_reached"] else "not reached, so the best at half coverage"
+    aurocs = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in tuned.ood.auroc.items()]
+    warning = f"warning: {temperature['warning']}\n" if temperature["warning"] else ""
+    return (
+        "\ntemperature {value:.3f} [{low:.3f}, {high:.3f}]; ".format(**temperature)
+        + f"below a confidence of {abstention['threshold']:.2f} the answer is 'not sure' (aim: "
+        f"{abstention['aim'].replace('_', ' ')} of {abstention['target']:.0%}, {aim} on "
+        f"calibration)\n{warning}"
+        f"outside of the domain: {tuned.ood.score.replace('_', ' ')} below "
+        f"{tuned.ood.threshold:.3f} (AUROC on calibration: {', '.join(aurocs)})"
+    )

@@ -1,4 +1,4 @@
-"""The arguments of `StagedTrainer`: transformers' own, with the recipe's defaults and what stages and batches need."""
+"""The arguments of `StagedTrainer`: transformers' own, with the recipe's defaults."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
-from nicheclip.training.feature_cache import DTYPES as FEATURE_DTYPES
 from nicheclip.training.losses import LOSSES
-from nicheclip.training.sampler import CLUSTER_DRAWS
 
 METRICS = ("accuracy", "macro_f1", "ece", "loss")  # of validation, each epoch
 _OF_THE_STAGES = {
@@ -33,7 +31,7 @@ _REFUSED = {
 
 @dataclass
 class StagedTrainingArguments(TrainingArguments):
-    """`TrainingArguments` whose defaults are the recipe's, with what staged contrastive training needs besides.
+    """`TrainingArguments` with the recipe's defaults and what staged training needs besides.
 
     Learning rates, epochs and warm-up belong to the stages of the domain file; setting them here is
     an error.
@@ -44,16 +42,6 @@ class StagedTrainingArguments(TrainingArguments):
     cluster_share: float = field(
         default=0.5,
         metadata={"help": "Share of each batch that comes from one cluster of confusable classes."},
-    )
-    cluster_draw: str = field(
-        default="size",
-        metadata={"help": f"How often a cluster leads a batch, one of {', '.join(CLUSTER_DRAWS)}."},
-    )
-    classes_per_batch: int | None = field(
-        default=None,
-        metadata={
-            "help": "About how many classes the rest of a batch comes from; default: as they are shuffled."
-        },
     )
     early_stopping_patience: int = field(
         default=5,
@@ -81,10 +69,6 @@ class StagedTrainingArguments(TrainingArguments):
             "disk and its visits take them in turn. 0: a new view at each visit, and nothing is "
             "kept."
         },
-    )
-    feature_dtype: str = field(
-        default="float16",
-        metadata={"help": f"Of what is kept of the views, one of {', '.join(FEATURE_DTYPES)}."},
     )
     feature_cache: str | None = field(
         default=None,
@@ -162,11 +146,6 @@ class StagedTrainingArguments(TrainingArguments):
             )
         if self.cached_views < 0:
             raise ValueError(f"--cached_views is {self.cached_views}; expected 0 (none) or more")
-        if self.feature_dtype not in FEATURE_DTYPES:
-            raise ValueError(
-                f"--feature_dtype is '{self.feature_dtype}'; expected one of "
-                f"{', '.join(FEATURE_DTYPES)}"
-            )
         for name, reason in _REFUSED.items():
             if getattr(self, name):
                 raise ValueError(f"--{name} is {getattr(self, name)}, but {reason}; leave it out")

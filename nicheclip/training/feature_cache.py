@@ -1,6 +1,6 @@
-"""What the frozen part of the visual tower makes of each view, encoded once and read at every visit.
+"""What the frozen part of the visual tower makes of each view, encoded once, read at every use.
 
-It lies in shards of Arrow, memory-mapped, in float16 by default. A shard's name says what it
+It lies in shards of Arrow, memory-mapped, in float16. A shard's name says what it
 depends on: weights before the cut, transforms, seed, views, stored images. So a stale one is never
 read, an interrupted encoding goes on where it was, and several processes share the work.
 """
@@ -23,7 +23,7 @@ from nicheclip.training.data import Views
 from nicheclip.training.towers import PIXELS, VisionTower, pooled, weights_before
 
 BATCH = 64  # views encoded at once
-DTYPES = {"float16": np.float16, "float32": np.float32}
+KEPT_AS = np.float16  # half the disk; in training no difference was seen (docs/lab_notebook.md)
 
 
 class Features:
@@ -50,16 +50,14 @@ def encode_views(
     count: int,
     cuts: Sequence[int],
     cache: Path,
-    dtype: str = "float16",
     autocast: torch.dtype = torch.float32,
 ) -> Features | None:
-    """The states at the last of `cuts`, worked out from those at the cut before it, and the first from pixels.
+    """The states at the last of `cuts`, each worked out from those at the cut before it.
 
     Args:
         count: views of each image.
         cuts: rising; the states at each of them are kept.
         cache: a folder of their own for these views; what lies there of others is removed.
-        dtype: of what is kept, a name of `DTYPES`.
         autocast: of the arithmetic.
 
     Returns:
@@ -68,7 +66,7 @@ def encode_views(
 
     Raises:
         OSError: if there is no room for them on the disk; nothing has been written then.
-        FloatingPointError: if states are not finite in `dtype`.
+        FloatingPointError: if states are not finite in float16.
     """
     rows = len(views.rows)
     places = datasets.Dataset.from_dict(
@@ -76,19 +74,19 @@ def encode_views(
     )
     images = stored_digests(views.rows)
     identity = [f"{images[row]} {view}" for view in range(count) for row in range(rows)]
-    made_of = [json.dumps(views.identity(), sort_keys=True), dtype, str(autocast)]
+    made_of = [json.dumps(views.identity(), sort_keys=True), np.dtype(KEPT_AS).name, str(autocast)]
     features, start = None, PIXELS
     for cut in cuts:
         made_of += [str(cut), weights_digest(weights_before(tower, cut))]
         shape = _shape(tower, cut)
         encoded = map_shards(
             places,
-            _Encode(tower, views, features, start, cut, dtype, autocast),
+            _Encode(tower, views, features, start, cut, autocast),
             identity,
             hashlib.sha256("\n".join(made_of).encode()).hexdigest(),
             cache / ("pooled" if cut == pooled(tower) else f"after-block-{cut}"),
             f"encoding views (--cached_views {count})" if count > 1 else "encoding",
-            bytes_per_row=int(np.prod(shape)) * np.dtype(DTYPES[dtype]).itemsize,
+            bytes_per_row=int(np.prod(shape)) * np.dtype(KEPT_AS).itemsize,
         )
         features, start = Features(encoded, rows, shape), cut
     return features
@@ -104,12 +102,10 @@ class _Encode:
         before: Features | None,
         start: int,
         cut: int,
-        dtype: str,
         autocast: torch.dtype,
     ):
         self.tower, self.views, self.before = tower, views, before
-        self.start, self.cut = start, cut
-        self.dtype, self.autocast = DTYPES[dtype], autocast
+        self.start, self.cut, self.autocast = start, cut, autocast
 
     @torch.inference_mode()
     def __call__(self, places: datasets.Dataset) -> datasets.Dataset:
@@ -119,12 +115,12 @@ class _Encode:
             with torch.autocast(device.type, self.autocast, enabled=self.autocast != torch.float32):
                 encoded = self.tower.between(batch.to(device).float(), self.start, self.cut)
             with np.errstate(over="ignore"):  # an overflow is told below
-                states.append(encoded.float().cpu().numpy().astype(self.dtype))
+                states.append(encoded.float().cpu().numpy().astype(KEPT_AS))
         joined = np.concatenate(states).reshape(len(places), -1)
         if not np.isfinite(joined).all():
             raise FloatingPointError(
-                f"the visual tower's states are not finite in {np.dtype(self.dtype)}; train with "
-                "--feature_dtype float32, or with --cached_views 0"
+                f"the visual tower's states are not finite in {np.dtype(KEPT_AS)}; train with "
+                "--cached_views 0"
             )
         column = pa.FixedSizeListArray.from_arrays(pa.array(joined.ravel()), joined.shape[1])
         return datasets.Dataset(pa.table({"states": column}))

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from nicheclip.evaluation.summary import format_table
+from nicheclip.evaluation.intervals import format_table
 from nicheclip.training.losses import loss_floor
 from nicheclip.training.towers import PIXELS
 from nicheclip.training.trainer import StagedTrainer
