@@ -200,6 +200,7 @@ def test_each_picture_is_there_once_small_and_named(report, tmp_path):
     for uri in pictures:
         with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as image:
             assert min(image.size) <= SHORT_SIDE and max(image.size) <= LONG_SIDE
+            assert max(image.size) in (48, LONG_SIDE)  # 48: as it is stored
     named = {value for _, name, value in structure.attributes if name == "aria-label"}
     assert f"picture of {AWKWARD}" in named
     assert f"picture of {UNREADABLE}" not in named
