@@ -4,7 +4,7 @@ How long training takes: the published article's loop, written plainly, against 
 sides take turns stage by stage, each in a process of its own, on a random CLIP of ViT-B/32 size and
 drawn images; the article's whole schedule is projected. Alike for both: images are decoded from
 what data_prep stores (the article's own, of a megapixel and more, would take longer), augmented by
-`nicheclip.data.augment`, in the main process; evaluation and checkpoints are left out.
+`nicheclip.training.data.augment`, in the main process; evaluation and checkpoints are left out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from nicheclip.evaluation.summary import format_table
 from PIL import Image
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, RandomSampler
@@ -36,6 +35,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProce
 from data_prep.verify import JPEG_QUALITY
 from domains.facades.painter import STYLES, draw
 from nicheclip.domain import Domain
+from nicheclip.evaluation.intervals import format_table
 from nicheclip.files import quiet_datasets, write_json
 from nicheclip.processes import keep_freed_memory
 from nicheclip.run import features

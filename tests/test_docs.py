@@ -24,12 +24,10 @@ from tests.conftest import ROOT, tiny_facades
 from tests.hub_server import HubServer
 from tests.test_push import client, linked
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# Those with a command, but the one that needs what is no dependency.
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 BENCHMARKS = {
     path.stem for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text()
 }
-BENCHMARKS -= {"augmentation"}
 
 
 def blocks(name: str, language: str) -> list[str]:
@@ -51,13 +49,18 @@ def test_links_and_files_of_the_project_exist(document):
     assert [file for file in own if not (ROOT / file).exists()] == []
 
 
-def test_the_list_of_files_is_whole_and_in_the_order_of_the_layers():
-    from tests.test_layers import ORDER
+def test_the_rooms_of_the_documents_are_those_of_the_library():
+    packages = {path.parent.name for path in (ROOT / "nicheclip").glob("*/__init__.py")}
+    for name in ("README.md", "docs/architecture.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert packages <= set(re.findall(r"^ *(\w+)/  ", text, flags=re.MULTILINE)), name
 
-    listed = re.findall(
-        r"^    (\w+)\.py   ", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE
-    )
-    assert [name for name in listed if name != "prepare"] == ORDER[:-1]
+
+def test_every_module_of_the_library_has_its_line_in_a_room():
+    """docs/architecture.md names the modules at the root of the library."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    modules = {path.stem for path in (ROOT / "nicheclip").glob("*.py")} - {"__init__"}
+    assert modules <= set(re.findall(r"\w+", text))
 
 
 @pytest.fixture(scope="module")

@@ -147,7 +147,9 @@ def make_tokenizer(texts: list[str]) -> CLIPTokenizer:
     merges = merges[: VOCABULARY - len(singles) - len(special)]
     vocabulary = [*singles, *("".join(pair) for pair in merges), *special]
     return CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(vocabulary)}, merges=merges, model_max_length=77
+        vocab={token: i for i, token in enumerate(vocabulary)},
+        merges=merges,
+        model_max_length=77,  # type: ignore[arg-type]
     )
 
 
@@ -232,7 +234,7 @@ def train(
     rng = np.random.default_rng([seed, CAPTIONS])
     mean = torch.tensor(processor.image_processor.image_mean).view(3, 1, 1)
     std = torch.tensor(processor.image_processor.image_std).view(3, 1, 1)
-    head = torch.nn.Linear(model.config.projection_dim, len(processor.tokenizer))
+    head = torch.nn.Linear(model.config.projection_dim, len(processor.tokenizer))  # type: ignore[arg-type]
     optimizers = make_optimizers(model, head)
     batches = count // BATCH_SIZE
     steps = epochs * batches

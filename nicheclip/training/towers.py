@@ -3,7 +3,7 @@
 The visual tower is cut at places numbered in the order of the computation: `PIXELS`; 0, after the
 embeddings and the layer norm that follows them; k, after k blocks; and `pooled(tower)`, at its end.
 What lies before the first thing that trains gives the same states at every visit of a view, so they
-can be kept (nicheclip/feature_cache.py).
+can be kept (feature_cache.py).
 """
 
 from __future__ import annotations
