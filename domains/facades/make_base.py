@@ -148,8 +148,8 @@ def make_tokenizer(texts: list[str]) -> CLIPTokenizer:
     vocabulary = [*singles, *("".join(pair) for pair in merges), *special]
     return CLIPTokenizer(
         vocab={token: i for i, token in enumerate(vocabulary)},
-        merges=merges,
-        model_max_length=77,  # type: ignore[arg-type]
+        merges=merges,  # type: ignore[arg-type]
+        model_max_length=77,
     )
 
 
