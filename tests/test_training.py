@@ -554,3 +554,17 @@ def test_the_command_line_goes_before_the_domain_file(domain, tmp_path):
 
 def test_without_an_argument_the_facades_are_meant():
     assert train.locate(train.DEFAULT_DOMAIN) == (Domain.load(FACADES), Path("runs/facades"))
+
+
+def test_a_stage_begins_with_the_best_weights_so_far(prepared, domain, tmp_path):
+    """After a stage that did harm, one that hardly moves ends where the good one did."""
+    good = domain.stages[0].model_copy(update={"epochs": 1})
+    harmful = good.model_copy(update={"name": "harmful", "learning_rate": 0.5})
+    still = good.model_copy(update={"name": "still", "learning_rate": 1e-9})
+    run = fresh(prepared, tmp_path, stages=[good, harmful, still])
+    train.train([str(run)])
+    epochs = json.loads((run / "training.json").read_text())["epochs"]
+    accuracies = [row["eval_accuracy"] for row in epochs]
+    assert accuracies[1] < accuracies[0]
+    best, last = weights(run / "model"), weights(checkpoints(run)[-1])
+    assert max((best[name] - last[name]).abs().max() for name in best) < 1e-5
