@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import evaluate
 import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
@@ -25,7 +24,7 @@ from transformers.trainer_utils import TrainOutput
 
 from nicheclip.clip import encode_texts, tokenize
 from nicheclip.domain import Domain, Stage
-from nicheclip.evaluation.metrics import Accuracy, ExpectedCalibrationError, MacroF1
+from nicheclip.evaluation.metrics import ZeroShotMetrics
 from nicheclip.training.arguments import StagedTrainingArguments
 from nicheclip.training.callbacks import (
     ClampLogitScale,
@@ -121,12 +120,7 @@ class StagedTrainer(Trainer):
             np.flatnonzero(np.equal(classes, c)) for c in range(len(domain.classes))
         ]
         self._interruption = StopOnSignal()
-        self._metrics = evaluate.combine(
-            [
-                metric(keep_in_memory=True)
-                for metric in (Accuracy, MacroF1, ExpectedCalibrationError)
-            ]
-        )
+        self._metrics = ZeroShotMetrics(keep_in_memory=True)
         self.sampler = ClusterBatchSampler(
             train_dataset.labels,
             domain.class_clusters,
