@@ -1,4 +1,4 @@
-"""What the scorecard measures: pure functions, and the `evaluate.Metric`s that the trainer uses.
+"""What the scorecard measures: pure functions, and the `evaluate.Metric` of the trainer.
 
 Of N images, C classes and P prompts: `labels` and `predicted` (N,) int, `probabilities` (N, C)
 float, `confidence` (N,) float, the highest probability of each image, and `right` (N,) bool.
@@ -186,8 +186,8 @@ def semantic_rank(
     return 1 + ((similarity >= best_own) & ~own).sum(axis=1)
 
 
-class _Metric(evaluate.Metric):
-    """`predictions` are class probabilities (N, C), `references` class indices (N,).
+class ZeroShotMetrics(evaluate.Metric):
+    """`accuracy`, `macro_f1` and `ece` of class probabilities (N, C) and class indices (N,).
 
     A subclass here, because `evaluate.load(name)` would fetch a script from the Hub.
     """
@@ -199,26 +199,11 @@ class _Metric(evaluate.Metric):
         }
         return evaluate.MetricInfo(self.__doc__, "", datasets.Features(features))
 
-
-class Accuracy(_Metric):
-    """`accuracy`: share of images whose most probable class is the label, in [0, 1]."""
-
-    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        return {"accuracy": float(correct(np.array(predictions), np.array(references)).mean())}
-
-
-class MacroF1(_Metric):
-    """`macro_f1`: unweighted mean of the classes' F1, in [0, 1]."""
-
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         probabilities, labels = np.array(predictions), np.array(references)
-        return {"macro_f1": macro_f1(probabilities.argmax(1), labels, probabilities.shape[1])}
-
-
-class ExpectedCalibrationError(_Metric):
-    """`ece`: distance of confidence and accuracy over bins (Guo et al. 2017), in [0, 1]."""
-
-    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        probabilities = np.array(predictions)
-        right = correct(probabilities, np.array(references))
-        return {"ece": expected_calibration_error(probabilities.max(axis=1), right)}
+        right = correct(probabilities, labels)
+        return {
+            "accuracy": float(right.mean()),
+            "macro_f1": macro_f1(probabilities.argmax(axis=1), labels, probabilities.shape[1]),
+            "ece": expected_calibration_error(probabilities.max(axis=1), right),
+        }

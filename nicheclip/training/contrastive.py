@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import evaluate
 import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
@@ -19,7 +18,7 @@ from transformers import CLIPModel, CLIPProcessor, Trainer, TrainerCallback
 
 from nicheclip.clip import encode_texts, tokenize
 from nicheclip.domain import Domain, Stage
-from nicheclip.evaluation.metrics import Accuracy, ExpectedCalibrationError, MacroF1
+from nicheclip.evaluation.metrics import ZeroShotMetrics
 from nicheclip.training.arguments import StagedTrainingArguments
 from nicheclip.training.callbacks import ClampLogitScale, ignore_interrupts
 from nicheclip.training.data import TrainingSamples, Views
@@ -62,8 +61,7 @@ class ContrastiveTrainer(Trainer):
         self._bank = tokenize(processor, prompts)  # (P, L) each
         of_class = range(len(domain.classes))
         self._bank_of_class = [np.flatnonzero(np.equal(classes, c)) for c in of_class]
-        metrics = (Accuracy, MacroF1, ExpectedCalibrationError)
-        self._metrics = evaluate.combine([metric(keep_in_memory=True) for metric in metrics])
+        self._metrics = ZeroShotMetrics(keep_in_memory=True)
         self.sampler = ClusterBatchSampler(
             train_dataset.labels,
             domain.class_clusters,
