@@ -156,7 +156,7 @@ def test_killed_at_random_moments_data_prep_ends_with_the_same_result(prepared, 
             [sys.executable, *command(prepared, run)], cwd=ROOT, check=True, capture_output=True
         )
         assert contents(run) == contents(whole), f"kill {kill}"
-        assert not list(run.rglob("*.tmp")), f"kill {kill}"
+        assert not list(run.rglob(".*nicheclip-unfinished")), f"kill {kill}"
     assert killed >= KILLS - 2, "the others had ended before"
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import os
 import re
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -23,7 +22,7 @@ from tqdm.auto import tqdm
 
 from data_prep.sources.rows import read_options
 from data_prep.sources.wikimedia import EXTENSIONS, Commons, CommonsFile
-from nicheclip.files import read_json, write_json
+from nicheclip.files import read_json, replaced_file, write_json
 
 Choice = tuple[str, CommonsFile]  # the name of a class, and a file of it
 # the thumbnails that Wikimedia serves, as far as they suit photos
@@ -290,12 +289,9 @@ def _stored(stem: Path) -> Path | None:
 
 def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     """JSON lines, renamed into place once they are whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
-    temporary.replace(path)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with replaced_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def _join(words: Any) -> str:

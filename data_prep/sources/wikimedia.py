@@ -25,6 +25,8 @@ from typing import Any
 import httpx
 from PIL import Image
 
+from nicheclip.files import replaced_file
+
 logger = logging.getLogger(__name__)
 
 TRIES = 6
@@ -246,9 +248,8 @@ class Commons:
             Image.DecompressionBombError,
         ) as error:
             return f"what came is no image: {str(error).splitlines()[0]}"
-        temporary = stem.with_name(f".{stem.name}.tmp")
-        temporary.write_bytes(response.content)
-        temporary.replace(stem.with_name(f"{stem.name}.{extension}"))
+        with replaced_file(stem.with_name(f"{stem.name}.{extension}")) as unfinished:
+            unfinished.write_bytes(response.content)
         return None
 
 
