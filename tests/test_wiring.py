@@ -120,6 +120,17 @@ def test_hashes_exactly_the_certain_distance_apart_are_the_same_picture():
         assert same[0] == (distance == CERTAIN)
 
 
+@pytest.mark.parametrize(("distance", "same"), [(8, True), (9, False)])
+def test_a_mirror_image_must_be_nearer_than_a_copy(distance, same):
+    """Symmetric things, such as façades, resemble each other's mirror images."""
+    bits = np.zeros((2, 2, 144), dtype=np.uint8)  # the pictures, and their mirror images
+    bits[0, 1] = 1
+    bits[1, 1, :distance] = 1
+    hashes = np.packbits(bits, axis=2)
+    prints = Fingerprints(hashes, np.array([[1.0], [-1.0]]), (0.5, 0.5, 2.0))
+    assert prints.same(np.array([0]), np.array([1]))[0] == same
+
+
 def test_shares_are_of_what_counts_leave():
     labels, groups = np.zeros(1000, dtype=int), [str(index) for index in range(1000)]
     splits = Splits(validation=100, calibration=100, test=0.5)
