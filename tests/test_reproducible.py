@@ -31,14 +31,11 @@ GOLDEN = Path(__file__).parent / "golden.json"
 
 def machine() -> str:
     """What the last bits of a sum depend on."""
-    cpu = Path("/proc/cpuinfo")
-    names = (
-        [line for line in cpu.read_text().splitlines() if line.startswith("model name")]
-        if cpu.is_file()
-        else []
-    )
-    name = names[0] if names else platform.processor()
-    return f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    cpu, wanted = Path("/proc/cpuinfo"), ("cpu family", "model", "stepping")
+    lines = cpu.read_text().split("\n\n")[0].splitlines() if cpu.is_file() else []
+    told = [line.partition(":")[2].strip() for line in lines if line.startswith(wanted)]
+    processor = ", ".join(told) or platform.processor()
+    return f"{processor}; torch {torch.__version__}, {torch.get_num_threads()} threads"
 
 
 def encoding() -> str:
