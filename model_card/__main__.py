@@ -1,4 +1,4 @@
-"""python -m model_card RUN [--push-to-hub REPO_ID] [--push-space REPO_ID] [--dry-run]
+"""python -m model_card RUN [--push-to-hub REPO_ID] [--push-space REPO_ID] [--push-dataset REPO_ID]
 
 Builds RUN/hub, exactly what is pushed: the calibrated CLIPModel, its processor, nicheclip.json,
 prototypes.safetensors, scorecard.json, figures and the model card. A Space with the demo, and the
@@ -23,95 +23,64 @@ from space.publish import write_space
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m model_card", description=__doc__.split("\n", 1)[1]
-    )
-    parser.add_argument("run", type=Path, help="a run directory that calibrate.py has filled")
-    parser.add_argument(
-        "--push-to-hub", metavar="REPO_ID", help="push to this repository, e.g. you/your-model"
-    )
-    parser.add_argument(
-        "--push-space", metavar="REPO_ID", help="push the demo of the pushed model to this Space"
-    )
-    parser.add_argument(
-        "--push-dataset",
-        metavar="REPO_ID",
-        help="push the prepared images, with attribution (only if you may)",
-    )
-    parser.add_argument(
-        "--public", action="store_true", help="make new repositories public (default: private)"
-    )
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace a commit that was not pushed from this run directory",
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="build, list files and sizes, and push nothing"
-    )
-    parser.add_argument(
-        "--examples",
-        type=int,
-        default=0,
-        metavar="N",
-        help="publish N test images for the demo (only if you may)",
-    )
-    parser.add_argument(
-        "--onnx", action="store_true", help="add the visual tower as ONNX, in 32 and in 8 bits"
-    )
-    parser.add_argument(
-        "--index",
-        nargs="+",
-        default=[],
-        metavar="SPLIT",
-        help="publish the images of these splits, to be searched (only if you may)",
-    )
-    parser.add_argument(
-        "--license", default="other", help="the licence of the model, as the Hub names it"
-    )
+    about = __doc__.split("\n", 1)[1]
+    parser = argparse.ArgumentParser(prog="python -m model_card", description=about)
+    add = parser.add_argument
+    add("run", type=Path, help="a run directory that calibrate.py has filled")
+    add("--push-to-hub", metavar="REPO_ID", help="push to this repository, e.g. you/your-model")
+    add("--push-space", metavar="REPO_ID", help="push the demo of the pushed model to this Space")
+    add("--push-dataset", metavar="REPO_ID", help="push the prepared images (only if you may)")
+    add("--public", action="store_true", help="make new repositories public (default: private)")
+    add("--overwrite", action="store_true", help="replace a commit not pushed from this run")
+    add("--dry-run", action="store_true", help="build, list files and sizes, and push nothing")
+    add("--onnx", action="store_true", help="add the visual tower as ONNX, in 32 and in 8 bits")
+    examples = "publish N test images for the demo (only if you may)"
+    add("--examples", type=int, default=0, metavar="N", help=examples)
+    index = "publish the images of these splits, to be searched (only if you may)"
+    add("--index", nargs="+", default=[], metavar="SPLIT", help=index)
+    add("--license", default="other", help="the licence of the model, as the Hub names it")
     args = parser.parse_args()
     if args.push_space and not args.push_to_hub:
         parser.error("--push-space shows a pushed model: give --push-to-hub as well")
     try:
-        build(args.run, args.license, args.push_to_hub, args.examples, args.onnx, args.index)
-        pushes: list[tuple[str, RepoType, Path]] = [(args.push_to_hub, "model", args.run / "hub")]
-        if args.push_space:
-            with replaced_folder(args.run / "space_hub") as folder:
-                write_space(folder, args.push_to_hub, Domain.load(args.run).title, args.license)
-            pushes.append((args.push_space, "space", args.run / "space_hub"))
-        if args.push_dataset:
-            with replaced_folder(args.run / "dataset_hub") as folder:
-                write_dataset(folder, load_prepared(args.run), Domain.load(args.run), args.license)
-            pushes.append((args.push_dataset, "dataset", args.run / "dataset_hub"))
-        for repo_id, repo_type, folder in pushes:
-            print(f"built {folder}")
-            if args.dry_run:
-                print(listing(folder))
-            elif repo_id:
-                record = args.run / "pushed.json"
-                print(
-                    "pushed: "
-                    f"{push(folder, repo_id, record, not args.public, repo_type, args.overwrite)}"
-                )
-        if not (args.push_to_hub or args.push_dataset or args.dry_run):
-            print(
-                f"figures in {args.run / 'figures'}\n"
-                "the next three commands to try, after `source .venv/bin/activate`:\n"
-                f"  python -m space {args.run}\n"
-                f"  python -m model_card {args.run} --push-to-hub YOU/MODEL --dry-run\n"
-                "  python -m data_prep.new_domain FOLDER --name YOUR_NICHE"
-            )
+        publish(args)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"model_card: {error}")
 
 
-def listing(folder: Path) -> str:
-    """What a push of the folder would publish."""
-    sizes = {name: path.stat().st_size for name, path in files_of(folder).items()}
-    lines = [f"{size / 1e6:10.2f} MB  {name}" for name, size in sizes.items()]
-    return "\n".join(
-        [*lines, f"{sum(sizes.values()) / 1e6:10.2f} MB  in {len(sizes)} files; nothing was pushed"]
-    )
+def publish(args: argparse.Namespace) -> None:
+    """Builds the folders of the repositories that are asked for, and lists or pushes them."""
+    run, license_name = args.run, args.license
+    build(run, license_name, args.push_to_hub, args.examples, args.onnx, args.index)
+    domain = Domain.load(run)
+    folders: list[tuple[RepoType, str, Path]] = [("model", args.push_to_hub, run / "hub")]
+    if args.push_space:
+        folders.append(("space", args.push_space, run / "space_hub"))
+        with replaced_folder(run / "space_hub") as folder:
+            write_space(folder, args.push_to_hub, domain.title, license_name)
+    if args.push_dataset:
+        folders.append(("dataset", args.push_dataset, run / "dataset_hub"))
+        with replaced_folder(run / "dataset_hub") as folder:
+            write_dataset(folder, load_prepared(run), domain, license_name)
+    for repo_type, repo_id, folder in folders:
+        print(f"built {folder}")
+        if args.dry_run:
+            sizes = {name: path.stat().st_size / 1e6 for name, path in files_of(folder).items()}
+            for name, size in sizes.items():
+                print(f"{size:10.2f} MB  {name}")
+            total = sum(sizes.values())
+            print(f"{total:10.2f} MB  in {len(sizes)} files; nothing was pushed")
+        elif repo_id:
+            record, private = run / "pushed.json", not args.public
+            print("pushed:", push(folder, repo_id, record, private, repo_type, args.overwrite))
+    if not (args.push_to_hub or args.push_dataset or args.dry_run):
+        print(
+            f"figures in {run / 'figures'}\n"
+            "the next three commands to try, after `source .venv/bin/activate`:\n"
+            f"  python -m space {run}\n"
+            f"  python -m model_card {run} --push-to-hub YOU/MODEL --dry-run\n"
+            "  python -m data_prep.new_domain FOLDER --name YOUR_NICHE"
+        )
 
 
 if __name__ == "__main__":

@@ -15,13 +15,14 @@ from nicheclip.classifier import NicheClassifier
 from nicheclip.domain import Domain
 from nicheclip.evaluation.intervals import METRIC_TITLES, Measure
 from nicheclip.files import read_json, replaced_folder
-from nicheclip.images import encode_jpeg, to_rgb
+from nicheclip.images import encode_jpeg, open_image
 from nicheclip.publishing.hub import save_published_model
 from nicheclip.publishing.image_index import INDEX_FILE, write_index
 from nicheclip.publishing.onnx import add_onnx
 from nicheclip.run import load_prepared, read_report, run_lock
 
 TEMPLATE = Path(__file__).parent / "template.md"
+DIVISION_SLASH = "\N{DIVISION SLASH}"  # a file's name may hold this one
 REPORTED = ("accuracy", "macro_f1", "ece")
 
 
@@ -56,55 +57,59 @@ def build(
     with run_lock(run), replaced_folder(run / "hub") as folder:
         save_published_model(run, folder, domain, calibration)
         shutil.copytree(run / "figures", folder / "figures")
-        for name in ("scorecard.json", "calibration.json"):
-            shutil.copy(run / name, folder / name)
+        shutil.copy(run / "scorecard.json", folder)
         save_examples(run, folder / "examples", examples)
         if index:
             write_index(NicheClassifier.from_pretrained(folder), splits, index, folder / INDEX_FILE)
-        onnx_report = add_onnx(run, folder) if onnx else None
-        card = make_card(
-            domain,
-            scorecard,
-            license_name,
-            repo_id,
-            calibration=calibration,
-            training=training,
-            counts=report["counts"],
-            attributions=attributions(splits),
-            onnx=onnx_report,
-        )
+        files = {
+            "calibration": calibration,
+            "training": training,
+            "counts": report["counts"],
+            "attributions": attributions(splits),
+            "onnx": add_onnx(run, folder) if onnx else None,
+        }
+        card = make_card(domain, scorecard, license_name, repo_id, **files)
         card.save(folder / "README.md")
     return run / "hub"
 
 
 def save_examples(run: Path, folder: Path, count: int) -> None:
     """The first test image of each of `count` classes, walking the clusters side by side."""
-    test = load_prepared(run)["test"]
-    names = test.features["label"].names
-    clusters = Domain.load(run).clusters.values()
-    chosen = [name for row in zip_longest(*clusters) for name in row if name is not None][:count]
+    domain, test = Domain.load(run), load_prepared(run)["test"]
     labels = test["label"][:]
-    for name in chosen:
+    names = [name for row in zip_longest(*domain.clusters.values()) for name in row if name]
+    indices = [domain.class_names.index(name) for name in names]
+    for index in [index for index in indices if index in labels][:count]:
         folder.mkdir(exist_ok=True)
-        picture = to_rgb(test[labels.index(names.index(name))]["image"])
+        name = domain.class_names[index].replace("/", DIVISION_SLASH)
+        picture = open_image(test[labels.index(index)]["image"])
         (folder / f"{name}.jpg").write_bytes(encode_jpeg(picture, 95))
 
 
 def make_card(
-    domain: Domain,
-    scorecard: dict[str, Any],
-    license_name: str,
-    repo_id: str | None,
-    **content: Any,
+    domain: Domain, scorecard: dict[str, Any], license_name: str, repo_id: str | None, **files: Any
 ) -> ModelCard:
     """The model card: every number in it comes from the files of the run.
 
     Args:
-        content: what else the template asks for.
+        files: what else the template asks for.
     """
     measures = {name: Measure.from_dict(fields) for name, fields in scorecard["metrics"].items()}
     title = f"CLIP for {domain.title[0].lower()}{domain.title[1:]}"
     base_is_local = Path(domain.base).is_dir()
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            task_name="Image classification",
+            dataset_type="nicheclip",
+            dataset_name=f"{domain.title}, held-out test split",
+            dataset_split="test",
+            metric_type=name,
+            metric_name=METRIC_TITLES[name],
+            metric_value=measures[name].value,
+        )
+        for name in REPORTED
+    ]
     card_data = ModelCardData(
         model_name=title,
         license=license_name,
@@ -112,19 +117,7 @@ def make_card(
         pipeline_tag="zero-shot-image-classification",
         base_model=None if base_is_local else domain.base,
         tags=["clip", "nicheclip", "calibration"],
-        eval_results=[
-            EvalResult(
-                task_type="image-classification",
-                task_name="Image classification",
-                dataset_type="nicheclip",
-                dataset_name=f"{domain.title}, held-out test split",
-                dataset_split="test",
-                metric_type=name,
-                metric_name=METRIC_TITLES[name],
-                metric_value=measures[name].value,
-            )
-            for name in REPORTED
-        ],
+        eval_results=results,
     )
     return ModelCard.from_template(
         card_data,
@@ -136,5 +129,5 @@ def make_card(
         measures=measures,
         titles=METRIC_TITLES,
         gates=scorecard["gates"],
-        **content,
+        **files,
     )

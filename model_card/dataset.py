@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from datasets import DatasetDict
 from huggingface_hub import DatasetCard, DatasetCardData
@@ -17,19 +16,15 @@ MOST_NAMED = 20
 
 def write_dataset(folder: Path, splits: DatasetDict, domain: Domain, license_name: str) -> None:
     """Writes one Parquet file a split, with the images inside, and README.md."""
-    for name, rows in splits.items():
-        (folder / "data").mkdir(exist_ok=True)
-        with quiet_datasets():
+    (folder / "data").mkdir()
+    with quiet_datasets():
+        for name, rows in splits.items():
             rows.to_parquet(folder / "data" / f"{name}.parquet")
+    files = [{"split": name, "path": f"data/{name}.parquet"} for name in splits]
     card_data = DatasetCardData(
         license=license_name,
         task_categories=["image-classification", "zero-shot-image-classification"],
-        configs=[
-            {
-                "config_name": "default",
-                "data_files": [{"split": name, "path": f"data/{name}.parquet"} for name in splits],
-            }
-        ],
+        configs=[{"config_name": "default", "data_files": files}],
     )
     sizes = "\n".join(f"| {name} | {len(rows)} |" for name, rows in splits.items())
     paragraphs = [
@@ -46,9 +41,7 @@ def write_dataset(folder: Path, splits: DatasetDict, domain: Domain, license_nam
 
 def attributions(splits: DatasetDict) -> str:
     """How many images are whose, in Markdown; each image's own is in the column `attribution`."""
-    counts: Counter[Any] = Counter(
-        value or "" for rows in splits.values() for value in rows["attribution"]
-    )
+    counts = Counter(value or "" for rows in splits.values() for value in rows["attribution"])
     unknown = counts.pop("", 0)
     lines = [f"- {count} × {whose}" for whose, count in counts.most_common(MOST_NAMED)]
     if len(counts) > MOST_NAMED:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import matplotlib.patches
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from scipy.stats import binomtest
 from sklearn.manifold import TSNE
 
@@ -81,47 +82,42 @@ def _figure(width: float, height: float, columns: int = 1, **options: Any) -> tu
 def _scorecard(domain: Domain, measures: dict[str, Measure], gates: dict[str, Verdict]) -> Figure:
     figure, axes = _figure(8, 0.62 * len(gates) + 1.2)
     names = list(gates)[::-1]
-    named: set[str] = set()  # in the legend, each once
-
-    def once(label: str) -> str | None:
-        new = label not in named
-        named.add(label)
-        return label if new else None
-
-    for height, name in enumerate(names):
-        measure = measures[name]
-        for offset, which, colour, label in (
-            (-0.24, measure.base, BASE, "base zero-shot"),
-            (0.0, measure.probe, PROBE, "linear probe"),
-            (0.24, measure, TUNED, "fine-tuned"),
-        ):
-            if which is not None:
-                errors = [[max(0, which.value - which.low)], [max(0, which.high - which.value)]]
-                place = which.value, height + offset
-                axes.errorbar(
-                    *place, xerr=errors, fmt="o", color=colour, capsize=3, label=once(label)
-                )
-        target = domain.gates[name]  # type: ignore[index]
-        ends = [height - 0.38, height + 0.38]
-        axes.plot([target] * 2, ends, color=GATE, linewidth=2, label=once("gate"))
-        verdict = f"{gates[name].target}  {gates[name].verdict}"
-        axes.text(1.02, height, verdict, va="center", transform=axes.get_yaxis_transform())
-    ticks = [f"{METRIC_TITLES[name]}\n{measures[name].n} {measures[name].split}" for name in names]
-    axes.set_yticks(range(len(names)), ticks, fontsize=9)
-    axes.set(xlim=(0, 1), title=f"{domain.title}: scorecard on held-out images, 95 % intervals")
-    axes.grid(axis="x", alpha=0.3)
+    shown, heights = [measures[name] for name in names], np.arange(len(names))
+    for offset, colour, label, row in (
+        (-0.24, BASE, "base zero-shot", [each.base for each in shown]),
+        (0.0, PROBE, "linear probe", [each.probe for each in shown]),
+        (0.24, TUNED, "fine-tuned", shown),
+    ):
+        drawn = [(height + offset, each) for height, each in enumerate(row) if each is not None]
+        if drawn:
+            places, found = zip(*drawn, strict=True)
+            values = np.array([each.value for each in found])
+            ends = np.array([[each.low, each.high] for each in found]).T
+            errors = np.maximum(0, [values - ends[0], ends[1] - values])
+            axes.errorbar(
+                values, places, xerr=errors, fmt="o", color=colour, capsize=3, label=label
+            )
     if names:
+        targets = [domain.gates[name] for name in names]  # type: ignore[index]
+        lines = targets, heights - 0.38, heights + 0.38
+        axes.vlines(*lines, color=GATE, linewidth=2, label="gate")
         figure.legend(loc="outside lower center", ncols=4)
     else:
         axes.text(0.5, 0.5, "no gates in the domain file", ha="center", va="center")
+    for height, name in enumerate(names):
+        verdict = f"{gates[name].target}  {gates[name].verdict}"
+        axes.text(1.02, height, verdict, va="center", transform=axes.get_yaxis_transform())
+    ticks = [f"{METRIC_TITLES[name]}\n{measures[name].n} {measures[name].split}" for name in names]
+    axes.set_yticks(heights, ticks, fontsize=9)
+    axes.set(xlim=(0, 1), title=f"{domain.title}: scorecard on held-out images, 95 % intervals")
+    axes.grid(axis="x", alpha=0.3)
     return figure
 
 
 def _confusion(domain: Domain, labels: np.ndarray, tuned: Outputs) -> Figure:
     """All classes by cluster; of more than `MOST_CLASSES` those that are confused most."""
-    count = len(domain.classes)
+    count, order = len(domain.classes), np.array(domain.by_cluster)
     matrix = confusion_matrix(tuned.calibrated.argmax(axis=1), labels, count)
-    order = np.array(domain.by_cluster)
     if count > MOST_CLASSES:
         wrong = matrix - np.diag(np.diag(matrix))
         most = np.argsort(-(wrong.sum(axis=0) + wrong.sum(axis=1)), kind="stable")[:MOST_CLASSES]
@@ -131,26 +127,22 @@ def _confusion(domain: Domain, labels: np.ndarray, tuned: Outputs) -> Figure:
     side = 2.5 + 0.34 * len(order)
     figure, axes = _figure(side + 0.8, side)
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    centred: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7}
     for row, column in zip(*np.nonzero(matrix), strict=True):
         colour = "white" if share[row, column] > 0.6 else INK
-        axes.text(
-            column, row, matrix[row, column], ha="center", va="center", fontsize=7, color=colour
-        )
-    cluster_of, edge = np.array(domain.class_clusters)[order], 0
-    for cluster in dict.fromkeys(cluster_of.tolist()):
-        size = int((cluster_of == cluster).sum())
-        box = matplotlib.patches.Rectangle(
-            (edge - 0.5, edge - 0.5), size, size, fill=False, edgecolor=GATE, linewidth=1.5
-        )
-        axes.add_patch(box)
+        axes.text(column, row, matrix[row, column], color=colour, **centred)
+    edge = -0.5
+    for _, members in groupby(order, key=lambda index: domain.class_clusters[index]):
+        size = len(list(members))
+        axes.add_patch(Rectangle((edge, edge), size, size, fill=False, edgecolor=GATE, lw=1.5))
         edge += size
-    names = [domain.class_names[index] for index in order]
-    places = range(len(names))
+    names, places = [domain.class_names[index] for index in order], range(len(order))
     axes.set_xticks(places, names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
     axes.set_yticks(places, names, fontsize=8)
-    shown = f"{len(order)} of {count} classes, the most confused" if count > len(order) else ""
     title = f"Confusions on {len(labels)} test images (boxes: clusters)"
-    axes.set(xlabel="predicted", ylabel="labelled", title=f"{title}\n{shown}" if shown else title)
+    if count > len(order):
+        title += f"\n{len(order)} of {count} classes, the most confused"
+    axes.set(xlabel="predicted", ylabel="labelled", title=title)
     axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=axes, shrink=0.6, label="share of the labelled class")
     return figure
@@ -158,21 +150,19 @@ def _confusion(domain: Domain, labels: np.ndarray, tuned: Outputs) -> Figure:
 
 def _classes(domain: Domain, labels: np.ndarray, tuned: Outputs, base: Outputs) -> Figure:
     """F1 of each class, of the lowest `MOST_CLASSES` where there are more, and a map."""
-    count = len(domain.classes)
-    f1 = {
-        title: class_scores(outputs.calibrated.argmax(axis=1), labels, count)[2]
-        for title, outputs in (("base zero-shot", base), ("fine-tuned", tuned))
-    }
-    order = np.array(domain.by_cluster)
-    if count > MOST_CLASSES:
-        order = np.argsort(f1["fine-tuned"], kind="stable")[:MOST_CLASSES]
-    figure, (bars, scatter) = _figure(
-        12.5, max(5.0, 0.3 * len(order) + 1.4), columns=2, gridspec_kw={"width_ratios": [1, 1.25]}
+    count, order = len(domain.classes), np.array(domain.by_cluster)
+    of_base, of_tuned = (
+        class_scores(outputs.calibrated.argmax(axis=1), labels, count)[2]
+        for outputs in (base, tuned)
     )
+    if count > MOST_CLASSES:
+        order = np.argsort(of_tuned, kind="stable")[:MOST_CLASSES]
+    height = max(5.0, 0.3 * len(order) + 1.4)
+    figure, (bars, scatter) = _figure(12.5, height, 2, gridspec_kw={"width_ratios": [1, 1.25]})
     heights = np.arange(len(order))[::-1]
+    bars.barh(heights - 0.2, of_base[order], height=0.38, color=BASE, label="base zero-shot")
+    bars.barh(heights + 0.2, of_tuned[order], height=0.38, color=TUNED, label="fine-tuned")
     counts = np.bincount(labels, minlength=count)
-    for (title, values), colour, offset in zip(f1.items(), (BASE, TUNED), (-0.2, 0.2), strict=True):
-        bars.barh(heights + offset, values[order], height=0.38, color=colour, label=title)
     names = [f"{domain.class_names[index]} ({counts[index]})" for index in order]
     bars.set_yticks(heights, names, fontsize=8)
     which = "each class" if len(order) == count else f"the worst {len(order)} of {count} classes"
@@ -187,18 +177,12 @@ def _map(axes: Axes, domain: Domain, labels: np.ndarray, tuned: Outputs) -> None
     projection = TSNE(perplexity=perplexity, init="pca", random_state=0)
     places = projection.fit_transform(tuned.image_embeds)  # (N, 2)
     for cluster, members in enumerate(domain.clusters.values()):
+        colour = CLUSTER_COLOURS[cluster % len(CLUSTER_COLOURS)]
         for position, name in enumerate(members):
-            own = labels == domain.class_names.index(name)
-            axes.scatter(
-                places[own, 0],
-                places[own, 1],
-                s=14,
-                alpha=0.75,
-                linewidths=0,
-                label=name,
-                color=CLUSTER_COLOURS[cluster % len(CLUSTER_COLOURS)],
-                marker=MARKERS[position % len(MARKERS)],
-            )
+            x, y = places[labels == domain.class_names.index(name)].T
+            marker = MARKERS[position % len(MARKERS)]
+            look: dict[str, Any] = {"s": 14, "alpha": 0.75, "linewidths": 0}
+            axes.scatter(x, y, color=colour, marker=marker, label=name, **look)
     title = "Map of the fine-tuned image_embeds (t-SNE; colour: cluster)"
     axes.set(xticks=[], yticks=[], title=title)
     axes.spines[:].set_visible(False)
@@ -209,68 +193,41 @@ def _map(axes: Axes, domain: Domain, labels: np.ndarray, tuned: Outputs) -> None
 def _reliability(
     labels: np.ndarray, tuned: Outputs, base: Outputs, measures: dict[str, Measure]
 ) -> Figure:
-    figure, (before, after, risk) = _figure(12, 3.9, columns=3)
+    figure, (before, after, risk) = _figure(12, 3.9, 3)
     for axes, probabilities, name, title in (
         (before, tuned.raw, "ece_before_calibration", "before"),
         (after, tuned.calibrated, "ece", "after"),
     ):
         right = correct(probabilities, labels)
         confidence, accuracy, counts = reliability(probabilities.max(axis=1), right)
-        filled = counts > 0
+        filled, centres = counts > 0, (np.arange(N_BINS) + 0.5) / N_BINS
+        confidence, accuracy, own = confidence[filled], accuracy[filled], counts[filled].astype(int)
         axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=":")
-        axes.bar(
-            np.arange(N_BINS) / N_BINS + 0.5 / N_BINS,
-            counts / counts.sum(),
-            width=1 / N_BINS,
-            color=BASE,
-            alpha=0.35,
-            label="share of images",
-        )
-        intervals = [
-            binomtest(int(round(a * n)), int(n)).proportion_ci(method="wilson")
-            for a, n in zip(accuracy[filled], counts[filled], strict=True)
+        shares: dict[str, Any] = {"color": BASE, "alpha": 0.35, "label": "share of images"}
+        axes.bar(centres, counts / counts.sum(), width=1 / N_BINS, **shares)
+        ends = [
+            binomtest(round(share * n), n).proportion_ci(method="wilson")
+            for share, n in zip(accuracy, own.tolist(), strict=True)
         ]
-        errors = np.abs(np.array(intervals).T - accuracy[filled])
-        axes.errorbar(
-            confidence[filled],
-            accuracy[filled],
-            errors,
-            color=TUNED,
-            marker="o",
-            markersize=4,
-            linewidth=1,
-            label="accuracy, 95 % interval",
-        )
-        axes.set(
-            xlim=(0, 1), ylim=(0, 1), xlabel="confidence", title=f"{title}: ECE {measures[name]}"
-        )
-        axes.set_aspect("equal")
+        points: dict[str, Any] = {"color": TUNED, "marker": "o", "markersize": 4, "linewidth": 1}
+        errors = np.abs(np.array(ends).T - accuracy)
+        axes.errorbar(confidence, accuracy, errors, label="accuracy, 95 % interval", **points)
+        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", aspect="equal")
+        axes.set_title(f"{title}: ECE {measures[name]}")
     before.set_ylabel(f"accuracy ({len(labels)} test images)")
     before.legend(loc="upper left", fontsize=8)
-    perfect = measures["ece_of_perfect"]
-    after.text(
-        0.02, 0.97, f"a perfectly calibrated model\nwould show {perfect}", va="top", fontsize=8
-    )
+    told = f"a perfectly calibrated model\nwould show {measures['ece_of_perfect']}"
+    after.text(0.02, 0.97, told, va="top", fontsize=8)
+
     for outputs, colour, label in ((base, BASE, "base zero-shot"), (tuned, TUNED, "fine-tuned")):
-        wrong = ~correct(outputs.calibrated, labels)[
-            np.argsort(-outputs.calibrated.max(axis=1), kind="stable")
-        ]
+        order = np.argsort(-outputs.calibrated.max(axis=1), kind="stable")
+        wrong = ~correct(outputs.calibrated, labels)[order]
         answered = np.arange(1, len(wrong) + 1)
         risk.plot(answered / len(wrong), np.cumsum(wrong) / answered, color=colour, label=label)
-    risk.axvline(
-        measures["coverage"].value,
-        color=INK,
-        linestyle="--",
-        linewidth=1,
-        label="answered; else “not sure”",
-    )
-    risk.set(
-        xlim=(0, 1),
-        ylim=(0, None),
-        xlabel="share of images answered",
-        title=f"Errors: AURC {measures['aurc']}",
-    )
-    risk.set_ylabel("share of wrong answers")
+    dashed: dict[str, Any] = {"color": INK, "linestyle": "--", "linewidth": 1}
+    risk.axvline(measures["coverage"].value, label="answered; else “not sure”", **dashed)
+    risk.set(xlim=(0, 1), ylim=(0, None), xlabel="share of images answered")
+    risk.set(ylabel="share of wrong answers", title=f"Errors: AURC {measures['aurc']}")
     risk.legend(fontsize=8)
     return figure
 

@@ -11,10 +11,11 @@ from typing import Any
 import gradio as gr
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from PIL.Image import Image
 
 from nicheclip.classifier import NicheClassifier, Prediction
 from nicheclip.publishing.image_index import ImageIndex
-from space.photo import UNREADABLE, open_photo, photo_input
+from space.photo import on_photo, photo_input
 from space.scorecard import NBSP, percent, read_measures, scorecard_tab
 from space.search import Shown, captioned, open_index, pictures, search_tab
 
@@ -22,6 +23,10 @@ TOP_CLASSES = 5
 ALIKE = 6  # pictures shown beside an answer
 MOST_WAITING = 100  # requests; more are told to come back
 MOST_NAMED = 4  # classes that a sentence names
+OUTSIDE = (
+    "**This looks like nothing that the model knows.** The bars below mean nothing for such a "
+    "picture."
+)
 EMPTY = "Add a photo to see what the model makes of it."
 FONT = ["system-ui", "sans-serif"]
 # What `launch` takes instead of `gr.Blocks` since Gradio 6. System fonts: nothing is fetched.
@@ -33,21 +38,18 @@ LAUNCH: dict[str, Any] = {
         .scores { overflow-x: auto; }
         .scores table { width: 100%; font-variant-numeric: tabular-nums; }
         .scores :is(table, tr) { border: 0 !important; }
-        .scores :is(th, td) { border-width: 0 0 1px !important;
-            border-color: var(--border-color-primary) !important;
-            overflow-wrap: normal; word-break: normal; }
-        @media (max-width: 640px) { .scores :is(th,
-        td) { padding: 0.3rem 0.15rem !important; font-size: 0.7rem; } }
-        .examples .grid-wrap { min-height: 0; max-height: none; overflow: visible; }
-        .examples .grid-container { grid-template-columns: repeat(auto-fill, minmax(max(90px, 11%),
-        1fr)) !important; }
-        .found .grid-container { grid-template-columns: repeat(auto-fill, minmax(max(120px, 15%),
-        1fr)) !important; }
-        .found .grid-wrap { min-height: 0; max-height: none; overflow: visible;
-            padding-top: 2.2rem; }
+        .scores :is(th, td) { border-width: 0 0 1px !important; overflow-wrap: normal;
+            border-color: var(--border-color-primary) !important; word-break: normal; }
+        @media (max-width: 640px) {
+            .scores :is(th, td) { padding: 0.3rem 0.15rem !important; font-size: 0.7rem; } }
+        :is(.examples, .found) .grid-wrap { min-height: 0; max-height: none; overflow: visible; }
+        :is(.examples, .found) .grid-container { --least: max(90px, 11%);
+            grid-template-columns: repeat(auto-fill, minmax(var(--least), 1fr)) !important; }
+        .found .grid-container { --least: max(120px, 15%) !important; }
+        .found .grid-wrap { padding-top: 2.2rem; }
         .found:has(.empty) { display: none; }
-        .found .caption-label { left: 0; max-width: 100%; white-space: normal; opacity: 1; }
-        .examples .caption-label { left: 0; max-width: 100%; white-space: normal; opacity: 1; }
+        :is(.examples, .found) .caption-label { left: 0; max-width: 100%; white-space: normal;
+            opacity: 1; }
     """,
     "footer_links": ["api", "gradio", "settings"],
     "run_history": False,
@@ -59,25 +61,23 @@ def build_app(repo_or_path: str | Path) -> gr.Blocks:
     """The app of a published folder or a repository; nothing is served before `launch(**LAUNCH)`.
 
     Raises:
-        FileNotFoundError: if there is no such folder or repository,
-        or it was not published by NicheCLIP.
+        FileNotFoundError: if there is none such, or it was not published by NicheCLIP.
+        ValueError: if another version has published it.
     """
     folder = _fetch(repo_or_path)
     classifier = NicheClassifier.from_pretrained(folder)
     index, settings = open_index(folder), classifier.settings
     unnoticed = read_measures(folder)["ood_accepted"]
-    # Visitors' photos are deleted after an hour.
-    with gr.Blocks(
-        title=settings["title"], analytics_enabled=False, delete_cache=(600, 3600)
-    ) as app:
-        gr.Markdown(
-            f"# {settings['title']}\nThis model knows {len(classifier.class_names)} classes and "
-            "nothing else. It says "
-            f"when it is not sure; of {unnoticed.n} other pictures it noticed "
-            f"{percent(1 - unnoticed.value)}."
-        )
+    told = (
+        f"# {settings['title']}\nThis model knows {len(classifier.class_names)} classes and "
+        f"nothing else. It says when it is not sure; of {unnoticed.n} other pictures it noticed "
+        f"{percent(1 - unnoticed.value)}."
+    )
+    hour = (600, 3600)  # visitors' photos are deleted after one
+    with gr.Blocks(title=settings["title"], analytics_enabled=False, delete_cache=hour) as app:
+        gr.Markdown(told)
         with gr.Tab("Classify"):
-            _classify_tab(classifier, index, sorted((folder / "examples").glob("*.*")))
+            _classify_tab(classifier, index, sorted((folder / "examples").glob("*.jpg")))
         if index is not None:
             with gr.Tab("Search"):
                 search_tab(classifier, index)
@@ -95,12 +95,9 @@ def _fetch(repo_or_path: str | Path) -> Path:
         patterns = ["*.json", "*.safetensors", "*.txt", "figures/*", "examples/*", "index/*"]
         return Path(snapshot_download(str(repo_or_path), allow_patterns=patterns))
     except (OSError, HFValidationError) as error:
-        absent = isinstance(error, RepositoryNotFoundError)
-        reason = (
-            "no such repository, or none that you may read"
-            if absent
-            else str(error).strip().splitlines()[0]
-        )
+        reason = str(error).strip().splitlines()[0]
+        if isinstance(error, RepositoryNotFoundError):
+            reason = "no such repository, or none that you may read"
         raise FileNotFoundError(
             f"'{repo_or_path}' is no folder here and can't be fetched from the Hub ({reason}); "
             "expected a run directory, a published folder or a repo id such as you/your-model"
@@ -110,12 +107,7 @@ def _fetch(repo_or_path: str | Path) -> Path:
 def _classify_tab(
     classifier: NicheClassifier, index: ImageIndex | None, examples: list[Path]
 ) -> None:
-    def classify(photo: dict[str, Any] | None) -> tuple[str, dict[str, float] | None, Shown]:
-        if photo is None:
-            return EMPTY, None, []
-        image = open_photo(photo)
-        if image is None:
-            return UNREADABLE, None, []
+    def classify(image: Image) -> tuple[str, dict[str, float], Shown]:
         image_embeds = classifier.image_embeds([image]).numpy()
         prediction = classifier.predict(image_embeds)[0]
         alike = captioned(index.nearest(image_embeds, ALIKE)[0]) if index else []
@@ -127,36 +119,18 @@ def _classify_tab(
         with gr.Column():
             sentence = gr.Markdown(EMPTY, elem_classes="answer", label="Answer")
             shown = min(TOP_CLASSES, len(classifier.class_names))
-            bars = gr.Label(
-                num_top_classes=shown,
-                show_heading=False,
-                label=f"Calibrated probabilities, {shown} most likely classes",
-            )
-    alike = pictures(
-        "The published pictures most like yours: class, split, cosine", visible=index is not None
-    )
-    photo.change(
-        classify,
-        photo,
-        [sentence, bars, alike],
-        preprocess=False,
-        api_name="classify",
-        show_progress="minimal",
-    )
+            label = f"Calibrated probabilities, {shown} most likely classes"
+            bars = gr.Label(num_top_classes=shown, show_heading=False, label=label)
+    most_alike = "The published pictures most like yours: class, split, cosine"
+    alike = pictures(None, "found", label=most_alike, visible=index is not None)
+    on_photo(photo, classify, EMPTY, [sentence, bars, alike], "classify")
     if examples:
         gr.Markdown(
             "Or try a test picture, which the model was not trained on. Its true class stands "
             "below it."
         )
-        gallery = gr.Gallery(
-            [(path, path.stem) for path in examples],
-            show_label=False,
-            height="auto",
-            elem_classes="examples",
-            allow_preview=False,
-            interactive=False,
-            buttons=[],
-        )
+        named = [(path, path.stem) for path in examples]
+        gallery = pictures(named, "examples", show_label=False, allow_preview=False)
 
         # By its place in our own list: the event's path is the visitor's, who could name any file.
         def choose(event: gr.SelectData) -> str:
@@ -194,10 +168,7 @@ def answer(prediction: Prediction) -> str:
     confidence, threshold = prediction.confidence, prediction.threshold
     share = percent(confidence) if confidence < 0.995 else f"over 99{NBSP}%"
     if prediction.outside:
-        return (
-            "**This looks like nothing that the model knows.** "
-            "The bars below mean nothing for such a picture."
-        )
+        return OUTSIDE
     if prediction.label is not None:
         others = prediction.prediction_set[1:]
         perhaps = f" It could also be {_either(others)}." if others else ""
@@ -213,5 +184,4 @@ def answer(prediction: Prediction) -> str:
 
 
 def _either(names: list[str]) -> str:
-    """In words: "a", "a or b", "a, b or c"."""
     return f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else names[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
@@ -13,22 +14,32 @@ UNREADABLE = "**This file can't be read as a picture.** Try another one: a JPEG,
 
 
 def photo_input(label: str, height: int) -> gr.Image:
-    """An input for photos; its events take `preprocess=False` and `open_photo`.
+    """An input for photos, whose event is `on_photo`."""
+    sources: list = ["upload", "webcam", "clipboard"]
+    return gr.Image(label=label, sources=sources, height=height, buttons=[], alt_text="Your photo")
+
+
+def on_photo(
+    photo: gr.Image,
+    told_of: Callable[[Image.Image], tuple],
+    nothing: str,
+    outputs: list,
+    api_name: str,
+) -> None:
+    """Shows in `outputs`, of which the first is a text, what is told of each photo, or `nothing`.
 
     Gradio would decode the file itself, with an error message of its own, and re-encode it.
     """
-    return gr.Image(
-        label=label,
-        sources=["upload", "webcam", "clipboard"],
-        height=height,
-        buttons=[],
-        alt_text="Your photo",
-    )
+    others = [None] * (len(outputs) - 1)
 
+    def opened(file: dict[str, Any] | None) -> tuple:
+        if file is None:
+            return nothing, *others
+        try:
+            image = open_image(file["path"])
+        except OSError:
+            return UNREADABLE, *others
+        return told_of(image)
 
-def open_photo(photo: dict[str, Any]) -> Image.Image | None:
-    """The picture of what `photo_input` gives, as training saw it; None if it can't be read."""
-    try:
-        return open_image(photo["path"])
-    except OSError:
-        return None
+    options: dict[str, Any] = {"api_name": api_name, "show_progress": "minimal"}
+    photo.change(opened, photo, outputs, preprocess=False, **options)

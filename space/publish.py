@@ -4,36 +4,35 @@ from __future__ import annotations
 
 import ast
 import shutil
-from importlib.metadata import version
+import sys
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import yaml
 
 CODE = Path(__file__).parents[1]
-# What that code imports. The Hub installs gradio by sdk_version.
-NEEDED = (
-    "datasets faiss-cpu huggingface_hub numpy pillow pydantic pyyaml safetensors scipy torch tqdm "
-    "transformers"
-).split()
 
 
-def modules(entry: str) -> set[Path]:
-    """The files of this project that a module needs, itself and all `__init__.py` among them."""
-    found: set[Path] = set()
-    waiting = [CODE.joinpath(*entry.split(".")).with_suffix(".py")]
+def code_of(entry: Path) -> tuple[set[Path], set[str]]:
+    """The files of this project that a module needs, and the packages that those import on top."""
+    files: set[Path] = set()
+    packages: set[str] = set()
+    waiting = [entry]
     while waiting:
         path = waiting.pop()
-        if path in found or not path.is_file():
+        if path in files or not path.is_file():
             continue
-        found.add(path)
-        folders = path.relative_to(CODE).parents[:-1]
-        waiting += [CODE / folder / "__init__.py" for folder in folders]
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module:
+        files.add(path)
+        waiting += [folder / "__init__.py" for folder in path.parents if CODE in folder.parents]
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Import):
+                packages |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                packages.add(node.module.partition(".")[0])
                 place = CODE.joinpath(*node.module.split("."))
                 waiting += [place / f"{alias.name}.py" for alias in node.names]
-                waiting += [place.with_suffix(".py"), place / "__init__.py"]
-    return found
+                waiting.append(place.with_suffix(".py"))
+    return files, packages - sys.stdlib_module_names - {"nicheclip", "space"}
 
 
 def write_space(folder: Path, model_id: str, title: str, license_name: str) -> None:
@@ -42,7 +41,9 @@ def write_space(folder: Path, model_id: str, title: str, license_name: str) -> N
     Args:
         model_id: the repository of the model, which the app loads when it starts.
     """
-    for path in modules("space.app"):
+    code, packages = code_of(CODE / "space" / "app.py")
+    projects = {packages_distributions()[package][0] for package in packages - {"gradio"}}
+    for path in code:
         copy = folder / path.relative_to(CODE)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)
@@ -59,7 +60,10 @@ def write_space(folder: Path, model_id: str, title: str, license_name: str) -> N
         "README.md": f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n\n"
         f"The demo of [{model_id}](https://huggingface.co/{model_id}). If that model is private, "
         "give this Space a secret `HF_TOKEN` that may read it.\n",
-        "requirements.txt": "".join(f"{n}=={version(n).partition('+')[0]}\n" for n in NEEDED),
+        # The Hub installs gradio by sdk_version.
+        "requirements.txt": "".join(
+            f"{name}=={version(name).partition('+')[0]}\n" for name in sorted(projects)
+        ),
         "app.py": "from space.app import LAUNCH, build_app\n\n"
         f'build_app("{model_id}").launch(**LAUNCH)\n',
     }

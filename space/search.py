@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL.Image import Image
 
 from nicheclip.classifier import NicheClassifier
 from nicheclip.publishing.image_index import INDEX_FILE, Found, ImageIndex
-from space.photo import UNREADABLE, open_photo, photo_input
+from space.photo import on_photo, photo_input
 
 FOUND = 12
 LONGEST_QUERY = 300  # characters; CLIP reads some 60 words
@@ -28,26 +29,18 @@ def open_index(folder: Path) -> ImageIndex | None:
 def search_tab(classifier: NicheClassifier, index: ImageIndex) -> None:
     """Lays out the tab, inside of a `gr.Tab`."""
 
+    def nearest(embeds: Any, what: str) -> tuple[str, Shown]:
+        found = captioned(index.nearest(embeds.numpy(), FOUND)[0])
+        return f"The {len(found)} pictures most like {what}:", found
+
     def by_words(words: str) -> tuple[str, Shown]:
         words = words.strip()
         if not words:
             return NOTHING_ASKED, []
-        return f"The {min(FOUND, len(index))} pictures most like “{words}”:", nearest(
-            classifier.text_embeds([words])
-        )
+        return nearest(classifier.text_embeds([words]), f"“{words}”")
 
-    def by_photo(photo: dict[str, Any] | None) -> tuple[str, Shown]:
-        if photo is None:
-            return NOTHING_ASKED, []
-        image = open_photo(photo)
-        if image is None:
-            return UNREADABLE, []
-        return f"The {min(FOUND, len(index))} pictures most like your photo:", nearest(
-            classifier.image_embeds([image])
-        )
-
-    def nearest(embeds: Any) -> Shown:
-        return captioned(index.nearest(embeds.cpu().numpy(), FOUND)[0])
+    def by_photo(image: Image) -> tuple[str, Shown]:
+        return nearest(classifier.image_embeds([image]), "your photo")
 
     gr.Markdown(
         f"Looks through {len(index)} published pictures with the fine-tuned model. It orders them "
@@ -65,22 +58,15 @@ def search_tab(classifier: NicheClassifier, index: ImageIndex) -> None:
         with gr.Column(scale=1):
             photo = photo_input("Or by a photo", height=180)
     told = gr.Markdown(NOTHING_ASKED, label="What was looked for")
-    gallery = pictures("Found: class, split, cosine")
+    gallery = pictures(None, "found", label="Found: class, split, cosine")
     words.submit(by_words, words, [told, gallery], api_name="search", show_progress="minimal")
-    photo.change(
-        by_photo,
-        photo,
-        [told, gallery],
-        preprocess=False,
-        api_name="search_by_photo",
-        show_progress="minimal",
-    )
+    on_photo(photo, by_photo, NOTHING_ASKED, [told, gallery], "search_by_photo")
 
 
-def pictures(label: str, **options: Any) -> gr.Gallery:
-    """Where `captioned` pictures are shown; nothing is seen of it while there are none."""
+def pictures(shown: Shown | None, kind: str, **options: Any) -> gr.Gallery:
+    """A gallery; of the kind "found" nothing is seen while it holds none."""
     return gr.Gallery(
-        label=label, height="auto", elem_classes="found", interactive=False, buttons=[], **options
+        shown, height="auto", elem_classes=kind, interactive=False, buttons=[], **options
     )
 
 
@@ -95,11 +81,12 @@ def captioned(found: list[Found]) -> Shown:
     As files, written once: Gradio would write a PIL image anew for each visitor, under the feet of
     those who load it.
     """
-    folder, shown = _folder(), []
+    shown = []
     for each in found:
-        path = folder / f"{hashlib.sha256(each.jpeg).hexdigest()[:24]}.jpg"
+        path = _folder() / f"{hashlib.sha256(each.jpeg).hexdigest()[:24]}.jpg"
         if not path.is_file():
-            with tempfile.NamedTemporaryFile(dir=folder, delete=False) as unfinished:
+            # with a name of its own: another visitor may be shown the same picture
+            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as unfinished:
                 unfinished.write(each.jpeg)
             Path(unfinished.name).rename(path)
         parts = (each.label, each.split, f"{each.cosine:.2f}", each.attribution)

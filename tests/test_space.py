@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
+from datasets import ClassLabel, Dataset, DatasetDict, Features
+from datasets import Image as ImageFeature
 from gradio_client import Client, handle_file
 from PIL import Image
 
 from domains.facades.paint import ATTRIBUTION
+from model_card.build import save_examples
 from nicheclip import NicheClassifier, Prediction
+from nicheclip.domain import Domain
 from nicheclip.evaluation.intervals import Measure
-from nicheclip.files import read_json
+from nicheclip.files import read_json, write_json
+from nicheclip.images import to_rgb
 from space import __main__ as entry
 from space.app import EMPTY, LAUNCH, TOP_CLASSES, answer, build_app
 from space.photo import UNREADABLE
+from space.publish import write_space
 from space.scorecard import score_table
 from space.search import FOUND, NOTHING_ASKED
 
@@ -52,6 +63,21 @@ def test_the_app_says_what_the_classifier_says(
     assert bars == pytest.approx({name: expected.probabilities[name] for name in bars}, abs=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["transparent", "16 bits"])
+def test_a_photo_is_shown_to_the_model_as_in_training(
+    client: Client, run: Path, tmp_path: Path, kind: str
+):
+    picture = Image.open(next((run / "hub" / "examples").iterdir()))
+    if kind == "transparent":
+        picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+    else:
+        picture = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
+    picture.save(tmp_path / "photo.png")
+    expected = NicheClassifier.from_pretrained(run / "hub")([to_rgb(picture)])[0]
+    bars = classify(client, tmp_path / "photo.png")[1]
+    assert bars == pytest.approx({name: expected.probabilities[name] for name in bars}, abs=1e-5)
+
+
 @pytest.mark.parametrize("content", [b"I am a text.", b"", b"half"])
 def test_a_file_that_is_no_picture_gets_a_sentence(
     client: Client, run: Path, tmp_path: Path, content: bytes
@@ -72,6 +98,37 @@ def test_examples_and_search_are_there_where_they_were_published(run: Path, tmp_
         blocks = list(build_app(folder).blocks.values())
         assert sum(block.elem_classes == ["examples"] for block in blocks) == examples
         assert [getattr(block, "label", "") for block in blocks].count("Search") == search
+
+
+def test_a_space_holds_the_code_that_it_needs_and_no_other(tmp_path: Path):
+    write_space(tmp_path, "you/model", "Title", "other")
+    code = "import nicheclip, space.app; print(nicheclip.__file__, space.app.__file__)"
+    started = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert started.stdout.count(str(tmp_path)) == 2, started.stderr
+    assert not list(tmp_path.rglob("training")) and not list(tmp_path.rglob("publish.py"))
+    pinned = dict(line.split("==") for line in (tmp_path / "requirements.txt").read_text().split())
+    assert {"torch", "transformers", "pillow", "datasets", "numpy"} <= pinned.keys()
+    assert pinned["transformers"] == version("transformers") and "gradio" not in pinned
+
+
+def test_examples_are_of_classes_side_by_side_and_stay_in_their_folder(run: Path, tmp_path: Path):
+    save_examples(run, tmp_path / "examples", 5)
+    clusters = list(Domain.load(run).clusters.values())
+    expected = [names[0] for names in clusters] + [clusters[0][1]]
+    assert {path.stem for path in (tmp_path / "examples").iterdir()} == set(expected)
+    own = tmp_path / "run"
+    own.mkdir()
+    names = ["../T-shirt/top", "bag"]
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=names)})
+    rows = {"image": [Image.new("RGB", (9, 9))] * 2, "label": [0, 0]}
+    DatasetDict(test=Dataset.from_dict(rows, features=features)).save_to_disk(own / "data")
+    changes = {"classes": {name: [name] for name in names}, "clusters": {"all": names}}
+    raw = Domain.load(run).model_dump(mode="json") | changes
+    (own / "domain.yaml").write_text(yaml.safe_dump(raw))
+    save_examples(own, own / "examples", 2)  # there is no picture of a bag
+    assert [path.name for path in own.rglob("*.jpg")] == ["..∕T-shirt∕top.jpg"]
 
 
 def test_a_picture_finds_itself_and_words_find_their_class(client: Client, run: Path):
@@ -153,6 +210,15 @@ def test_a_run_stands_for_its_hub_folder(run: Path):
     assert entry.published(str(run)) == run / "hub"
     assert entry.published(str(run / "hub")) == str(run / "hub")
     assert entry.published("you/your-model") == "you/your-model"
+
+
+def test_a_folder_of_an_older_version_is_refused(run: Path, tmp_path: Path):
+    hub = shutil.copytree(run / "hub", tmp_path / "hub")
+    scorecard = read_json(hub / "scorecard.json", "")
+    scorecard["outside"] = scorecard.pop("ood")
+    write_json(hub / "scorecard.json", scorecard)
+    with pytest.raises(ValueError, match="has no 'ood'.*python -m model_card RUN"):
+        build_app(hub)
 
 
 def test_wrong_sources_end_with_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -58,7 +58,6 @@ def save_published_model(
         "title": domain.title,
         "class_names": domain.class_names,
         "prompts": domain.classes,
-        "clusters": domain.clusters,
         "temperature": calibration["temperature"],
         "trained_logit_scale": calibration["trained_logit_scale"],
         "fitted_on": {"split": calibration["split"], "n": calibration["n"]},
@@ -91,25 +90,19 @@ def push(
         OSError: with the remedy, if the Hub refuses or the connection is lost.
     """
     api, pushed = HfApi(), read_json(record, "") if record.is_file() else {}
+    sdk = "gradio" if repo_type == "space" else None
     try:
-        try:
-            sdk = "gradio" if repo_type == "space" else None
-            repo_id = api.create_repo(
-                repo_id, private=private, repo_type=repo_type, space_sdk=sdk
-            ).repo_id
-        except HfHubHTTPError as error:
-            if error.response.status_code != 409:
-                raise
-            repo_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
+        repo_id = api.create_repo(
+            repo_id, private=private, repo_type=repo_type, space_sdk=sdk, exist_ok=True
+        ).repo_id
         head = api.repo_info(repo_id, repo_type=repo_type)
-        # it is no kernel
-        there = {file.rfilename for file in head.siblings or ()} - KEPT  # type: ignore[union-attr]
         if private and not head.private:
             raise ValueError(
                 f"'{repo_id}' is a public repository; say --public to publish there, or make it "
                 "private first"
             )
-        name = f"{repo_type}:{repo_id}"
+        siblings = head.siblings or ()  # type: ignore[union-attr]  # it is no kernel
+        there, name = {file.rfilename for file in siblings} - KEPT, f"{repo_type}:{repo_id}"
         if there and pushed.get(name) != head.sha and not overwrite:
             last = api.list_repo_commits(repo_id, repo_type=repo_type)[0]
             raise FileExistsError(
@@ -118,10 +111,10 @@ def push(
                 "not pushed from here; look at it, then replace it with --overwrite"
             )
         files = files_of(folder)
-        # Not upload_folder: where Xet is installed it repeats and splits commits that fail, so half
-        # a model can be public.
         added = [CommitOperationAdd(file, path) for file, path in files.items()]
         removed = [CommitOperationDelete(file) for file in sorted(there - files.keys())]
+        # Not upload_folder: where Xet is installed it repeats and splits commits that fail, so half
+        # a model can be public.
         commit = api.create_commit(
             repo_id,
             [*added, *removed],
@@ -134,9 +127,7 @@ def push(
     # the client raises RuntimeError for a file that it could not upload
     except (HTTPError, RuntimeError) as error:
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
-        remedy = REMEDIES.get(
-            status, "try again; a push is one commit, so nothing is half-published"
-        )
+        remedy = REMEDIES.get(status, "try again; a push is one commit, nothing is half-published")
         raise OSError(f"the Hub did not take '{repo_id}': {error}; {remedy}") from error
     write_json(record, pushed | {name: commit.oid})
     return commit.commit_url
@@ -144,8 +135,5 @@ def push(
 
 def files_of(folder: Path) -> dict[str, Path]:
     """The files of a folder by their name in a repository."""
-    return {
-        path.relative_to(folder).as_posix(): path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path for path in paths}

@@ -1,31 +1,30 @@
-"""Images that can be searched by words or by a photo: `datasets` with embeddings, FAISS over them.
+"""Images that can be searched by words or by a photo: one Parquet file with their image_embeds.
 
-    index = ImageIndex(folder)
+    index = ImageIndex(folder / INDEX_FILE)
     for found in index.nearest(classifier.text_embeds(["a house with pointed arches"]), 5)[0]: ...
 
-Published only by option, since the images go along; needs faiss-cpu besides `datasets`.
+Published only by option, since the images go along.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
-from PIL.Image import Image as Picture
-from PIL.Image import Resampling
+from PIL import Image as Picture
 from tqdm.auto import tqdm
 
 from nicheclip.classifier import NicheClassifier
 from nicheclip.files import quiet_datasets
-from nicheclip.images import encode_jpeg, to_rgb
+from nicheclip.images import encode_jpeg, open_image
 
 INDEX_FILE = "index/images.parquet"
 SIDE = 320  # longest side of a published image, in pixels
 BATCH_SIZE = 64
+TEXTS = ("label", "split", "source_id", "attribution")
 
 
 @dataclass(frozen=True)
@@ -41,99 +40,65 @@ class Found:
 
 
 def write_index(
-    classifier: NicheClassifier,
-    splits: DatasetDict,
-    names: Sequence[str],
-    path: Path,
-    title: str = "index",
-) -> int:
-    """Writes the images of some splits, shrunk, with image_embeds; gives their number.
-
-    Args:
-        names: of the splits, of those that data_prep makes.
+    classifier: NicheClassifier, splits: DatasetDict, names: Sequence[str], path: Path
+) -> None:
+    """Writes the images of the splits of these names, shrunk, with their image_embeds.
 
     Raises:
         ValueError: if there is no such split.
     """
+    if unknown := [name for name in names if name not in splits]:
+        raise ValueError(
+            f"there is no split '{unknown[0]}' to index; expected some of {', '.join(splits)}"
+        )
+    rows = []
     for name in names:
-        if name not in splits:
-            raise ValueError(
-                f"there is no split '{name}' to index; expected some of {', '.join(splits)}"
-            )
-
-    def rows() -> Iterator[dict[str, Any]]:
-        with tqdm(total=sum(len(splits[name]) for name in names), desc=title, unit="image") as bar:
-            for name in names:
-                classes = splits[name].features["label"].names
-                for batch in splits[name].iter(BATCH_SIZE):
-                    embeds = classifier.image_embeds(batch["image"]).cpu().numpy()
-                    for place, image in enumerate(batch["image"]):
-                        yield {
-                            "image": {"bytes": _small(image), "path": None},
-                            "label": classes[batch["label"][place]],
-                            "split": name,
-                            "source_id": batch["source_id"][place],
-                            "attribution": batch["attribution"][place] or "",
-                            "image_embeds": embeds[place],
-                        }
-                    bar.update(len(batch["image"]))
-
-    text = ("label", "split", "source_id", "attribution")
-    columns = {
-        "image": Image(),
-        **{name: Value("string") for name in text},
-        "image_embeds": List(Value("float32")),
-    }
+        classes = splits[name].features["label"].names
+        batches = splits[name].iter(BATCH_SIZE)
+        for batch in tqdm(batches, f"index {name}", -(-len(splits[name]) // BATCH_SIZE)):
+            pictures = [open_image(image) for image in batch["image"]]
+            embeds = classifier.image_embeds(pictures).numpy()  # (B, D)
+            for place, picture in enumerate(pictures):
+                picture.thumbnail((SIDE, SIDE), Picture.Resampling.BICUBIC)
+                row = {
+                    "image": {"bytes": encode_jpeg(picture, 85), "path": None},
+                    "label": classes[batch["label"][place]],
+                    "split": name,
+                    "source_id": batch["source_id"][place],
+                    "attribution": batch["attribution"][place] or "",
+                    "image_embeds": embeds[place],
+                }
+                rows.append(row)
+    texts = {name: Value("string") for name in TEXTS}
+    columns = {"image": Image(), **texts, "image_embeds": List(Value("float32"))}
+    path.parent.mkdir(parents=True, exist_ok=True)
     with quiet_datasets():
-        written = Dataset.from_list(list(rows()), features=Features(columns))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        written.to_parquet(path)
-    return len(written)
-
-
-def _small(image: Picture) -> bytes:
-    small = to_rgb(image)
-    small.thumbnail((SIDE, SIDE), Resampling.BICUBIC)
-    return encode_jpeg(small, 85)
+        Dataset.from_list(rows, features=Features(columns)).to_parquet(path)
 
 
 class ImageIndex:
-    """The index of a published folder; exact search, by cosine.
-
-    Raises:
-        ImportError: if FAISS is not installed.
-    """
+    """The index of a published folder; exact search, by cosine."""
 
     def __init__(self, path: Path):
-        try:
-            import faiss
-        except ImportError as error:
-            raise ImportError(
-                f"'{path}' needs FAISS, which is not installed; run `pip install "
-                "'nicheclip[search]'`"
-            ) from error
-
         with quiet_datasets():
             self.rows = Dataset.from_parquet(str(path)).cast_column("image", Image(decode=False))
-            self.rows.add_faiss_index("image_embeds", metric_type=faiss.METRIC_INNER_PRODUCT)
+        columns = self.rows.select_columns("image_embeds").with_format("numpy")
+        self.image_embeds = columns["image_embeds"][:]  # (N, D)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def nearest(self, embeds: np.ndarray, count: int) -> list[list[Found]]:
-        """The `count` images most alike, for each of the unit-length embeddings (Q, D)."""
-        results = self.rows.search_batch(
-            "image_embeds", np.asarray(embeds, dtype=np.float32), k=min(count, len(self))
-        )
+        """The `count` images most alike, for each of the unit-length embeds (Q, D)."""
+        cosines = np.asarray(embeds) @ self.image_embeds.T  # (Q, N)
         return [
             [
-                self._found(int(index), float(cosine))
-                for index, cosine in zip(indices, cosines, strict=True)
+                self._found(int(place), float(row[place]))
+                for place in np.argsort(-row, kind="stable")[:count]
             ]
-            for indices, cosines in zip(results.total_indices, results.total_scores, strict=True)
+            for row in cosines
         ]
 
-    def _found(self, index: int, cosine: float) -> Found:
-        row = self.rows[index]
-        text = {name: row[name] for name in ("label", "split", "source_id", "attribution")}
-        return Found(row["image"]["bytes"], **text, cosine=cosine)
+    def _found(self, place: int, cosine: float) -> Found:
+        row = self.rows[place]
+        return Found(row["image"]["bytes"], **{name: row[name] for name in TEXTS}, cosine=cosine)
