@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import matplotlib
 import numpy as np
 import pytest
 
 from model_card.figures import MOST_CLASSES, STYLE, _classes, _confusion, _scorecard
 from nicheclip.domain import Domain
+from nicheclip.evaluation.intervals import Measure, Verdict
 
 
 def domain_of(domain: Domain, names: list[str]) -> Domain:
@@ -30,6 +33,21 @@ def test_a_domain_without_gates_has_a_scorecard_figure(domain, tmp_path):
         figure = _scorecard(domain_of(domain, ["a", "b"]), {}, {})
         figure.savefig(tmp_path / "scorecard.png")
     assert "no gates" in figure.axes[0].texts[0].get_text()
+
+
+def test_a_gate_shows_base_probe_and_fine_tuned_where_they_are(domain):
+    base, probe, tuned = (Measure(value, 0, 1, 9, "test") for value in (0.2, 0.5, 0.7))
+    measures = {"accuracy": replace(tuned, base=base, probe=probe)}
+    gated = domain.model_copy(update={"gates": {"accuracy": 0.9}})
+    axes = _scorecard(gated, measures, {"accuracy": Verdict("≥ 0.90", "fail")}).axes[0]
+    shown = {bar.get_label(): bar.lines[0].get_xdata().tolist() for bar in axes.containers}
+    assert shown == {"base zero-shot": [0.2], "linear probe": [0.5], "fine-tuned": [0.7]}
+
+
+def test_a_confusion_is_a_share_of_the_labelled_class(domain):
+    tuned = Tuned(2)
+    figure = _confusion(domain_of(domain, ["a", "b"]), np.array([0, 1]), tuned)
+    assert figure.axes[0].images[0].get_array().tolist() == [[1, 0], [1, 0]]
 
 
 @pytest.mark.parametrize("name", ["$5% off$", "a$_$", "A$\\b$", "50 % & _more_^"])

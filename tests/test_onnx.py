@@ -58,7 +58,7 @@ def test_onnx_gives_what_torch_gives_for_any_number_of_images(published, images,
         onnx.text_embeds(["a house"])
 
 
-def test_int8_is_smaller_and_nearly_the_same(published, images):
+def test_int8_is_smaller_and_nearly_the_same(run, published, images):
     exact, int8 = (
         NicheClassifier.from_pretrained(published, backend=name) for name in ("torch", "onnx-int8")
     )
@@ -67,7 +67,8 @@ def test_int8_is_smaller_and_nearly_the_same(published, images):
     cosine = (exact.image_embeds(images) * int8.image_embeds(images)).sum(dim=1)
     assert 0.98 < cosine.min() < 1
     report = json.loads((published / "onnx" / "report.json").read_text())
-    assert report["split"] == "calibration"
+    calibration = load_prepared(run)["calibration"]
+    assert (report["split"], report["n"]) == ("calibration", len(calibration))
     assert report["int8"]["published"]
 
 
