@@ -321,6 +321,8 @@ def main() -> None:
             try:
                 result = result_of(name, listed[name], domain, seed, args)
                 found.setdefault(name, []).append(result)
+            except train.TrainingInterrupted as interrupted:
+                sys.exit(128 + interrupted.signal)
             except Exception as error:  # hours of other runs should not be lost with it
                 failures += 1
                 print(f"{name}, seed {seed}: failed: {error}", flush=True)

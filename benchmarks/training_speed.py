@@ -4,7 +4,7 @@ How long training takes: the published article's loop, written plainly, against 
 sides take turns stage by stage, each in a process of its own, on a random CLIP of ViT-B/32 size and
 drawn images; the article's whole schedule is projected. Alike for both: images are decoded from
 what data_prep stores (the article's own, of a megapixel and more, would take longer), augmented by
-`nicheclip.data.augment`, in the main process; evaluation and checkpoints are left out.
+`nicheclip.training.data.augment`, in the main process; evaluation and checkpoints are left out.
 """
 
 from __future__ import annotations
@@ -28,24 +28,14 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, RandomSampler
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from benchmarks.training_speed_report import (
-    BUILDING,
-    IMAGES,
-    PARTS,
-    VISITS,
-    draw_hours,
-    hours_by_part,
-    report,
-)
 from data_prep.verify import JPEG_QUALITY
 from domains.facades.painter import STYLES, draw
 from nicheclip.domain import Domain
+from nicheclip.evaluation.intervals import format_table
 from nicheclip.files import quiet_datasets, write_json
 from nicheclip.processes import keep_freed_memory
 from nicheclip.run import features
@@ -59,6 +49,7 @@ from nicheclip.training.trainer import StagedTrainer
 DOMAINS = Path(__file__).parents[1] / "domains"
 ARTICLE = DOMAINS / "architecture" / "article.yaml"
 ARTICLE_BATCH = 16
+VISITS, IMAGES = 7018, 4060  # samples an epoch of the article, of so many images
 WARM_UP = 6  # steps: until no new memory is asked for
 DRAWN = 64  # images here; two views of each fill a shard of the feature cache
 TINY = {
@@ -144,7 +135,7 @@ class Samples(torch.utils.data.Dataset):
 
 
 def article(setting: Setting) -> Iterator[Side]:
-    """The article's loop: float32, all 77 places of every prompt, every image from its pixels at every visit."""
+    """The article's loop: float32, 77 places a prompt, every image from its pixels each time."""
     model, samples = deepcopy(setting.model).train(), Samples(setting)
     sampler = RandomSampler(samples, replacement=True, num_samples=VISITS)
     loader = DataLoader(
@@ -173,28 +164,6 @@ def article(setting: Setting) -> Iterator[Side]:
             optimizer.zero_grad()
 
         yield Side(model, _endless(loader), train, update, ARTICLE_BATCH)
-
-
-def naive(setting: Setting) -> Iterator[Side]:
-    """The Trainer of transformers on the article's batches: CLIPModel's own loss, our precision, nothing kept."""
-    model, samples = deepcopy(setting.model), Samples(setting)
-    args = transformers.TrainingArguments(
-        str(setting.folder / "naive"),
-        per_device_train_batch_size=setting.args.batch_size,
-        bf16=setting.args.precision == "bf16",
-        use_cpu=DEVICE.type == "cpu",
-        dataloader_pin_memory=DEVICE.type == "cuda",
-        remove_unused_columns=False,
-    )
-
-    def collate(batch: list[tuple[torch.Tensor, str]]) -> dict[str, Any]:
-        return samples.collate(batch) | {"return_loss": True}
-
-    trainer = transformers.Trainer(model, args, train_dataset=samples, data_collator=collate)
-    for stage in setting.domain.stages:
-        set_trainable(model, stage)
-        trainer.model_wrapped, trainer.optimizer, trainer.lr_scheduler = model, None, None
-        yield _of_trainer(trainer, stage.epochs * VISITS)
 
 
 def ours(setting: Setting) -> Iterator[Side]:
@@ -239,7 +208,7 @@ def _endless(loader: DataLoader) -> Iterator[dict[str, torch.Tensor]]:
         yield from loader
 
 
-SIDES = {"article": article, "ours": ours, "naive": naive}
+SIDES = {"article": article, "ours": ours}
 
 
 def main() -> None:
@@ -249,37 +218,70 @@ def main() -> None:
     )
     parser.add_argument("--size", choices=SIZES, default="vit-b-32")
     parser.add_argument("--batch-size", type=int, default=16, help="ours; the article's is 16")
-    parser.add_argument(
-        "--precision", choices=DTYPES, default="fp32", help="ours; the article's is fp32"
-    )
-    parser.add_argument(
-        "--views", type=int, default=4, help="kept of each image; 0: nothing is kept"
-    )
+    parser.add_argument("--precision", choices=DTYPES, default="fp32", help="ours")
+    parser.add_argument("--views", type=int, default=4, help="kept of each image; 0: none")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8, help="of each side in a round")
-    parser.add_argument("--threads", type=int, help="default: torch's")
-    parser.add_argument(
-        "--naive", action="store_true", help="a third side: transformers' Trainer as it comes"
-    )
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/training_speed.json"))
-    parser.add_argument(
-        "--chart", type=Path, help="its PNG, with an SVG beside it; default: beside --out"
-    )
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    names = [name for name in SIDES if args.naive or name != "naive"]
-    sides = {name: Worker(name, args) for name in names}
-    found = _measure(sides, args)
-    found["settings"] = {name: str(value) for name, value in vars(args).items()}
-    found["settings"] |= {
+    found = measure(args)
+    write_json(args.out, found | {"settings": {n: str(v) for n, v in vars(args).items()}})
+    print(report(found))
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Both sides in turn, stage by stage."""
+    sides = {name: Worker(name, args) for name in SIDES}
+    stages, peaks = [], {}
+    schedule = Domain.load(ARTICLE).stages
+    for stage in schedule:
+        for name, side in sides.items():
+            side("steps", WARM_UP)
+            peaks[name] = side("peak")
+        rounds = [
+            {name: side("steps", args.steps) for name, side in sides.items()}
+            for _ in range(args.rounds)
+        ]
+        taken = {name: [each[name] for each in rounds] for name in sides}
+        stages.append({"stage": stage.name, "samples": stage.epochs * VISITS, "seconds": taken})
+        if stage is schedule[-1]:
+            count = args.rounds if args.views else 0
+            encoding = [sides["ours"]("encoding", seed) for seed in range(count)] or [0.0]
+        for side in sides.values():
+            side("next stage")  # after the last they end
+    hours = {
+        name: sum(each["samples"] * np.median(each["seconds"][name]) for each in stages) / 3600
+        for name in sides
+    }
+    hours["ours"] += IMAGES * args.views * float(np.median(encoding)) / 3600
+    return {
+        "stages": stages,
+        "seconds_per_view": encoding,
+        "hours": {name: float(value) for name, value in hours.items()},
+        "peak_mb": peaks,
         "threads": torch.get_num_threads(),
         "device": DEVICE.type,
-        "torch": torch.__version__,
     }
-    write_json(args.out, found)
-    report(found, names)
-    draw_hours(found, args.chart or args.out.with_suffix(".png"))
+
+
+def report(found: dict[str, Any]) -> str:
+    """A table of milliseconds a sample, and the article's whole schedule projected."""
+    rows = []
+    for stage in found["stages"]:
+        article, ours = (np.array(stage["seconds"][name]) for name in SIDES)
+        ratios = np.sort(article / ours)
+        ratio = f"{np.median(ratios):.1f}x [{ratios[0]:.1f}, {ratios[-1]:.1f}]"
+        milliseconds = [f"{1000 * np.median(side):.1f}" for side in (article, ours)]
+        rows.append([stage["stage"], *milliseconds, ratio])
+    hours, peaks = found["hours"], found["peak_mb"]
+    view = 1000 * float(np.median(found["seconds_per_view"]))
+    return (
+        format_table(["stage", "article, ms", "ours, ms", "ratio [lowest, highest]"], rows)
+        + f"\nencoding a view: {view:.1f} ms. The article's schedule, encoding included: "
+        f"{hours['article']:.2f} h and {hours['ours']:.2f} h, "
+        f"{hours['article'] / hours['ours']:.1f}x; peak memory {peaks['article']:.0f} and "
+        f"{peaks['ours']:.0f} MB"
+    )
 
 
 class Worker:
@@ -301,8 +303,6 @@ class Worker:
 def _work(name: str, args: argparse.Namespace, pipe: Connection) -> None:
     if name == "ours":
         keep_freed_memory()  # as train.py does
-    if args.threads:
-        torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder, quiet_datasets():
         setting = _setting(args, Path(folder))
         for side in SIDES[name](setting):
@@ -310,8 +310,6 @@ def _work(name: str, args: argparse.Namespace, pipe: Connection) -> None:
                 pipe.send(
                     {
                         "steps": side.steps,
-                        "parts": lambda count, side=side: _parts(side, count),
-                        "gflop": lambda side=side: _gflop(side),
                         "encoding": lambda seed, side=side: _encoding(setting, side.model, seed),
                         "peak": _peak_memory,
                     }[question](*arguments)
@@ -362,101 +360,14 @@ def _rows(domain: Domain) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows, features=features(domain.class_names))
 
 
-def _measure(sides: dict[str, Worker], args: argparse.Namespace) -> dict[str, Any]:
-    stages, peaks = [], dict.fromkeys(sides, 0.0)
-    schedule = Domain.load(ARTICLE).stages
-    for stage in schedule:
-        for name, side in sides.items():
-            side("steps", WARM_UP)
-            # before the measurements below, which need memory of their own
-            peaks[name] = side("peak")
-        rounds = [
-            {name: side("steps", args.steps) for name, side in sides.items()}
-            for _ in range(args.rounds)
-        ]
-        stages.append(
-            {
-                "stage": stage.name,
-                "samples": stage.epochs * VISITS,
-                "seconds_per_sample": {name: [of[name] for of in rounds] for name in sides},
-                "parts": {name: side("parts", args.steps) for name, side in sides.items()},
-                "gflop_per_sample": {name: side("gflop") for name, side in sides.items()},
-            }
-        )
-        if stage is schedule[-1]:
-            encoding = [
-                sides["ours"]("encoding", seed) for seed in range(args.rounds if args.views else 0)
-            ] or [0.0]
-        for side in sides.values():
-            side("next stage")  # after the last they end
-    hours = {name: hours_by_part(stages, name) for name in sides}
-    hours["ours"][BUILDING] = IMAGES * args.views * float(np.median(encoding)) / 3600
-    rates = {precision: _matmul_rate(DTYPES[precision]) for precision in {"fp32", args.precision}}
-    return {
-        "stages": stages,
-        "seconds_per_view": encoding,
-        "hours": hours,
-        "matmul_gflop_per_second": rates,
-        "peak_mb": peaks,
-    }
-
-
 def _now() -> float:
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def _parts(side: Side, steps: int) -> dict[str, float]:
-    """Shares of a step's time, with a stop after each part."""
-    seconds, began = dict.fromkeys(PARTS, 0.0), 0.0
-
-    def begin(*_: object) -> None:
-        nonlocal began
-        began = _now()
-
-    def ended(part: str) -> Callable[..., None]:
-        def end(*_: object) -> None:
-            seconds[part] += _now() - began
-
-        return end
-
-    hooks = []
-    for part, tower in (
-        ("text tower", side.model.text_model),
-        ("visual tower", side.model.vision_model),
-    ):
-        hooks += [tower.register_forward_pre_hook(begin), tower.register_forward_hook(ended(part))]
-    for _ in range(steps):
-        times = [_now()]
-        batch = next(side.batches)
-        times.append(_now())
-        side.train(batch)
-        times.append(_now())
-        side.update()
-        times.append(_now())
-        for part, taken in zip(
-            ("data", "loss and backward", "optimiser"), np.diff(times), strict=True
-        ):
-            seconds[part] += float(taken)
-    for hook in hooks:
-        hook.remove()
-    seconds["loss and backward"] -= seconds["text tower"] + seconds["visual tower"]
-    return {part: taken / sum(seconds.values()) for part, taken in seconds.items()}
-
-
-def _gflop(side: Side) -> float:
-    """A sample, of matrix multiplications.
-
-    Attention is split into them, as the counter knows no CPU kernel of it.
-    """
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        side.steps(1)
-    return counter.get_total_flops() / 1e9 / side.batch_size
-
-
 def _encoding(setting: Setting, model: CLIPModel, seed: int) -> float:
-    """Seconds a view to build the features of all stages: a shard, at the cuts that StagedTrainer keeps."""
+    """Seconds a view to build the features of all stages, at the cuts that StagedTrainer keeps."""
     names = [name for name, _ in model.named_parameters()]
     cuts = {
         cut_before(model.vision_model, trainable_names(names, stage))
@@ -470,17 +381,6 @@ def _encoding(setting: Setting, model: CLIPModel, seed: int) -> float:
     started = _now()
     encode_views(model.vision_model, samples, 2, sorted(cuts - {PIXELS}), cache, autocast=dtype)
     return (_now() - started) / (2 * len(setting.rows))
-
-
-def _matmul_rate(dtype: torch.dtype, side: int = 2048) -> float:
-    """GFLOP a second of a large matrix multiplication, the best of six."""
-    left, right = torch.randn(2, side, side, device=DEVICE).to(dtype)
-    seconds = []
-    for _ in range(6):
-        started = _now()
-        left @ right
-        seconds.append(_now() - started)
-    return 2 * side**3 / min(seconds) / 1e9
 
 
 def _peak_memory() -> float:

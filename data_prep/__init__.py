@@ -1,1 +1,1 @@
-"""From images to a prepared dataset: read, verify, group duplicates, split, filter train, oversample train."""
+"""From images to a prepared dataset: read, verify, group duplicates, split, filter, oversample."""

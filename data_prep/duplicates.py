@@ -48,7 +48,7 @@ class Fingerprints:
         picture: Callable[[int], Image.Image],
         encode: Callable[[list[Image.Image]], np.ndarray],
     ) -> Fingerprints:
-        """Learns `cosines` from copies that it makes of `COPIES` of the pictures, cropped and recompressed.
+        """Learns `cosines` from copies of `COPIES` of the pictures, cropped and recompressed.
 
         How far a crop moves an embedding, and how far apart pictures of one niche lie, depends on
         the base model. They are what 99.9 % of different pictures stay below, what 90 % of the
@@ -104,7 +104,7 @@ class Fingerprints:
         return np.concatenate(found)
 
     def most_alike_across(self, parts: np.ndarray, count: int) -> list[tuple[int, int, float]]:
-        """The `count` pairs of pictures in different `parts` (N,) with the highest cosine, for a person to look at."""
+        """The `count` pairs in different `parts` (N,) with the highest cosine, to be looked at."""
         best: list[tuple[int, int, float]] = []
         for own, others in _blocks(parts):
             cosine = self.image_embeds[own] @ self.image_embeds[others].T
@@ -122,7 +122,7 @@ class Fingerprints:
 
 
 def connected_groups(pairs: np.ndarray, count: int) -> np.ndarray:
-    """The group of each of `count` pictures, (N,) int: those that pairs (P, 2) connect, directly or not."""
+    """The group of each of `count` pictures, (N,) int: those that pairs (P, 2) connect."""
     graph = coo_array(
         (np.ones(len(pairs), dtype=bool), (pairs[:, 0], pairs[:, 1])), shape=(count, count)
     )
@@ -130,7 +130,7 @@ def connected_groups(pairs: np.ndarray, count: int) -> np.ndarray:
 
 
 def _blocks(parts: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """All pairs of pictures in different parts as blocks: some of one part, all of the later parts."""
+    """All pairs in different parts as blocks: some of one part, all of the later parts."""
     for part in np.unique(parts)[:-1]:
         own, later = np.flatnonzero(parts == part), np.flatnonzero(parts > part)
         size = max(1, CELLS // len(later))
@@ -139,7 +139,7 @@ def _blocks(parts: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _copy(image: Image.Image) -> Image.Image:
-    """A picture as someone else may have saved it: cropped by up to 4 % a side, in a coarser JPEG."""
+    """A picture as someone else may have saved it: cropped by up to 4 %, in a coarser JPEG."""
     image = image.convert("RGB")
     width, height = image.size
     box = (width * 0.04, height * 0.02, width * 0.98, height * 0.97)

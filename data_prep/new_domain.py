@@ -1,4 +1,4 @@
-"""python -m data_prep.new_domain FOLDER --name birds [--noun bird] [--base MODEL] [--out FILE] [--force]
+"""python -m data_prep.new_domain FOLDER --name birds [--noun bird] [--base MODEL] [--out FILE]
 
 Writes a domain file from class folders: FOLDER/<class>/<image>, or FOLDER/<split>/<class>/<image>.
 Classes are the folders' names, prompts are templates, clusters and the length of the stages are
@@ -33,6 +33,7 @@ from data_prep.sources.folders import SIDECARS, list_files, split_of
 from nicheclip.clip import encode_texts, load_clip
 from nicheclip.domain import Domain, class_key
 from nicheclip.evaluation.intervals import format_table
+from nicheclip.files import replaced_file
 from nicheclip.images import readable_formats
 
 BASE = "openai/clip-vit-base-patch32"
@@ -124,12 +125,10 @@ def look_into(folder: Path) -> Survey:
     images: Counter[str] = Counter()
     nested: defaultdict[str, set[str]] = defaultdict(set)
     splits, others = set(), []
-    top = {
-        path.relative_to(folder).parts for path in list_files(folder) if path.name not in SIDECARS
-    }
-    flat = {parts[0] for parts in top if len(parts) == 2} - {
-        parts[0] for parts in top if len(parts) > 2
-    }
+    files = (path for path in list_files(folder) if path.name not in SIDECARS)
+    top = {path.relative_to(folder).parts for path in files}
+    deeper = {parts[0] for parts in top if len(parts) > 2}
+    flat = {parts[0] for parts in top if len(parts) == 2} - deeper
     loose = [parts for parts in top if len(parts) == 1]
     for parts in sorted(top - set(loose)):
         split = split_of(parts, flat)
@@ -143,12 +142,8 @@ def look_into(folder: Path) -> Survey:
         else:
             others.append("/".join(parts))
     _check_names(folder, images)
-    return Survey(
-        folder,
-        dict(images),
-        splits,
-        _warnings(images, others, nested, ["/".join(p) for p in loose]),
-    )
+    warnings = _warnings(images, others, nested, ["/".join(parts) for parts in loose])
+    return Survey(folder, dict(images), splits, warnings)
 
 
 def _begins_like_an_image(path: Path) -> bool:
@@ -161,9 +156,8 @@ def _begins_like_an_image(path: Path) -> bool:
 
 def _check_names(folder: Path, images: dict[str, int]) -> None:
     if len(images) < 2:
-        found = (
-            f"only the class '{next(iter(images))}'" if images else "no class folder with images"
-        )
+        only = f"only the class '{next(iter(images))}'" if images else ""
+        found = only or "no class folder with images"
         raise ValueError(
             f"{found} in '{folder}'; a classifier needs at least two, each a folder of images: "
             f"{folder}/wren/1.jpg"
@@ -181,39 +175,21 @@ def _check_names(folder: Path, images: dict[str, int]) -> None:
 def _warnings(
     images: dict[str, int], others: list[str], nested: dict[str, set[str]], loose: list[str]
 ) -> list[str]:
-    warnings = []
-    tiny = [f"{name} ({count})" for name, count in sorted(images.items()) if count < LEAST]
-    small = [
-        f"{name} ({count})"
-        for name, count in sorted(images.items())
-        if LEAST <= count < SMALL_CLASS
-    ]
-    if tiny:
-        warnings.append(
-            f"fewer than {LEAST} images, which can't fill the four splits, so data_prep will "
-            f"refuse: {_few(tiny)}; add images, or take the folders out"
-        )
-    if small:
-        warnings.append(
-            f"fewer than {SMALL_CLASS} images, so its own accuracy will say little: {_few(small)}"
-        )
-    if nested:
-        named = [
-            f"{name}/{inner}" for name, inside in sorted(nested.items()) for inner in sorted(inside)
-        ]
-        warnings.append(
-            f"folders inside of a class, whose images count as the class's: {_few(named)}"
-        )
-    if others:
-        warnings.append(
-            f"{len(others)} files that are no images, which data_prep will set aside: "
-            f"{_few(others)}"
-        )
-    if loose:
-        warnings.append(
-            f"{len(loose)} files outside of any class folder, left out: {_few(sorted(loose))}"
-        )
-    return warnings
+    by_size = sorted(images.items())
+    tiny = [f"{name} ({count})" for name, count in by_size if count < LEAST]
+    small = [f"{name} ({count})" for name, count in by_size if LEAST <= count < SMALL_CLASS]
+    inside = sorted(f"{name}/{inner}" for name, inners in nested.items() for inner in inners)
+    told = {
+        f"fewer than {LEAST} images, which can't fill the four splits, so data_prep will "
+        f"refuse: {_few(tiny)}; add images, or take the folders out": tiny,
+        f"fewer than {SMALL_CLASS} images, so its own accuracy will say little: "
+        f"{_few(small)}": small,
+        f"folders inside of a class, whose images count as the class's: {_few(inside)}": inside,
+        f"{len(others)} files that are no images, which data_prep will set aside: "
+        f"{_few(others)}": others,
+        f"{len(loose)} files outside of any class folder, left out: {_few(sorted(loose))}": loose,
+    }
+    return [warning for warning, names in told.items() if names]
 
 
 def _few(names: list[str], most: int = 5) -> str:
@@ -236,16 +212,12 @@ def write_domain(
     if out.exists() and not force:
         raise FileExistsError(f"'{out}' exists; give --force to overwrite it, or another --out")
     text = _domain_file(survey, name, base, noun)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f"{out.name}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    try:
-        domain = Domain.load(unfinished)
-    except ValueError as error:
-        unfinished.unlink()
-        raise ValueError(str(error).replace(str(unfinished), str(out))) from error
-    unfinished.replace(out)
-    return domain
+    with replaced_file(out) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+        try:
+            return Domain.load(unfinished)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(unfinished), str(out))) from error
 
 
 def _domain_file(survey: Survey, name: str, base: str, noun: str) -> str:
@@ -263,9 +235,9 @@ def _domain_file(survey: Survey, name: str, base: str, noun: str) -> str:
     clusters, origin = _clusters(prompts, local)
     middle = int(statistics.median(survey.images.values()))
     samples = min(280, max(24, middle))
-    visits = samples * len(names)
-    batch = min(BATCH, visits // 2)
-    epochs = round(min(12, max(5, STEPS * batch / samples)))
+    epoch = samples * len(names)
+    batch = min(BATCH, epoch // 2)
+    epochs = round(min(12, max(5, STEPS * batch / epoch)))
     return _template().render(
         survey=survey,
         name=name,
@@ -342,10 +314,10 @@ def _clusters(prompts: dict[str, list[str]], local: str | None) -> tuple[dict[st
             for own in prompts.values()
         ]
         members = propose(_alike(np.stack(text_embeds), model.logit_scale.exp().item()))
-        origin = "proposed from the base model's text_embeds of the prompts: a guess, until it has seen images"
+        origin = "proposed from the base model's text_embeds of the prompts: a guess"
     else:
         members = propose(_shared_words(names))
-        origin = "proposed from words that the names share, since the base model is not here yet: a guess"
+        origin = "proposed from words that the names share, without the base model: a guess"
     if len(members) == len(names):
         return {}, "none proposed, since no classes stand out as alike: all of them are one cluster"
     return {
@@ -354,7 +326,7 @@ def _clusters(prompts: dict[str, list[str]], local: str | None) -> tuple[dict[st
 
 
 def _alike(text_embeds: np.ndarray, scale: float) -> np.ndarray:
-    """How likely a zero-shot classifier without the right class takes each prompt for another's, (C, C) symmetric."""
+    """How likely each prompt is taken for another one, (C, C) symmetric; itself is left out."""
     text_embeds = text_embeds / np.linalg.norm(text_embeds, axis=1, keepdims=True)
     logits = scale * text_embeds @ text_embeds.T
     np.fill_diagonal(logits, -np.inf)

@@ -1,4 +1,4 @@
-"""Which training images are suspected of a wrong label, and how often an epoch samples the others."""
+"""Which training images are suspected of a wrong label, and how often an epoch has the others."""
 
 from __future__ import annotations
 

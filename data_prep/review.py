@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from nicheclip.files import replaced_file
+
 DECISIONS = ("", "keep", "drop")
 
 
@@ -74,11 +76,12 @@ def write_review(path: Path, suspicions: Iterable[Suspicion]) -> None:
     """
     decided = read_decisions(path)
     lines = {(entry.sha256, entry.label): entry for entry in suspicions} | decided
-    temporary = path.with_name(f".{path.name}.tmp")
-    # without its mark, Excel garbles accents
-    with temporary.open("w", encoding="utf-8-sig", newline="") as file:
+    # Without its mark, Excel garbles accents.
+    with (
+        replaced_file(path) as unfinished,
+        unfinished.open("w", encoding="utf-8-sig", newline="") as file,
+    ):
         writer = csv.DictWriter(file, [field.name for field in fields(Suspicion)])
         writer.writeheader()
         for entry in sorted(lines.values(), key=lambda entry: (entry.reason, entry.source_id)):
             writer.writerow(asdict(entry))
-    temporary.replace(path)

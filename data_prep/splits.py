@@ -1,4 +1,4 @@
-"""Which split each image belongs to: by group, evenly over the classes, and the same when images are added."""
+"""Which split each image belongs to: by group, evenly over the classes, stable when some come."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HELD_OUT = ("test", "calibration", "validation")
 def assign_splits(
     labels: np.ndarray, groups: list[str], splits: Splits, names: tuple[str, ...] = HELD_OUT
 ) -> list[str]:
-    """Puts each group into a split by a hash of its name alone, so that later images don't move earlier ones.
+    """Puts each group into a split by a hash of its name: later images don't move earlier ones.
 
     A share of a class is met on average: of 100 images at 0.25, between 17 and 33 in 95 % of the
     cases. A count is met as nearly as groups allow, for which an added image may push one out.

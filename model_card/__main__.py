@@ -1,4 +1,4 @@
-"""python -m model_card RUN [--push-to-hub REPO_ID] [--push-space REPO_ID] [--push-dataset REPO_ID] [--dry-run]
+"""python -m model_card RUN [--push-to-hub REPO_ID] [--push-space REPO_ID] [--dry-run]
 
 Builds RUN/hub, exactly what is pushed: the calibrated CLIPModel, its processor, nicheclip.json,
 prototypes.safetensors, scorecard.json, figures and the model card. A Space with the demo, and the

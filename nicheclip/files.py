@@ -48,7 +48,7 @@ def replaced_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def _beside(path: Path, state: str) -> Path:
-    """A hidden name that no user gives a file: what a killed command leaves there may be removed."""
+    """A hidden name that no user gives a file: what a killed command leaves may be removed."""
     return path.with_name(f".{path.name}.nicheclip-{state}")
 
 

@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def published(source: str) -> str | Path:
-    """The published folder of a run directory; a published folder or a repo id is given back as it is.
+    """The published folder of a run directory; other folders and repo ids as they are.
 
     Raises:
         FileNotFoundError: if `source` is a folder without a published model.

@@ -1,4 +1,4 @@
-"""The app: a photo in, calibrated probabilities or "not sure" out; a search and the scorecard beside it.
+"""The app: a photo in, calibrated probabilities or "not sure" out; search and scorecard beside.
 
 build_app("runs/facades/hub").launch(**LAUNCH)
 """
@@ -24,7 +24,7 @@ MOST_WAITING = 100  # requests; more are told to come back
 MOST_NAMED = 4  # classes that a sentence names
 EMPTY = "Add a photo to see what the model makes of it."
 FONT = ["system-ui", "sans-serif"]
-# What `launch` takes instead of `gr.Blocks` since Gradio 6. System fonts: nothing is loaded from the internet.
+# What `launch` takes instead of `gr.Blocks` since Gradio 6. System fonts: nothing is fetched.
 LAUNCH: dict[str, Any] = {
     "theme": gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONT, font_mono=FONT),
     "css": """
@@ -33,13 +33,18 @@ LAUNCH: dict[str, Any] = {
         .scores { overflow-x: auto; }
         .scores table { width: 100%; font-variant-numeric: tabular-nums; }
         .scores :is(table, tr) { border: 0 !important; }
-        .scores :is(th, td) { border-width: 0 0 1px !important; border-color: var(--border-color-primary) !important;
+        .scores :is(th, td) { border-width: 0 0 1px !important;
+            border-color: var(--border-color-primary) !important;
             overflow-wrap: normal; word-break: normal; }
-        @media (max-width: 640px) { .scores :is(th, td) { padding: 0.3rem 0.15rem !important; font-size: 0.7rem; } }
+        @media (max-width: 640px) { .scores :is(th,
+        td) { padding: 0.3rem 0.15rem !important; font-size: 0.7rem; } }
         .examples .grid-wrap { min-height: 0; max-height: none; overflow: visible; }
-        .examples .grid-container { grid-template-columns: repeat(auto-fill, minmax(max(90px, 11%), 1fr)) !important; }
-        .found .grid-container { grid-template-columns: repeat(auto-fill, minmax(max(120px, 15%), 1fr)) !important; }
-        .found .grid-wrap { min-height: 0; max-height: none; overflow: visible; padding-top: 2.2rem; }
+        .examples .grid-container { grid-template-columns: repeat(auto-fill, minmax(max(90px, 11%),
+        1fr)) !important; }
+        .found .grid-container { grid-template-columns: repeat(auto-fill, minmax(max(120px, 15%),
+        1fr)) !important; }
+        .found .grid-wrap { min-height: 0; max-height: none; overflow: visible;
+            padding-top: 2.2rem; }
         .found:has(.empty) { display: none; }
         .found .caption-label { left: 0; max-width: 100%; white-space: normal; opacity: 1; }
         .examples .caption-label { left: 0; max-width: 100%; white-space: normal; opacity: 1; }
@@ -51,10 +56,11 @@ LAUNCH: dict[str, Any] = {
 
 
 def build_app(repo_or_path: str | Path) -> gr.Blocks:
-    """The app of a published folder or of a repository of the Hub; nothing is served before `launch(**LAUNCH)`.
+    """The app of a published folder or a repository; nothing is served before `launch(**LAUNCH)`.
 
     Raises:
-        FileNotFoundError: if there is no such folder or repository, or it was not published by NicheCLIP.
+        FileNotFoundError: if there is no such folder or repository,
+        or it was not published by NicheCLIP.
     """
     folder = _fetch(repo_or_path)
     classifier = NicheClassifier.from_pretrained(folder)
@@ -65,8 +71,10 @@ def build_app(repo_or_path: str | Path) -> gr.Blocks:
         title=settings["title"], analytics_enabled=False, delete_cache=(600, 3600)
     ) as app:
         gr.Markdown(
-            f"# {settings['title']}\nThis model knows {len(classifier.class_names)} classes and nothing else. It says "
-            f"when it is not sure; of {unnoticed.n} other pictures it noticed {percent(1 - unnoticed.value)}."
+            f"# {settings['title']}\nThis model knows {len(classifier.class_names)} classes and "
+            "nothing else. It says "
+            f"when it is not sure; of {unnoticed.n} other pictures it noticed "
+            f"{percent(1 - unnoticed.value)}."
         )
         with gr.Tab("Classify"):
             _classify_tab(classifier, index, sorted((folder / "examples").glob("*.*")))
@@ -94,7 +102,7 @@ def _fetch(repo_or_path: str | Path) -> Path:
             else str(error).strip().splitlines()[0]
         )
         raise FileNotFoundError(
-            f"'{repo_or_path}' is no folder here and can't be fetched from the Hub either ({reason}); "
+            f"'{repo_or_path}' is no folder here and can't be fetched from the Hub ({reason}); "
             "expected a run directory, a published folder or a repo id such as you/your-model"
         ) from error
 
@@ -137,7 +145,8 @@ def _classify_tab(
     )
     if examples:
         gr.Markdown(
-            "Or try a test picture, which the model was not trained on. Its true class stands below it."
+            "Or try a test picture, which the model was not trained on. Its true class stands "
+            "below it."
         )
         gallery = gr.Gallery(
             [(path, path.stem) for path in examples],
@@ -149,7 +158,7 @@ def _classify_tab(
             buttons=[],
         )
 
-        # By its place in our own list: the path that comes with the event is the visitor's, who could name any file.
+        # By its place in our own list: the event's path is the visitor's, who could name any file.
         def choose(event: gr.SelectData) -> str:
             return gallery.value[event.index]["image"]["path"]
 
@@ -168,7 +177,8 @@ classifier = NicheClassifier.from_pretrained("{repo_or_path}")
 print(classifier(["photo.jpg"])[0])
 ```
 
-This app, over the network, with `pip install gradio_client` (the whole list stands under “Use via API” below):
+This app, over the network,
+with `pip install gradio_client` (the whole list stands under “Use via API” below):
 
 ```python
 from gradio_client import Client, handle_file
@@ -184,7 +194,10 @@ def answer(prediction: Prediction) -> str:
     confidence, threshold = prediction.confidence, prediction.threshold
     share = percent(confidence) if confidence < 0.995 else f"over 99{NBSP}%"
     if prediction.outside:
-        return "**This looks like nothing that the model knows.** The bars below mean nothing for such a picture."
+        return (
+            "**This looks like nothing that the model knows.** "
+            "The bars below mean nothing for such a picture."
+        )
     if prediction.label is not None:
         others = prediction.prediction_set[1:]
         perhaps = f" It could also be {_either(others)}." if others else ""

@@ -19,11 +19,11 @@ VERDICTS = {
 }
 # Alternative texts, for those who can't see the figures.
 FIGURES = {
-    "scorecard": "Each metric with a gate, base zero-shot and fine-tuned; the same numbers stand in the table",
-    "classes": "F1 of each class, and a map of the test pictures on which similar ones lie together",
-    "confusion": "Confusion matrix: which class is taken for which, classes of a cluster side by side",
-    "reliability": "Accuracy against confidence, before and after calibration; errors against the share answered",
-    "outside": "How much test pictures, noise, textures, text and other OOD pictures look like the domain",
+    "scorecard": "Each metric with a gate, base zero-shot and fine-tuned; see the table",
+    "classes": "F1 of each class, and a map of the test pictures: similar ones lie together",
+    "confusion": "Confusion matrix: which class is taken for which, side by side by cluster",
+    "reliability": "Accuracy against confidence before and after calibration; selective errors",
+    "outside": "How much test pictures, noise, textures and other OOD pictures look alike",
 }
 
 

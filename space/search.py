@@ -1,4 +1,4 @@
-"""The tab that looks for pictures, by words or by a photo, and the pictures that stand beside an answer."""
+"""The tab that looks for pictures, by words or by a photo; the pictures beside an answer."""
 
 from __future__ import annotations
 

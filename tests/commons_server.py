@@ -1,4 +1,4 @@
-"""A small server that answers as Wikimedia Commons does: the MediaWiki API at /w/api.php, thumbnails at /thumb/.
+"""A small server that answers as Wikimedia Commons does: MediaWiki API and thumbnails.
 
 Categories and files live in memory; the thumbnails are real JPEG, PNG and WebP. What differs from
 Commons: a batch of a category holds three files, and one answer describes at most two of them, so
@@ -40,7 +40,7 @@ class Photo:
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens instead of an answer: a status, another body, a shorter one than announced, an error of the API."""
+    """What happens instead of an answer: a status, another or shorter body, an error of the API."""
 
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class Request:
 
 
 class CommonsServer(ThreadingHTTPServer):
-    """`with CommonsServer(categories, files, subcategories) as commons:` has its API at `commons.api`.
+    """`with CommonsServer(categories, files) as commons:` has its API at `commons.api`.
 
     Attributes:
         fail_next: faults as (part of the address, fault); each spoils the next request that it
@@ -257,7 +257,7 @@ class Handler(BaseHTTPRequestHandler):
         return answer
 
     def members(self, parameters: dict[str, str]) -> dict[str, Any]:
-        """Every page of the batch in each answer, but `imageinfo` only of the two whose turn it is."""
+        """Every page of the batch in each answer, but `imageinfo` only of two, in turn."""
         titles = self.server.categories.get(parameters["gcmtitle"].removeprefix("Category:"), [])
         start = int(parameters.get("gcmcontinue", 0))
         batch = titles[start : start + BATCH]
@@ -291,16 +291,16 @@ class Handler(BaseHTTPRequestHandler):
         texts = {"LicenseShortName": photo.license, "Artist": photo.artist, **photo.more}
         if photo.license and photo.license.startswith("CC BY"):
             texts["License"] = photo.license.lower().replace(" ", "-")
-            texts["LicenseUrl"] = (
-                f"https://creativecommons.org/licenses/{photo.license[3:].lower().replace(' ', '/')}"
-            )
+            kind = photo.license[3:].lower().replace(" ", "/")
+            texts["LicenseUrl"] = f"https://creativecommons.org/licenses/{kind}"
+        page = f"File:{quote(title.replace(' ', '_'))}"
         return {
             "size": 100_000,
             "width": photo.width,
             "height": photo.width * 3 // 4,
             "thumburl": f"{self.server.url}/thumb/{min(width, photo.width)}/{quote(title)}{suffix}",
             "url": f"{self.server.url}/{quote(title)}",
-            "descriptionurl": f"https://commons.wikimedia.org/wiki/File:{quote(title.replace(' ', '_'))}",
+            "descriptionurl": f"https://commons.wikimedia.org/wiki/{page}",
             "sha1": hashlib.sha1(title.encode()).hexdigest(),
             "mime": photo.mime,
             "extmetadata": {

@@ -28,7 +28,8 @@ def tiny_facades(folder: Path) -> Path:
     raw = yaml.safe_load((FACADES / "domain.yaml").read_text(encoding="utf-8"))
     raw["base"] = str(FACADES / "base")
     raw["source"]["options"] |= {
-        "smallest_class": 4, "largest_class": 16, "validation": 4, "calibration": 10, "test": 9, "unreadable": 0.04
+        "smallest_class": 4, "largest_class": 16, "validation": 4, "calibration": 10, "test": 9,
+        "unreadable": 0.04
     }  # fmt: skip
     raw["retention"]["images_per_class"] = 5
     raw["samples_per_class"] = 12

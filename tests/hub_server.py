@@ -1,4 +1,4 @@
-"""A small server that speaks the Hub's HTTP API, so that the real huggingface_hub client can be tested.
+"""A small server that speaks the Hub's HTTP API, to test the real huggingface_hub client.
 
 Repositories live in memory. What differs from the Hub: large files go through git-LFS and never
 through Xet, there is one branch, and ranges are ignored (the client then starts again).
@@ -34,7 +34,7 @@ class File:
 
     @cached_property
     def oid(self) -> str:
-        """What the client compares its own files with: the sha256 of LFS files, git's blob id of others."""
+        """What the client compares its files with: sha256 of LFS files, git's blob id of others."""
         if self.lfs:
             return hashlib.sha256(self.content).hexdigest()
         return hashlib.sha1(b"blob %d\0" % len(self.content) + self.content).hexdigest()

@@ -1,4 +1,4 @@
-"""The embedded base knows the façades partly: a fine-tune has something to do, and something to build on."""
+"""The embedded base knows the façades partly: a fine-tune has something to do, and to build on."""
 
 from __future__ import annotations
 

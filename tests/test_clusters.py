@@ -1,4 +1,4 @@
-"""Clusters of classes are proposed from what the base model confuses in train and validation, and in nothing else."""
+"""Clusters are proposed from what the base model confuses in train and validation alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Commons source against a server that pages, lags, refuses, breaks off and forgets as the real one does."""
+"""The Commons source against a server that pages, lags, refuses and forgets as the real one."""
 
 from __future__ import annotations
 

@@ -260,7 +260,7 @@ def test_cropped_and_recompressed_copies_are_one_group_and_other_drawings_are_no
 
 
 def test_a_mirrored_picture_is_the_same_picture(domain):
-    """Training flips half of its views, so a mirrored test image in train is a test image in train."""
+    """Training flips half of its views: a mirrored test image in train is a test image."""
     drawings = [
         draw(style, np.random.default_rng(index), 96) for index, style in enumerate(STYLES * 4)
     ]
@@ -398,7 +398,8 @@ def test_every_class_gets_an_image_in_every_split():
 
 def test_augmentation_can_be_switched_off_and_never_leaves_the_square():
     off = Augmentation(
-        crop_scale=(1, 1), horizontal_flip=0, rotation=0, perspective=0, brightness=0, contrast=0, saturation=0,
+        crop_scale=(1, 1), horizontal_flip=0, rotation=0, perspective=0, brightness=0, contrast=0,
+        saturation=0,
         hue=0, grayscale=0, blur=0,
     )  # fmt: skip
     image = draw("gothic", np.random.default_rng(0), 96)

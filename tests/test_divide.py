@@ -1,4 +1,4 @@
-"""Which image goes where, on hand-made hashes: no group crosses a split, and the exam comes first."""
+"""Which image goes where: no group crosses a split, and the exam comes first."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_train_copy_of_an_exam_picture_is_a_leak_and_names_it(world):
 @pytest.mark.parametrize("same_file", [True, False])
 @pytest.mark.parametrize("other_label", [True, False])
 def test_the_test_split_loses_nothing_to_the_others(world, split, same_file, other_label):
-    """Whatever lies elsewhere and looks like a test image: the copy goes, and the exam stays whole."""
+    """Whatever lies elsewhere and looks like a test image goes, and the exam stays whole."""
     own, other = world.domain.class_names
     copy = world.add(
         other if other_label else own,

@@ -1,4 +1,4 @@
-"""What README and docs say: files that exist, options that are known, commands that run as they are printed."""
+"""What README and docs say: files that exist, options that are known, commands that run."""
 
 from __future__ import annotations
 
@@ -24,12 +24,10 @@ from tests.conftest import ROOT, tiny_facades
 from tests.hub_server import HubServer
 from tests.test_push import client, linked
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# Those with a command, but the one that needs what is no dependency.
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 BENCHMARKS = {
     path.stem for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text()
 }
-BENCHMARKS -= {"augmentation"}
 
 
 def blocks(name: str, language: str) -> list[str]:
@@ -51,13 +49,18 @@ def test_links_and_files_of_the_project_exist(document):
     assert [file for file in own if not (ROOT / file).exists()] == []
 
 
-def test_the_list_of_files_is_whole_and_in_the_order_of_the_layers():
-    from tests.test_layers import ORDER
+def test_the_rooms_of_the_documents_are_those_of_the_library():
+    packages = {path.parent.name for path in (ROOT / "nicheclip").glob("*/__init__.py")}
+    for name in ("README.md", "docs/architecture.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert packages <= set(re.findall(r"^ *(\w+)/  ", text, flags=re.MULTILINE)), name
 
-    listed = re.findall(
-        r"^    (\w+)\.py   ", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE
-    )
-    assert [name for name in listed if name != "prepare"] == ORDER[:-1]
+
+def test_every_module_of_the_library_has_its_line_in_a_room():
+    """docs/architecture.md names the modules at the root of the library."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    modules = {path.stem for path in (ROOT / "nicheclip").glob("*.py")} - {"__init__"}
+    assert modules <= set(re.findall(r"\w+", text))
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +145,8 @@ def test_training_is_launched_as_the_documents_say(prepared, tmp_path):
             launched.append(
                 subprocess.Popen(
                     [sys.executable, "-m", modules[launcher], *own],
-                    cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                    cwd=tmp_path, env=environment, stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT, text=True,
                 )
             )  # fmt: skip
         for process in launched:
@@ -169,7 +173,8 @@ def test_the_benchmarks_of_the_documents_run(command, tmp_path):
     name, *options = command.split()
     ran = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", *options],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=400,
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        timeout=400,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert ran.stdout.strip()

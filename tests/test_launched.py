@@ -40,7 +40,7 @@ def last_step(run: Path) -> int:
 
 @pytest.mark.slow
 def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_weights(prepared, tmp_path):
-    """Somewhere in ten equal parts of the 21 steps of both stages: in a step, or while a checkpoint is written."""
+    """Somewhere in ten equal parts of the 21 steps: in a step, or while a checkpoint is written."""
     command = [sys.executable, "train.py"]
     whole = fresh(prepared, tmp_path / "whole")
     subprocess.run([*command, str(whole), *EVERY_STEP], cwd=ROOT, check=True, capture_output=True)
@@ -75,27 +75,25 @@ def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_weights(prep
 
 @pytest.mark.slow
 def test_two_processes_see_each_batch_once_and_learn_as_one(prepared, tmp_path):
-    """`accelerate launch --num_processes 2 --cpu`: the same global batches, loss curve and files as one process."""
+    """Two processes: the same global batches, loss curve and files as one process."""
     alone, together = fresh(prepared, tmp_path / "alone"), fresh(prepared, tmp_path / "together")
     script = tmp_path / "watched.py"  # train.py, which writes down who visits what
     script.write_text(
-        "import json, os, sys, train\nfrom nicheclip.training.data import TrainingSamples\nseen, visit = "
-        "[], TrainingSamples.__getitem__\ndef watched(self, index):\n    seen.append([self.epoch, "
-        "int(index)])\n    return visit(self, index)\nTrainingVisits.__getitem__ = "
-        f"watched\ntrain.main()\njson.dump(seen, open(os.path.join({str(tmp_path)!r}, 'rank' + "
-        "os.environ.get('RANK', '') + '.json'), 'w'))\n"
+        "import json, os, sys, train\n"
+        "from nicheclip.training.data import TrainingSamples\n"
+        "seen, get = [], TrainingSamples.__getitem__\n"
+        "def watched(self, index):\n"
+        "    seen.append([self.epoch, int(index)])\n"
+        "    return get(self, index)\n"
+        "TrainingSamples.__getitem__ = watched\n"
+        "train.main()\n"
+        f"json.dump(seen, open(os.path.join({str(tmp_path)!r}, "
+        "'rank' + os.environ.get('RANK', '') + '.json'), 'w'))\n"
     )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    launch = [
-        "accelerate.commands.launch",
-        "--num_processes",
-        "2",
-        "--cpu",
-        "--main_process_port",
-        port,
-    ]
+    launch = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", port, "--"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for command in (
         [str(script), str(alone)],
@@ -131,3 +129,15 @@ def test_two_processes_see_each_batch_once_and_learn_as_one(prepared, tmp_path):
     files = [{path.name for path in run.iterdir()} for run in (alone, together)]
     written = {"domain.yaml", "cache", "checkpoints", "model", "training.json", "trained_on.json"}
     assert files[0] == files[1] == {"data", ".lock", ".holder", *written}
+
+
+def test_processes_that_accelerate_would_not_start_are_refused(tmp_path):
+    """`accelerate launch --cpu --num_processes 2` starts one process and says nothing."""
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "MASTER_PORT": "29500"}
+    environment.pop("WORLD_SIZE", None)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), str(tmp_path)],
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "torchrun --nproc_per_node 2 train.py" in done.stderr

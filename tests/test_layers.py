@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import sys
+import tomllib
 from graphlib import TopologicalSorter
 
 import pytest
+from setuptools import find_packages
 
 from tests.conftest import ROOT
 
@@ -79,3 +81,10 @@ def test_the_classifier_needs_little():
         needed |= {name.partition(".")[0] for name in names} - {"nicheclip"}
     third_party = set("torch transformers safetensors huggingface_hub PIL numpy tqdm".split())
     assert needed - sys.stdlib_module_names == third_party | {"onnxruntime"}
+
+
+def test_the_library_is_installed_whole_and_alone():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    found = find_packages(ROOT, **settings["tool"]["setuptools"]["packages"]["find"])
+    own = {dotted(path.parent) for path in LIBRARY.rglob("__init__.py")}
+    assert set(found) == own

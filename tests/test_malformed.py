@@ -1,4 +1,4 @@
-"""Hundreds of damaged and odd files: each is kept or set aside with a reason, and nothing crashes or hangs."""
+"""Hundreds of damaged and odd files: each is kept or set aside, and nothing crashes or hangs."""
 
 from __future__ import annotations
 
@@ -122,10 +122,13 @@ def odd(rng: random.Random, pictures: Iterator[Image.Image]) -> Iterator[tuple[s
     texts = {
         "empty.jpg": b"", "one.png": b"\x89", "nul.jpg": bytes(1000), "text.jpg": b"I am a text.",
         "page.png": b"<html></html>",
-        "drawing.svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>", "data.json": b"{}", "paper.pdf": b"%PDF-1.4\n",
-        "print.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 96 96\n", "noise.webp": rng.randbytes(5000),
+        "drawing.svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>", "data.json": b"{}",
+        "paper.pdf": b"%PDF-1.4\n",
+        "print.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 96 96\n",
+        "noise.webp": rng.randbytes(5000),
         "Thumbs.db": rng.randbytes(300), "film.mp4": b"\0\0\0\x18ftypmp42" + rng.randbytes(200),
-        "photo.heic": b"\0\0\0\x18ftypheic" + rng.randbytes(200), "sound.webp": b"RIFF\x24\0\0\0WAVEfmt ",
+        "photo.heic": b"\0\0\0\x18ftypheic" + rng.randbytes(200),
+        "sound.webp": b"RIFF\x24\0\0\0WAVEfmt ",
     }  # fmt: skip
     yield from texts.items()
     archive = io.BytesIO()
@@ -158,8 +161,10 @@ def odd(rng: random.Random, pictures: Iterator[Image.Image]) -> Iterator[tuple[s
     text.add_text("comment", "x" * 10**6)
     yield "comment.png", encoded(next(pictures), "PNG", pnginfo=text)
     for mode, format in (
-        ("CMYK", "JPEG"), ("CMYK", "TIFF"), ("P", "PNG"), ("P", "GIF"), ("1", "PNG"), ("1", "TIFF"), ("L", "JPEG"),
-        ("LA", "PNG"), ("RGBA", "PNG"), ("RGBA", "WEBP"), ("I;16", "PNG"), ("I", "TIFF"), ("F", "TIFF"),
+        ("CMYK", "JPEG"), ("CMYK", "TIFF"), ("P", "PNG"), ("P", "GIF"), ("1", "PNG"), ("1",
+        "TIFF"), ("L", "JPEG"),
+        ("LA", "PNG"), ("RGBA", "PNG"), ("RGBA", "WEBP"), ("I;16", "PNG"), ("I", "TIFF"), ("F",
+        "TIFF"),
         ("YCbCr", "TIFF"),
     ):  # fmt: skip
         name = f"mode-{mode.replace(';', '-')}{FORMATS[format]}"

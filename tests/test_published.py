@@ -165,7 +165,8 @@ def test_the_folder_holds_what_it_should_and_no_pickle(run):
         if path.is_file()
     }
     assert {
-        "README.md", "config.json", "model.safetensors", "nicheclip.json", "prototypes.safetensors", "scorecard.json",
+        "README.md", "config.json", "model.safetensors", "nicheclip.json",
+        "prototypes.safetensors", "scorecard.json",
     } <= files  # fmt: skip
     figures = {"scorecard", "confusion", "classes", "reliability", "outside"}
     assert {f"figures/{name}.{kind}" for name in figures for kind in ("png", "svg")} <= files
@@ -250,3 +251,15 @@ def test_every_command_ends_a_mistake_with_a_sentence(monkeypatch, tmp_path, mai
 def test_a_stock_clip_folder_is_no_published_model():
     with pytest.raises(FileNotFoundError, match="no nicheclip.json"):
         NicheClassifier.from_pretrained(ROOT / "domains" / "facades" / "base")
+
+
+@pytest.mark.parametrize("file", ["scorecard.json", "calibration.json"])
+def test_a_run_of_an_older_version_is_refused_with_the_remedy(run, tmp_path, file):
+    old = shutil.copytree(
+        run, tmp_path / "old", ignore=shutil.ignore_patterns("hub", "checkpoints")
+    )
+    content = json.loads((old / file).read_text())
+    content["border"] = content.pop("ood")
+    (old / file).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"{file}' has no 'ood'.*run `python calibrate.py"):
+        build(old)

@@ -1,4 +1,4 @@
-"""Publishing through the real huggingface_hub client, against a small server of our own instead of the Hub.
+"""Publishing through the real huggingface_hub client, against a small server of our own.
 
 The client reads its endpoint when it is imported, so it runs in processes of its own; here is only
 the server.
@@ -38,7 +38,7 @@ def client(
     folder: Path = ROOT,
     path: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs Python with a client of huggingface_hub that starts with nothing but the server's address and a token."""
+    """Runs Python with a client of huggingface_hub that has the server's address and a token."""
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -63,14 +63,15 @@ def call(hub: HubServer, home: Path, function: str, *arguments: object) -> list:
 
     The server takes large files through git-LFS.
     """
-    code = f"import json, sys; from tests import test_push; print(json.dumps(test_push.{function}(*sys.argv[1:])))"
+    code = "import json, sys; from tests import test_push; "
+    code += f"print(json.dumps(test_push.{function}(*sys.argv[1:])))"
     process = client(hub, home, "-c", code, *arguments, xet=False)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout.splitlines()[-1])
 
 
 def push_with_each(folder: str, record: str, *attempts: str) -> list[str]:
-    """For each token, followed by " overwrite" or not, what a push gives: the commit's address, or the error."""
+    """For each token, followed by " overwrite" or not, what a push gives: address or error."""
     results = []
     for attempt in attempts:
         os.environ["HF_TOKEN"], _, overwrite = attempt.partition(" ")
@@ -82,7 +83,7 @@ def push_with_each(folder: str, record: str, *attempts: str) -> list[str]:
 
 
 def probabilities(source: str, data: str) -> list[list[list[float]]]:
-    """Those of the test images, by stock CLIPModel and pipeline over the canonical prompts, and by ours."""
+    """Those of the test images, by stock CLIPModel and pipeline, and by ours."""
     images = [image.convert("RGB") for image in load_from_disk(data)["test"]["image"]]
     classifier = NicheClassifier.from_pretrained(source)
     prompts = [synonyms[0] for synonyms in classifier.settings["prompts"].values()]
@@ -120,12 +121,13 @@ def hub() -> Iterator[HubServer]:
 def pushed(
     run: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[HubServer, list[str]]]:
-    """A server that was pushed to many times, and what each push gave: those that had to fail, then a good one."""
+    """A server that was pushed to many times, and what each push gave."""
     with HubServer() as server:
         # A lost file, an upload cut off in the middle, a lost connection, too many requests, a
         # fault of the Hub.
         server.fail_next = [
-            ("PUT", "/lfs/", 403), ("POST", "/commit/", None), ("POST", "/commit/", 429), ("POST", "/commit/", 500),
+            ("PUT", "/lfs/", 403), ("POST", "/commit/", None), ("POST", "/commit/", 429), ("POST",
+            "/commit/", 500),
         ]  # fmt: skip
         attempts = ["hf_unknown", READER, *[WRITER] * 5]
         home = tmp_path_factory.mktemp("home")
@@ -294,7 +296,8 @@ def test_space_and_dataset_have_repositories_the_cards_usage_works_and_the_space
     assert len(usages) == 2
     # as printed; the client's working directory is not the project's, so it is on the path
     for usage in usages:
-        used = client(hub, tmp_path / "fresh", "-c", f"import sys; sys.path.append({str(ROOT)!r})\n{usage}", xet=False,
+        used = client(hub, tmp_path / "fresh", "-c",
+        f"import sys; sys.path.append({str(ROOT)!r})\n{usage}", xet=False,
                       folder=tmp_path)  # fmt: skip
         assert used.returncode == 0, used.stderr
         assert used.stdout.strip()

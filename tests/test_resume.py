@@ -67,7 +67,7 @@ def test_a_killed_run_ends_with_the_same_bytes(prepared, uninterrupted, tmp_path
         return {
             path.name: path.stat().st_mtime_ns
             for path in cache.glob("*")
-            if not path.name.endswith(".tmp")
+            if not path.name.startswith(".")
         }
 
     while not finished_shards():

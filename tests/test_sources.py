@@ -91,7 +91,8 @@ def test_a_table_may_have_other_columns_splits_and_words(table, tmp_path):
     )
     parts.save_to_disk(tmp_path / "saved")
     rows, unlabelled = read_table(
-        tmp_path / "saved", CLASSES, image_column="photo", label_column="style", attribution_column="by",
+        tmp_path / "saved", CLASSES, image_column="photo", label_column="style",
+        attribution_column="by",
         splits={"valid": "validation"},
     )  # fmt: skip
     assert unlabelled == []

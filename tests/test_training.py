@@ -250,7 +250,7 @@ def test_which_stage_goes_on():
 
 @pytest.mark.parametrize("loss", ["info_nce", "class_prompts"])
 def test_other_losses_train_and_resume_with_workers(prepared, tmp_path, loss):
-    """In the middle of an epoch, and of an accumulated step's epoch, with views that workers draw."""
+    """In the middle of an epoch, and of an accumulated step, with views that workers draw."""
     options = [*KEEP_ALL, "--loss", loss]
     options += ["--per_device_train_batch_size", "12", "--gradient_accumulation_steps", "2"]
     run = fresh(prepared, tmp_path / "whole")
@@ -267,7 +267,7 @@ def test_other_losses_train_and_resume_with_workers(prepared, tmp_path, loss):
 
 
 def test_accumulating_is_a_larger_batch_for_class_prompts(prepared, base, tmp_path):
-    """It has no in-batch negatives: an epoch at once, and in two halves, give the same step up to rounding."""
+    """It has no in-batch negatives: an epoch at once and in two halves give the same step."""
     stage, samples, results = Domain.load(prepared).stages[0], samples_per_epoch(prepared), []
     for name, parts in (("at once", 1), ("in halves", 2)):
         run = fresh(prepared, tmp_path / name, stages=[stage.model_copy(update={"warmup": 0})])
@@ -336,7 +336,7 @@ def test_what_is_not_finite_stops_with_step_images_and_remedy(prepared, tmp_path
 def test_a_signal_writes_a_checkpoint_from_which_the_same_weights_come(
     trained, prepared, tmp_path, monkeypatch, number
 ):
-    """The signal arrives in the middle of the second stage's first epoch, from the loss function."""
+    """The signal arrives in the middle of the second stage's first epoch, from the loss."""
     steps, handler = iter(range(99)), signal.getsignal(signal.SIGINT)
 
     def pressing(*args):
@@ -554,3 +554,17 @@ def test_the_command_line_goes_before_the_domain_file(domain, tmp_path):
 
 def test_without_an_argument_the_facades_are_meant():
     assert train.locate(train.DEFAULT_DOMAIN) == (Domain.load(FACADES), Path("runs/facades"))
+
+
+def test_a_stage_begins_with_the_best_weights_so_far(prepared, domain, tmp_path):
+    """After a stage that did harm, one that hardly moves ends where the good one did."""
+    good = domain.stages[0].model_copy(update={"epochs": 1})
+    harmful = good.model_copy(update={"name": "harmful", "learning_rate": 0.5})
+    still = good.model_copy(update={"name": "still", "learning_rate": 1e-9})
+    run = fresh(prepared, tmp_path, stages=[good, harmful, still])
+    train.train([str(run)])
+    epochs = json.loads((run / "training.json").read_text())["epochs"]
+    accuracies = [row["eval_accuracy"] for row in epochs]
+    assert accuracies[1] < accuracies[0]
+    best, last = weights(run / "model"), weights(checkpoints(run)[-1])
+    assert max((best[name] - last[name]).abs().max() for name in best) < 1e-5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -14,10 +15,11 @@ from data_prep import prepare as preparing
 from data_prep.duplicates import CERTAIN, Fingerprints
 from data_prep.quality import judge
 from data_prep.review import Suspicion, read_decisions, write_review
+from data_prep.splits import assign_splits
 from data_prep.verify import verify_image
 from nicheclip import NicheClassifier
 from nicheclip.clip import load_clip
-from nicheclip.domain import QualityFilter
+from nicheclip.domain import QualityFilter, Splits
 from nicheclip.evaluation import metrics
 from nicheclip.evaluation.calibration import calibrate_temperature, fit, fit_abstention
 from nicheclip.evaluation.intervals import Measure, bootstrap, judge_gate
@@ -116,6 +118,25 @@ def test_hashes_exactly_the_certain_distance_apart_are_the_same_picture():
         prints = Fingerprints(np.stack([hashes, far]), np.array([[1.0], [-1.0]]), (0.5, 0.5, 2.0))
         same = prints.same(np.array([0]), np.array([1]))
         assert same[0] == (distance == CERTAIN)
+
+
+@pytest.mark.parametrize(("distance", "same"), [(8, True), (9, False)])
+def test_a_mirror_image_must_be_nearer_than_a_copy(distance, same):
+    """Symmetric things, such as façades, resemble each other's mirror images."""
+    bits = np.zeros((2, 2, 144), dtype=np.uint8)  # the pictures, and their mirror images
+    bits[0, 1] = 1
+    bits[1, 1, :distance] = 1
+    hashes = np.packbits(bits, axis=2)
+    prints = Fingerprints(hashes, np.array([[1.0], [-1.0]]), (0.5, 0.5, 2.0))
+    assert prints.same(np.array([0]), np.array([1]))[0] == same
+
+
+def test_shares_are_of_what_counts_leave():
+    labels, groups = np.zeros(1000, dtype=int), [str(index) for index in range(1000)]
+    splits = Splits(validation=100, calibration=100, test=0.5)
+    found = Counter(assign_splits(labels, groups, splits))
+    assert (found["validation"], found["calibration"]) == (100, 100)
+    assert found["test"] == pytest.approx(400, abs=50)  # of 800, not of 1,000
 
 
 def test_the_cap_of_the_filter_rounds_down():

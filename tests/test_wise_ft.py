@@ -176,7 +176,7 @@ def test_the_shipped_retention_task_is_even_repeatable_and_known_to_the_base(
 
 
 def photos(facades: Domain, folder, **changes) -> Domain:
-    """The façades with an retention task of cats and dogs: noise in class folders, one file of it broken."""
+    """The façades with a retention task of cats and dogs: noise in class folders, one broken."""
     rng = np.random.default_rng(0)
     for split in ("train", "test"):
         for name in ("cat", "dog"):

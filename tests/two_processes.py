@@ -38,7 +38,7 @@ def tiny_model() -> CLIPModel:
 
 
 def joint_batch() -> dict[str, torch.Tensor]:
-    """(B, 3, 16, 16) pixels, (B, 6) prompts of the images, (C, 6) prompts of the classes, (B,) labels."""
+    """Pixels (B, 3, 16, 16), prompts of images (B, 6) and classes (C, 6), labels (B,)."""
     draw = torch.Generator().manual_seed(1)
     return {
         "pixel_values": torch.randn(BATCH, 3, 16, 16, generator=draw),
@@ -68,7 +68,7 @@ def gradients(
 
 
 def of_this_process() -> dict[str, torch.Tensor]:
-    """Gradients by loss, what DistributedDataParallel is told of unused parameters, and parameter."""
+    """Gradients by loss, what DistributedDataParallel is told of unused ones, and parameter."""
     batch = joint_batch()
     for name in ("pixel_values", "own_prompts", "labels"):
         batch[name] = batch[name].chunk(distributed.get_world_size())[distributed.get_rank()]

@@ -1,4 +1,4 @@
-"""Where images come from. Each source is one module, and gives the same: rows and what it could not take.
+"""Where images come from. Each source gives the same: rows, and what it could not take.
 
 Rows are a `datasets.Dataset` of image (not decoded), source_id (its name inside the source),
 version (changes when the content does), class_name, split (None: to be decided) and attribution

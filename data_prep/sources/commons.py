@@ -1,4 +1,4 @@
-"""Wikimedia Commons: freely licensed photos of categories, with the author, licence and source of each.
+"""Wikimedia Commons: freely licensed photos, with the author, licence and source of each.
 
 Every file that was listed ends in `metadata.jsonl` or, with the reason, in `skipped.jsonl`. Commons
 is asked politely: one API request at a time, few downloads at a time, a way of contact in each, and
@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import os
 import re
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -23,7 +22,7 @@ from tqdm.auto import tqdm
 
 from data_prep.sources.rows import read_options
 from data_prep.sources.wikimedia import EXTENSIONS, Commons, CommonsFile
-from nicheclip.files import read_json, write_json
+from nicheclip.files import read_json, replaced_file, write_json
 
 Choice = tuple[str, CommonsFile]  # the name of a class, and a file of it
 # the thumbnails that Wikimedia serves, as far as they suit photos
@@ -65,7 +64,7 @@ class CommonsOptions:
 def download_commons(
     folder: Path, class_names: list[str], contact: str | None, **options: Any
 ) -> Path:
-    """Downloads class folders of photos; goes on where an earlier run stopped, and fetches nothing twice.
+    """Downloads class folders of photos; goes on where an earlier run stopped.
 
     Writes `folder`/<class name>/<image>, `folder`/metadata.jsonl (a line an image, with its
     attribution) and `folder`/skipped.jsonl (every other file that was listed: title, class_name,
@@ -150,7 +149,7 @@ def _listings(
 
 
 def _canonical(categories: list[str]) -> list[str]:
-    """Names as the API gives them: without prefix and underscores, the first letter in upper case."""
+    """Names as the API gives them: no prefix, no underscores, the first letter in upper case."""
     names = (
         " ".join(name.removeprefix("Category:").replace("_", " ").split()) for name in categories
     )
@@ -162,7 +161,7 @@ def _canonical(categories: list[str]) -> list[str]:
 def _list_class(
     commons: Commons, categories: list[str], options: CommonsOptions
 ) -> list[CommonsFile]:
-    """Walks the categories breadth-first; stops below the first level when there is twice what is wanted.
+    """Walks the categories breadth-first; stops when there is twice what is wanted.
 
     A level is walked in an order that is fixed but not that of the alphabet: cut short, that would
     give one country.
@@ -233,7 +232,7 @@ def _download(
     skipped: list[dict[str, str]],
     parallel: int,
 ) -> None:
-    """Fetches what is not there yet, removes what is not chosen any more, and writes both lists in any case."""
+    """Fetches what is missing, removes what is not chosen any more, and writes both lists."""
     places = {
         folder / class_name / file.stem(commons.width): (class_name, file)
         for class_name, file in chosen
@@ -290,12 +289,9 @@ def _stored(stem: Path) -> Path | None:
 
 def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     """JSON lines, renamed into place once they are whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
-    temporary.replace(path)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with replaced_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def _join(words: Any) -> str:

@@ -1,4 +1,4 @@
-"""Class folders: FOLDER/<class>/<image>, or FOLDER/<split>/<class>/<image> where the split is already decided.
+"""Class folders: FOLDER/<class>/<image>, or FOLDER/<split>/<class>/<image>.
 
 A `metadata.jsonl` or `metadata.csv` beside the images, as `datasets`' imagefolder knows it, may
 give each file_name an attribution, or its author, license and source_url.

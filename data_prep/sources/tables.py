@@ -1,4 +1,4 @@
-"""A `datasets` dataset with an image and a label column: a Hub id, a Parquet or Arrow file, or a saved folder."""
+"""A `datasets` dataset with image and label: a Hub id, a Parquet or Arrow file, a saved folder."""
 
 from __future__ import annotations
 

@@ -25,6 +25,8 @@ from typing import Any
 import httpx
 from PIL import Image
 
+from nicheclip.files import replaced_file
+
 logger = logging.getLogger(__name__)
 
 TRIES = 6
@@ -49,7 +51,7 @@ class CommonsFile:
     sha1: str = ""  # of the original
 
     def stem(self, width: int) -> str:
-        """The file's name without extension: another width, or a new version on Commons, is another file."""
+        """The file's name without extension: another width or version is another file."""
         ascii_title = (
             unicodedata.normalize("NFKD", Path(self.title).stem)
             .encode("ascii", "ignore")
@@ -162,7 +164,7 @@ class Commons:
             more = answer.get("continue")
 
     def empty(self, categories: list[str]) -> list[str]:
-        """Those that don't exist, or hold neither files nor subcategories, as a renamed one does."""
+        """Those that don't exist, or are empty, as a renamed one is."""
         filled = set()
         for start in range(0, len(categories), 50):
             titles = "|".join(f"Category:{name}" for name in categories[start : start + 50])
@@ -246,9 +248,8 @@ class Commons:
             Image.DecompressionBombError,
         ) as error:
             return f"what came is no image: {str(error).splitlines()[0]}"
-        temporary = stem.with_name(f".{stem.name}.tmp")
-        temporary.write_bytes(response.content)
-        temporary.replace(stem.with_name(f"{stem.name}.{extension}"))
+        with replaced_file(stem.with_name(f"{stem.name}.{extension}")) as unfinished:
+            unfinished.write_bytes(response.content)
         return None
 
 

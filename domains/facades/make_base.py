@@ -1,4 +1,4 @@
-"""python -m domains.facades.make_base [--output domains/facades/base] [--seed 0] [--epochs 11] [--drawings 24000]
+"""python -m domains.facades.make_base [--output FOLDER] [--seed 0] [--epochs 11] [--drawings 24000]
 
 Trains the tiny CLIP that the façades domain fine-tunes, from nothing, on drawings of
 `domains.facades.painter`, and writes a folder that stock `CLIPModel.from_pretrained` and
@@ -56,14 +56,18 @@ TRAINING, EVALUATION, PROBE, NAMING, CAPTIONS, WORDS = range(6)  # streams of ch
 
 # How a fact is told: by its value where the value has its own phrase, else by its key.
 VALUE_PHRASES = {
-    "clear": "under a clear sky", "cloudy": "under white clouds", "overcast": "on an overcast day", "fog": "in fog",
-    "rain": "in the rain", "snow": "in the snow", "day": "by day", "dawn": "at dawn", "dusk": "at dusk",
+    "clear": "under a clear sky", "cloudy": "under white clouds", "overcast": "on an overcast day",
+    "fog": "in fog",
+    "rain": "in the rain", "snow": "in the snow", "day": "by day", "dawn": "at dawn",
+    "dusk": "at dusk",
     "night": "at night", "street": "on a street", "lawn": "behind a lawn", "square": "on a square",
-    "water": "by the water", "tree": "behind a tree", "trees": "behind trees", "lamp post": "with a lamp post",
+    "water": "by the water", "tree": "behind a tree", "trees": "behind trees",
+    "lamp post": "with a lamp post",
     "car": "with a car", "people": "with people", "nothing": "with nobody in front",
 }  # fmt: skip
 KEY_PHRASES = {
-    "roof": "under a {} roof", "storeys": "with {} storeys", "feature": "with {}", "season": "in {}",
+    "roof": "under a {} roof", "storeys": "with {} storeys", "feature": "with {}",
+    "season": "in {}",
     "view": "seen {}",
 }  # fmt: skip
 NOUNS = ("building", "building", "house", "front", "old building", "place")
@@ -72,7 +76,7 @@ MIRRORED = {"from the left": "from the right", "from the right": "from the left"
 
 
 def caption(facts: dict[str, str], name: str | None, rng: np.random.Generator) -> str:
-    """A caption of one drawing: its parts, a few of its other `facts`, and the style's `name` where there is one."""
+    """A caption of one drawing: its parts, a few `facts`, and the `name` if there is one."""
     keys = [key for key in facts if key not in ("wall", "material", "feature")]
     told = rng.permutation(keys)[: rng.integers(1, 4)].tolist()
     if rng.random() < 0.85:
@@ -107,7 +111,7 @@ def mirror(facts: dict[str, str]) -> dict[str, str]:
 
 
 def captioned_drawings(count: int, seed: int) -> tuple[torch.Tensor, list[dict[str, str]]]:
-    """The training drawings, the styles in turn, as uint8 (count, 3, SIZE, SIZE), and what each of them shows."""
+    """The training drawings, uint8 (count, 3, SIZE, SIZE), and what each of them shows."""
     images, facts = torch.empty(count, 3, SIZE, SIZE, dtype=torch.uint8), []
     for i in tqdm(range(count), desc="drawing"):
         picture, told = paint(
@@ -143,7 +147,9 @@ def make_tokenizer(texts: list[str]) -> CLIPTokenizer:
     merges = merges[: VOCABULARY - len(singles) - len(special)]
     vocabulary = [*singles, *("".join(pair) for pair in merges), *special]
     return CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(vocabulary)}, merges=merges, model_max_length=77
+        vocab={token: i for i, token in enumerate(vocabulary)},
+        merges=merges,  # type: ignore[arg-type]
+        model_max_length=77,
     )
 
 
@@ -151,19 +157,22 @@ def make_model(tokenizer: CLIPTokenizer) -> CLIPModel:
     """A CLIP of about 2.5 million parameters, at random: four visual blocks and two of text."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     text = {
-        "vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "hidden_act": "gelu", "max_position_embeddings": 77, "projection_dim": 128,
+        "vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2, "hidden_act": "gelu", "max_position_embeddings": 77,
+        "projection_dim": 128,
         "bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos,
     }  # fmt: skip
     vision = {
-        "image_size": SIZE, "patch_size": 16, "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4,
+        "image_size": SIZE, "patch_size": 16, "hidden_size": 192, "intermediate_size": 768,
+        "num_hidden_layers": 4,
         "num_attention_heads": 3, "hidden_act": "gelu", "projection_dim": 128,
     }  # fmt: skip
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
 
 
 def augment(images: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
-    """Mirrors where told, crops mildly and jitters the colours of `images`, float (N, 3, SIZE, SIZE) in [0, 1]."""
+    """Mirrors where told, crops and jitters `images`, float (N, 3, SIZE, SIZE) in [0, 1]."""
     count = len(images)
     zoom = torch.empty(count).uniform_(0.86, 1.0)
     matrix = torch.zeros(count, 2, 3)
@@ -178,7 +187,7 @@ def augment(images: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
 
 
 def make_optimizers(model: CLIPModel, head: torch.nn.Linear) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the towers, which learn about twice as fast with it, and AdamW for all the rest."""
+    """Muon for the matrices of the towers, twice as fast with it, AdamW for the rest."""
     matrices = [
         p for name, p in model.named_parameters() if p.ndim == 2 and "encoder.layers" in name
     ]
@@ -225,7 +234,7 @@ def train(
     rng = np.random.default_rng([seed, CAPTIONS])
     mean = torch.tensor(processor.image_processor.image_mean).view(3, 1, 1)
     std = torch.tensor(processor.image_processor.image_std).view(3, 1, 1)
-    head = torch.nn.Linear(model.config.projection_dim, len(processor.tokenizer))
+    head = torch.nn.Linear(model.config.projection_dim, len(processor.tokenizer))  # type: ignore[arg-type]
     optimizers = make_optimizers(model, head)
     batches = count // BATCH_SIZE
     steps = epochs * batches

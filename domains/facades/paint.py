@@ -1,4 +1,4 @@
-"""The embedded default: drawn façades in class folders, with planted faults whose truth is written beside them.
+"""The embedded default: drawn façades in class folders, with planted faults that are known.
 
 The train pool is like photos from the web: some labels are wrong, some pictures come twice, some
 files are broken, classes are uneven. The held-out splits are like what an expert has gone through:

@@ -18,7 +18,8 @@ from nicheclip.files import replaced_folder
 
 COLOURS = {
     "red": (196, 56, 48), "pink": (236, 160, 176), "brown": (124, 82, 54), "yellow": (232, 198, 70),
-    "green": (84, 150, 76), "blue": (66, 104, 184), "grey": (128, 128, 128), "white": (244, 244, 244),
+    "green": (84, 150, 76), "blue": (66, 104, 184), "grey": (128, 128, 128), "white": (244, 244,
+    244),
 }  # fmt: skip
 CORNERS = (0, 3, 4, 6)  # of the shapes; 0 is a circle
 COLOUR_SPREAD = 12.0  # standard deviation of the colour of a shape, of 255

@@ -1,1 +1,1 @@
-"""What leaves the machine: the published folder, its push to the Hub, search index, ONNX and HTML pages."""
+"""What leaves the machine: the published folder and its push, search index, ONNX, HTML pages."""

@@ -47,7 +47,7 @@ def write_index(
     path: Path,
     title: str = "index",
 ) -> int:
-    """Writes the images of some splits, shrunk, with label, attribution and image_embeds; gives their number.
+    """Writes the images of some splits, shrunk, with image_embeds; gives their number.
 
     Args:
         names: of the splits, of those that data_prep makes.
@@ -121,7 +121,7 @@ class ImageIndex:
         return len(self.rows)
 
     def nearest(self, embeds: np.ndarray, count: int) -> list[list[Found]]:
-        """The `count` images most alike, for each of the unit-length image_embeds or text_embeds (Q, D)."""
+        """The `count` images most alike, for each of the unit-length embeddings (Q, D)."""
         results = self.rows.search_batch(
             "image_embeds", np.asarray(embeds, dtype=np.float32), k=min(count, len(self))
         )

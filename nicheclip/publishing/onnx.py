@@ -1,4 +1,4 @@
-"""The visual tower as ONNX, in 32 bits (FP32) and with weights of 8 bits (INT8), and what the latter cost.
+"""The visual tower as ONNX, in 32 bits and with weights of 8 bits, and what the latter cost.
 
 A file is published only if it says what the model says: FP32 to rounding, INT8 within the limits
 below.
@@ -32,7 +32,7 @@ BATCH_SIZE = 50
 
 
 def add_onnx(run: Path, folder: Path) -> dict[str, Any]:
-    """Writes the `ONNX_FILES` and onnx/report.json into a published folder, INT8 only within the limits.
+    """Writes the `ONNX_FILES` and onnx/report.json, INT8 only within the limits.
 
     Returns:
         the report: "split" and "n", what was compared on; "torch", "fp32" and "int8", each with
@@ -130,7 +130,7 @@ def export_tower(tower: VisualTower, path: Path) -> None:
 
 
 def quantize(fp32: Path, int8: Path) -> None:
-    """Dynamic quantization: weights of the linear layers are stored in 8 bits, activations rounded as they come."""
+    """Dynamic quantization: weights of linear layers in 8 bits, activations as they come."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with _quiet():
@@ -158,7 +158,7 @@ def _demand_onnx() -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporters' notes, on operators of torchvision and on a preparation that is not needed here."""
+    """Without the exporters' notes on operators and preparations that are not needed here."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 
+from nicheclip.domain import Domain, DomainError
 from nicheclip.training.losses import LOSSES
 
 METRICS = ("accuracy", "macro_f1", "ece", "loss")  # of validation, each epoch
@@ -51,9 +54,7 @@ class StagedTrainingArguments(TrainingArguments):
     )
     initial_logit_scale: float | None = field(
         default=None,
-        metadata={
-            "help": "exp(logit_scale) to begin with, e.g. the recipe's 14.3; default: the base model's."
-        },
+        metadata={"help": "exp(logit_scale) to begin with, e.g. 14.3; default: the base model's."},
     )
     wise_ft: str = field(
         default="1",
@@ -65,9 +66,8 @@ class StagedTrainingArguments(TrainingArguments):
     cached_views: int = field(
         default=4,
         metadata={
-            "help": "Augmented views of each image; what the frozen part of the visual tower makes of them is kept on "
-            "disk and its visits take them in turn. 0: a new view at each visit, and nothing is "
-            "kept."
+            "help": "Augmented views of each image, taken in turn; what the frozen part of the "
+            "visual tower makes of them is kept on disk. 0: a new view each time, nothing is kept."
         },
     )
     feature_cache: str | None = field(
@@ -85,8 +85,8 @@ class StagedTrainingArguments(TrainingArguments):
     gradient_accumulation_steps: int = field(
         default=1,
         metadata={
-            "help": "Batches whose gradients are averaged before a step. The pair losses see the negatives of one "
-            "batch at a time, so accumulating is no larger batch to them; to class_prompts it is."
+            "help": "Batches whose gradients are averaged before a step. To the pair losses, which "
+            "see the negatives of one batch at a time, that is no larger batch."
         },
     )
     # The recipe's optimiser: CLIP's betas and eps, strong decay, cosine.
@@ -187,3 +187,22 @@ def _is_share(text: str) -> bool:
         return 0 <= float(text) <= 1
     except ValueError:
         return False
+
+
+def parse_arguments(domain: Domain, run: Path, options: list[str]) -> StagedTrainingArguments:
+    """Command line over domain file over defaults.
+
+    Raises:
+        DomainError: for a key of `training` that is no argument.
+    """
+    arguments: Any = StagedTrainingArguments  # transformers asks for a NewType that no class has
+    parser = HfArgumentParser(arguments, prog="train.py")
+    known = StagedTrainingArguments.__dataclass_fields__
+    if unknown := sorted(set(domain.training) - set(known)):
+        raise DomainError(
+            f"training: unknown key '{unknown[0]}'; expected a field of transformers' "
+            "TrainingArguments"
+        )
+    of_run = {"output_dir": str(run / "checkpoints"), "feature_cache": str(run / "cache/features")}
+    parser.set_defaults(**of_run | domain.training)
+    return parser.parse_args_into_dataclasses(options)[0]

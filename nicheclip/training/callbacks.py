@@ -55,39 +55,35 @@ class EndOfStage(TrainerCallback):
 
     Args:
         is_over: says after an evaluation whether the stage has ended before its time.
+
+    Attributes:
         steps_per_epoch: optimiser steps.
     """
 
-    def __init__(self, is_over: Callable[[], bool], steps_per_epoch: int):
+    def __init__(self, is_over: Callable[[], bool]):
         self.is_over = is_over
-        self.steps_per_epoch = steps_per_epoch
+        self.steps_per_epoch = 1
 
-    def on_step_end(
-        self, args, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Leaves the checkpoint of an epoch's last step to `on_epoch_end`."""
         if state.global_step % self.steps_per_epoch == 0:
-            # not before the epoch has been evaluated: who resumes would skip that
+            # Not before the epoch has been evaluated: who resumes would skip that.
             control.should_save = False
 
-    def on_epoch_end(
-        self, args, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Evaluates whole epochs only, and writes a checkpoint in any case."""
         whole = state.global_step % self.steps_per_epoch == 0  # else a signal has cut it off
         control.should_log = control.should_evaluate = whole
         control.should_save = True
 
-    def on_evaluate(
-        self, args, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Ends the stage."""
         if self.is_over():
             control.should_training_stop = True
 
 
 class StopOnSignal(TrainerCallback):
-    """A context in which SIGINT and SIGTERM end the training after the step at hand, with a checkpoint.
+    """A context in which SIGINT and SIGTERM end the training after the step at hand.
 
     With one process, a second signal ends it at once. With several, all agree on the step, and
     further signals are
@@ -137,7 +133,7 @@ class StopOnSignal(TrainerCallback):
 
 
 def ignore_interrupts(worker: int) -> None:
-    """For workers of a DataLoader: a Ctrl-C reaches them as well, but their parent has a step to finish."""
+    """For workers of a DataLoader: a Ctrl-C reaches them, but their parent has a step to finish."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -32,7 +32,7 @@ def read_state(checkpoint: Path) -> TrainerState:
 
 
 def find_checkpoint(output_dir: str, asked: str | bool | None) -> Path | None:
-    """The folder that was asked for, or (True) the last whole checkpoint; None to begin at the beginning.
+    """The folder that was asked for, or (True) the last whole checkpoint; None to begin.
 
     A checkpoint that a kill has left unfinished has no state: it is passed over.
 

@@ -69,7 +69,7 @@ def augment(
 
 
 class Views(torch.utils.data.Dataset):
-    """What the model is shown of each image: of row `r` the views (r, 0), (r, 1), …, always the same.
+    """What the model is shown of each image: of row `r` the views (r, 0), (r, 1), …
 
     Args:
         rows: a prepared split.
@@ -114,7 +114,7 @@ class Views(torch.utils.data.Dataset):
 
 
 class TrainingSamples(Views):
-    """The visits of one epoch: each image as often as its `repeats`, each visit with a view and a prompt.
+    """The samples of one epoch: each image `repeats` times, each with a view and a prompt.
 
     What a visit draws depends on seed, epoch and its index alone, so not on workers, processes or a
     restart.

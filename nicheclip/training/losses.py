@@ -1,4 +1,4 @@
-"""Losses over a batch of images and prompts, the lowest values they can reach, and batches joined over processes."""
+"""Losses of images and prompts, the lowest values they can reach, batches joined over processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _symmetric(
 def info_nce(
     logits_per_image: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0
 ) -> torch.Tensor:
-    """CLIP's own loss (Radford et al. 2021, arXiv:2103.00020): each image against its own prompt only.
+    """CLIP's own loss (Radford et al. 2021, arXiv:2103.00020): each image and its own prompt.
 
     Other pairs of the same class count as negatives (false negatives), so the loss has a floor well
     above 0.
@@ -38,7 +38,7 @@ def info_nce(
 def multi_positive(
     logits_per_image: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0
 ) -> torch.Tensor:
-    """All same-class pairs of the batch are positives and share the target (Khosla et al. 2020, arXiv:2004.11362).
+    """All same-class pairs of the batch are positives (Khosla et al. 2020, arXiv:2004.11362).
 
     Args: as `info_nce`.
     """
@@ -51,7 +51,7 @@ def multi_positive(
 def class_prompts(
     logits_per_image: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0
 ) -> torch.Tensor:
-    """Cross-entropy of each image over one prompt of every class: the zero-shot classifier, trained end to end.
+    """Cross-entropy over one prompt of every class: the zero-shot classifier, trained end to end.
 
     Goyal et al. 2023 ("Finetune like you pretrain", FLYP, arXiv:2212.00638) compare it with their
     own way, which is to keep the contrastive loss of pretraining. No image depends on another here,
@@ -68,7 +68,7 @@ LOSSES = {"multi_positive": multi_positive, "info_nce": info_nce, "class_prompts
 
 
 def loss_floor(labels: np.ndarray, loss: str, label_smoothing: float, num_classes: int) -> float:
-    """The lowest value, in nats, that a loss can reach on a batch if the prompts of a class can't be told apart.
+    """The lowest loss, in nats, on a batch if the prompts of a class can't be told apart.
 
     It is the entropy of the smoothed targets, spread evenly within each class. The pair losses
     share it: they put the same mass on a class and differ only in how they spread it within, which
@@ -93,7 +93,7 @@ def loss_floor(labels: np.ndarray, loss: str, label_smoothing: float, num_classe
 
 
 class _Gather(torch.autograd.Function):
-    """`torch.distributed.nn.functional.all_gather` is deprecated, and its backward communicates needlessly here."""
+    """`torch.distributed.nn.functional.all_gather` is deprecated and communicates needlessly."""
 
     @staticmethod
     def forward(ctx, embeds: torch.Tensor) -> torch.Tensor:
@@ -110,7 +110,7 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(embeds: torch.Tensor) -> torch.Tensor:
-    """The embeddings of all processes, (B, D) -> (W * B, D) in rank order, with gradient; unchanged in a single one.
+    """The embeddings of all processes, (B, D) -> (W * B, D) in rank order, with gradient.
 
     Made for a loss that each process computes alike on the joint batch, under
     DistributedDataParallel, which averages the gradients over the W processes: each process passes

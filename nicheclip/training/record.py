@@ -36,7 +36,7 @@ def training_record(trainer: StagedTrainer) -> dict[str, Any]:
 
 
 def batch_record(trainer: StagedTrainer) -> dict[str, float]:
-    """How the batches of an epoch are composed, and the lowest value that the loss can reach on them."""
+    """How the batches of an epoch are composed, and the lowest value of the loss on them."""
     trainer.sampler.set_epoch(0)
     args, labels, classes = trainer.args, trainer.train_dataset.labels, len(trainer.domain.classes)
     floors = [
@@ -67,11 +67,12 @@ def feature_record(trainer: StagedTrainer, epochs: list[dict[str, Any]]) -> dict
     }
 
 
-def print_training(training: dict[str, Any]) -> None:
+def training_text(training: dict[str, Any]) -> str:
     """The table of epochs, and what batches, features and the mixture with the base came to."""
+    best, kept = training["best_epoch"], training["wise_ft"]["alpha"]
     rows = [
         [
-            f"{row['epoch']}{' *' if row['epoch'] == training['best_epoch'] else ''}",
+            f"{row['epoch']}{' *' if row['epoch'] == best else ''}",
             f"{row['loss']:.3f}",
             f"{row['eval_accuracy']:.1%}",
             f"{row['eval_macro_f1']:.3f}",
@@ -79,32 +80,24 @@ def print_training(training: dict[str, Any]) -> None:
         ]
         for row in training["epochs"]
     ]
-    print(format_table(["epoch", "loss", "val accuracy", "val macro F1", "stage"], rows))
-    batches, features, kept = (
-        training["batches"],
-        training["features"],
-        training["wise_ft"]["alpha"],
-    )
-    print(
+    batches, features = training["batches"], training["features"]
+    lines = [
+        format_table(["epoch", "loss", "val accuracy", "val macro F1", "stage"], rows),
         f"* the best on validation. Of the pairs in a batch {batches['same_class_pairs']:.1%} "
         f"share a class, {batches['hard_pairs']:.1%} are of classes in one cluster; the loss "
-        f"can't fall below {batches['loss_floor']:.3f}"
-    )
+        f"can't fall below {batches['loss_floor']:.3f}",
+    ]
     if features["views"]:
-        print(
+        lines.append(
             f"{features['encoded']:,} views, encoded in {features['seconds']:.0f} s, took the "
             f"place of {features['samples']:,} passes through the frozen part of the visual tower "
             f"({features['bytes'] / 1e6:.0f} MB are kept, see --feature_cache)"
         )
     mixtures = {row["alpha"]: row for row in training["wise_ft"]["mixtures"]}
     for alpha in sorted({0.0, kept, 1.0}):
-        told = (
-            f"weights {alpha:.0%} fine-tuned: validation {mixtures[alpha]['accuracy']['value']:.1%}"
-        )
-        retention = mixtures[alpha]["retention"]
-        told += (
-            f", outside the domain {retention['value']:.1%} (n = {retention['n']})"
-            if retention
-            else ""
-        )
-        print(told + (", kept" if alpha == kept else ""))
+        accuracy, retention = mixtures[alpha]["accuracy"], mixtures[alpha]["retention"]
+        told = f"weights {alpha:.0%} fine-tuned: validation {accuracy['value']:.1%}"
+        if retention:
+            told += f", retention task {retention['value']:.1%} (n = {retention['n']})"
+        lines.append(told + (", kept" if alpha == kept else ""))
+    return "\n".join(lines)

@@ -42,7 +42,7 @@ def trainable_names(parameter_names: Iterable[str], stage: Stage) -> list[str]:
 
 
 def check_stages(base: str | Path, stages: Iterable[Stage]) -> None:
-    """Checks the patterns of all stages against the base's configuration alone: no weights are read.
+    """Checks the patterns of all stages against the base's configuration: no weights are read.
 
     Raises:
         ValueError: as `trainable_names`.
@@ -66,7 +66,7 @@ def set_trainable(model: nn.Module, stage: Stage) -> list[str]:
 def current_stage(
     stages: Sequence[Stage], scores: Sequence[float], patience: int
 ) -> tuple[Stage, int] | None:
-    """The stage that goes on after the epochs seen so far, and how many epochs came before it; None after the last.
+    """The stage that goes on after the epochs so far, and the epochs before it; None: all done.
 
     A stage ends after its epochs, or early, after `patience` of them without a score above all
     before. Since it is worked out from the scores alone, an interrupted training comes to the same

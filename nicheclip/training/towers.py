@@ -1,9 +1,9 @@
-"""CLIP's towers with a forward pass that can begin where training begins, and that works out nothing twice.
+"""CLIP's towers, begun where training begins, and working out nothing twice.
 
 The visual tower is cut at places numbered in the order of the computation: `PIXELS`; 0, after the
 embeddings and the layer norm that follows them; k, after k blocks; and `pooled(tower)`, at its end.
 What lies before the first thing that trains gives the same states at every visit of a view, so they
-can be kept (nicheclip/feature_cache.py).
+can be kept (feature_cache.py).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PIXELS = -1
 
 
 class VisionTower(CLIPVisionModel):
-    """A CLIPVisionModel that takes pixels (B, 3, S, S), or states of its `cut`: (B, T, D) between, (B, D) pooled."""
+    """A CLIPVisionModel that takes pixels (B, 3, S, S), or the states of its `cut`."""
 
     cut = PIXELS
 
@@ -57,7 +57,7 @@ class VisionTower(CLIPVisionModel):
 
 
 class TextTower(CLIPTextModel):
-    """A CLIPTextModel that takes tokens and their mask, (P, L) each, or its own pooled output (P, D) in their place.
+    """A CLIPTextModel that takes tokens and mask, (P, L) each, or its own pooled output (P, D).
 
     A token's states depend on what stands before it alone: prompts that begin alike share the
     states of their beginning, and padding has none. Nothing reads the last block's states but those
@@ -109,7 +109,7 @@ class TextTower(CLIPTextModel):
         return embedding(self.row_of_token[tokens], self.used_embeddings)
 
     def train_only(self, tokens: torch.Tensor) -> None:
-        """Of the token embeddings only these (U,) train, as a parameter of their own, until `train_all`.
+        """Of the token embeddings only these (U,) train, as a parameter of their own.
 
         Others get no gradient anyhow: this way no optimiser walks through them, and they do not
         decay.

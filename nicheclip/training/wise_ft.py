@@ -1,4 +1,4 @@
-"""WiSE-FT: the weights between the base and the fine-tuned model (Wortsman et al. 2022, arXiv:2109.01903).
+"""WiSE-FT: weights between base and fine-tuned (Wortsman et al. 2022, arXiv:2109.01903).
 
 alpha 0 is the base, 1 the fine-tuned model. Between them there is often a model that is as good on
 the domain and has forgotten less; which alpha that is, validation says.
@@ -20,10 +20,13 @@ from tqdm.auto import tqdm
 from transformers import CLIPModel, CLIPProcessor
 
 from nicheclip.clip import encode_images, encode_texts, load_clip, zero_shot_logits
+from nicheclip.domain import Domain
 from nicheclip.evaluation.calibration import nll
 from nicheclip.evaluation.intervals import Measure, proportion
 from nicheclip.evaluation.metrics import correct
 from nicheclip.evaluation.robustness import retention_accuracy
+from nicheclip.images import to_rgb
+from nicheclip.run import load_retention
 
 ALPHAS = tuple(step / 10 for step in range(11))
 
@@ -122,64 +125,45 @@ def choose_alpha(
     images = _as_the_model_sees(processor, validation)
     labels, groups = np.array(validation["label"]), np.array(validation["group_id"])
     if retention is not None:
-        retention_rows, retention_prompts = retention
-        retention_images, retention_labels = (
-            _as_the_model_sees(processor, retention_rows),
-            np.array(retention_rows["label"]),
-        )
+        rows, asked = retention
+        retained, retained_labels = _as_the_model_sees(processor, rows), np.array(rows["label"])
     start, end, model = base.state_dict(), tuned.state_dict(), copy.deepcopy(base).float().eval()
     table = []
     for alpha in tqdm(alphas, desc="WiSE-FT", unit="alpha", leave=False, disable=not progress):
         model.load_state_dict(interpolate(start, end, alpha))
-        image_embeds = encode_images(model, processor, images, len(images), progress=False)
-        # (N, C)
-        logits = zero_shot_logits(
-            model, image_embeds, encode_texts(model, processor, canonical_prompts)
-        )
-        table.append(
-            Interpolation(
-                alpha,
-                proportion(correct(logits, labels), groups, "validation"),
-                nll(logits, labels),
-                None
-                if retention is None
-                else retention_accuracy(
-                    model,
-                    processor,
-                    retention_images,
-                    retention_labels,
-                    retention_prompts,
-                    progress=False,
-                ),
+        prototypes = encode_texts(model, processor, canonical_prompts)
+        embeds = encode_images(model, processor, images, len(images), progress=False)
+        logits = zero_shot_logits(model, embeds, prototypes)  # (N, C)
+        accuracy, kept = proportion(correct(logits, labels), groups, "validation"), None
+        if retention is not None:
+            kept = retention_accuracy(
+                model, processor, retained, retained_labels, asked, progress=False
             )
-        )
+        table.append(Interpolation(alpha, accuracy, nll(logits, labels), kept))
     best = max(table, key=lambda row: (row.accuracy.value, -row.alpha))
     return best.alpha, table
 
 
 def mix_with_base(
-    base: str | Path,
-    tuned: CLIPModel,
-    asked: str,
-    validation: datasets.Dataset,
-    canonical_prompts: list[str],
-    retention: tuple[datasets.Dataset, list[str]] | None = None,
+    domain: Domain, tuned: CLIPModel, asked: str, validation: datasets.Dataset, run: Path
 ) -> dict[str, Any]:
-    """Mixes the base into `tuned`, in place.
+    """Mixes the domain's base into `tuned`, in place.
 
     Args:
-        base: a folder or a Hub id.
         asked: the alpha, or "auto" for the one that validation chooses.
+        run: whose retention task is asked, if there is one.
 
     Returns:
         for training.json: "alpha", "asked", and "mixtures", what each alpha is worth; at least the
         two ends.
     """
-    start, processor = load_clip(base)
+    start, processor = load_clip(domain.base)
     alphas = ALPHAS if asked == "auto" else sorted({0.0, float(asked), 1.0})
-    best, table = choose_alpha(
-        start, tuned, processor, validation, canonical_prompts, retention, alphas
-    )
+    rows, retention = load_retention(run), None
+    if rows is not None and domain.retention is not None:
+        retention = rows, domain.retention.canonical_prompts
+    prompts = domain.canonical_prompts
+    best, table = choose_alpha(start, tuned, processor, validation, prompts, retention, alphas)
     alpha = best if asked == "auto" else float(asked)
     tuned.load_state_dict(interpolate(start.state_dict(), tuned.state_dict(), alpha))
     return {"alpha": alpha, "asked": asked, "mixtures": [row.to_dict() for row in table]}
@@ -192,7 +176,7 @@ def _as_the_model_sees(
     views = []
     for row in rows:
         pixels = processor.image_processor(
-            row["image"].convert("RGB"), do_rescale=False, do_normalize=False, return_tensors="pt"
+            to_rgb(row["image"]), do_rescale=False, do_normalize=False, return_tensors="pt"
         )["pixel_values"][0]  # (3, S, S), 0 to 255
         views.append(Image.fromarray(pixels.permute(1, 2, 0).byte().numpy()))
     return views

@@ -44,7 +44,8 @@ COMPOSITIONS: dict[str, Callable[[Scene], None]] = {
     "greek revival": classical, "georgian": classical, "palladian": classical,
     "tudor": partial(gables, gabled=0.7), "queen anne": partial(gables, gabled=0.55),
     "dutch gable": partial(gables, gabled=0.95),
-    "international style": partial(modern, share=0.86), "chicago school": partial(modern, share=0.78),
+    "international style": partial(modern, share=0.86), "chicago school": partial(modern,
+    share=0.78),
     "art deco": partial(modern, share=0.5),
 }  # fmt: skip
 
@@ -87,8 +88,10 @@ def paint(
     weather(s)
     picture, view = camera(s)
     return develop(s, picture), {
-        "wall": s.wall_name, "material": s.material, "roof": s.roof_name, "weather": s.weather, "time": s.time,
-        "season": s.season, "storeys": NUMBERS[s.storeys], "ground": ground, "occluder": in_front, "view": view,
+        "wall": s.wall_name, "material": s.material, "roof": s.roof_name, "weather": s.weather,
+        "time": s.time,
+        "season": s.season, "storeys": NUMBERS[s.storeys], "ground": ground, "occluder": in_front,
+        "view": view,
         "feature": " and ".join(sorted({s.pick(s.features), s.pick(s.features)})),
     }  # fmt: skip
 

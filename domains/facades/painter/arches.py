@@ -51,7 +51,7 @@ def _arcade(s: Scene, arch: Arch, left: float, width: float, height: float) -> N
 def _church_front(
     s: Scene, arch: Arch, left: float, width: float, height: float, nave: float, aisle: float
 ) -> None:
-    """A nave of width `nave` between aisles of height `aisle`, with a portal and a window above it."""
+    """A nave of width `nave` between aisles of height `aisle`, a portal and a window above it."""
     side, top = (width - nave) / 2, s.ground - height
     s.lay(box(left, s.ground - aisle, width, aisle), tone(s.wall, 0.94))
     s.cornice(left, s.ground - aisle, width, 1.2, 0.6)

@@ -7,7 +7,8 @@ from domains.facades.painter.scene import Colour, Points, Scene, box, mix, tone
 # Half the outline of a curved gable, from its foot to its peak: shares of the way in and of the way
 # up.
 CURVED_GABLE: Points = [
-    (0, 0), (0.02, 0.16), (0.2, 0.2), (0.3, 0.32), (0.34, 0.5), (0.5, 0.6), (0.6, 0.78), (0.78, 0.9), (1, 1),
+    (0, 0), (0.02, 0.16), (0.2, 0.2), (0.3, 0.32), (0.34, 0.5), (0.5, 0.6), (0.6, 0.78), (0.78,
+    0.9), (1, 1),
 ]  # fmt: skip
 
 

@@ -79,7 +79,7 @@ def _masonry(
 
 
 class Scene:
-    """One picture in the making: the canvas, its light and palette, and the attributes painted so far."""
+    """One picture in the making: canvas, light, palette, and what has been painted so far."""
 
     def __init__(self, style: str, rng: np.random.Generator, size: int) -> None:
         self.rng, self.size, self.cues = rng, size, CUES[style]
@@ -114,7 +114,8 @@ class Scene:
         pixels = self.scale
         self.textures = {
             "brick": _masonry(rng, self.side, 2.2 * pixels, 5 * pixels, 0.5 * pixels, 0.05),
-            "stone": _masonry(rng, self.side, self.u(3.5, 5) * pixels, self.u(7, 10) * pixels, 0.45 * pixels, 0.06),
+            "stone": _masonry(rng, self.side, self.u(3.5, 5) * pixels, self.u(7, 10) * pixels,
+            0.45 * pixels, 0.06),
             "shingle": _masonry(rng, self.side, 1.8 * pixels, 2.4 * pixels, 0.45 * pixels, 0.06),
             "stucco": _masonry(rng, self.side, 1.7 * pixels, 1.7 * pixels, 0, 0.02),
         }  # fmt: skip
@@ -188,7 +189,7 @@ class Scene:
         return (left, top, right, bottom), mask
 
     def lay(self, points: Points, colour: Colour, texture: str | None = None) -> None:
-        """Fills a polygon with textured material (the building's own unless `texture` says otherwise)."""
+        """Fills a polygon with textured material, the building's own unless `texture` says."""
         box, mask = self._stencil(points)
         factors = self.textures[texture or self.material][box[1] : box[3], box[0] : box[2], None]
         pixels = np.minimum(factors * np.array(self.ink(colour), np.float32), 255).astype(np.uint8)
@@ -208,7 +209,8 @@ class Scene:
             at = x + w * (i if self.sun < 0 else 3 - i) / 4
             self.shade(box(at, y, w / 4, h), factor)
 
-    def window(self, x: float, y: float, w: float, h: float, shape: str = "flat", panes: tuple[int, int] = (2, 2),
+    def window(self, x: float, y: float, w: float, h: float, shape: str = "flat", panes: tuple[int,
+    int] = (2, 2),
                frame: float = 0.6, acute: float = 1.0) -> None:  # fmt: skip
         """A framed window with glazing bars; `panes` counts columns and rows."""
         if frame:
