@@ -4,7 +4,7 @@ Reads class folders, a dataset or Wikimedia Commons (or lets a module draw), ver
 image, groups near-duplicates, makes the four splits, suspects wrong labels in train, and writes
 RUN/data with report.html, and RUN/review.csv for a person to decide on the suspects. A killed run
 goes on where it was. On several GPUs: accelerate launch -m data_prep DOMAIN; in two processes on a
-CPU: torchrun --nproc_per_node 2 -m data_prep DOMAIN.
+CPU: torchrun --nproc_per_node 2 -m -- data_prep DOMAIN.
 """
 
 from __future__ import annotations

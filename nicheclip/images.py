@@ -6,17 +6,23 @@ image = open_image("photo.jpg")  # upright, RGB
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms
 
 Photo = str | Path | Image.Image | bytes | np.ndarray
 # No EPS: Pillow would start Ghostscript on it.
 FORMATS = tuple("JPEG PNG GIF WEBP TIFF BMP MPO AVIF JPEG2000 PPM TGA ICO".split())
 ORIENTATION = 0x0112  # the EXIF tag
+TURNS = dict(enumerate((
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+), start=2))  # fmt: skip  # by the value of that tag
 BIT_DEPTHS = (8, 10, 12, 14, 16)  # of what is stored in 16 bits
 
 
@@ -74,6 +80,8 @@ def open_image(photo: Photo) -> Image.Image:
 def to_rgb(image: Image.Image, mended: list[str] | None = None) -> Image.Image:
     """The picture upright, in RGB, 8 bits a channel, what is transparent on white.
 
+    It keeps nothing of what the file says beside the pixels, so that it is turned once only.
+
     Args:
         mended: is told what had to be done.
 
@@ -82,8 +90,8 @@ def to_rgb(image: Image.Image, mended: list[str] | None = None) -> Image.Image:
     """
     mended = [] if mended is None else mended
     image.load()
-    if image.getexif().get(ORIENTATION, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    if turn := TURNS.get(_orientation(image)):
+        image = image.transpose(turn)
         mended.append("EXIF orientation")
     if image.mode == "F":
         raise UnusableImageError("floating-point pixels, whose range is not known")
@@ -99,8 +107,18 @@ def to_rgb(image: Image.Image, mended: list[str] | None = None) -> Image.Image:
         mended.append(f"{image.mode} to RGB")
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        return ImageCms.buildTransform(lab, srgb, "LAB", "RGB").apply(image)
-    return image.convert("RGB")
+        rgb = ImageCms.buildTransform(lab, srgb, "LAB", "RGB").apply(image)
+    else:
+        rgb = image.convert("RGB")
+    rgb.info.clear()
+    return rgb
+
+
+def _orientation(image: Image.Image) -> int | None:
+    try:
+        return image.getexif().get(ORIENTATION)
+    except (SyntaxError, ValueError, OSError, struct.error):
+        return None  # EXIF that nobody can read says nothing of the pixels
 
 
 def _eight_bits(image: Image.Image, mended: list[str]) -> Image.Image:

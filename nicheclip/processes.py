@@ -35,6 +35,6 @@ def processes() -> PartialState:
     if on_cpu and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
         raise ValueError(
             "on a CPU `accelerate launch` starts a single process, whatever --num_processes says; "
-            "use `torchrun --nproc_per_node 2 train.py`"
+            "use `torchrun --nproc_per_node 2 -- train.py`"
         )
     return PartialState(cpu=on_cpu or not torch.cuda.is_available(), timeout=timedelta(days=1))

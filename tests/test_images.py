@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageOps
 
 from data_prep.verify import verify_image
 from nicheclip.images import UnusableImageError, open_image, to_rgb
@@ -113,7 +113,26 @@ def test_every_mode_in_memory_becomes_rgb(mode):
 def test_orientation_is_applied():
     wide = encoded(picture().resize((30, 10)), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01"
                    b"\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0")  # fmt: skip
-    assert open_image(wide).size == (10, 30)
+    upright = open_image(wide)
+    assert upright.size == (10, 30)
+    assert open_image(upright).size == (10, 30)  # not turned a second time
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_every_orientation_is_what_pillow_makes_of_it(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = encoded(picture().resize((30, 10)), "PNG", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(file)))
+    assert np.array_equal(open_image(file), expected)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_exif_that_nobody_can_read_is_passed_over(format):
+    """Browsers show such a picture, and so does the app, which opens what was opened before."""
+    file = encoded(picture(), format, exif=b"Exif\0\0" + bytes(range(50, 150)))
+    once = open_image(file)
+    assert np.array_equal(open_image(once), once)
 
 
 @pytest.mark.parametrize(

@@ -140,4 +140,4 @@ def test_processes_that_accelerate_would_not_start_are_refused(tmp_path):
         cwd=tmp_path, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1
-    assert "torchrun --nproc_per_node 2 train.py" in done.stderr
+    assert "torchrun --nproc_per_node 2 -- train.py" in done.stderr

@@ -98,12 +98,12 @@ def test_two_processes_make_the_same_dataset(prepared, uninterrupted, tmp_path):
     )
     launch = [
         "-m",
-        "accelerate.commands.launch",
-        "--num_processes",
+        "torch.distributed.run",
+        "--nproc_per_node",
         "2",
-        "--cpu",
-        "--main_process_port",
+        "--master_port",
         "29541",
+        "--",
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run(
