@@ -90,7 +90,7 @@ def to_rgb(image: Image.Image, mended: list[str] | None = None) -> Image.Image:
     """
     mended = [] if mended is None else mended
     image.load()
-    if turn := TURNS.get(_orientation(image)):
+    if (turn := TURNS.get(_orientation(image))) is not None:
         image = image.transpose(turn)
         mended.append("EXIF orientation")
     if image.mode == "F":
@@ -114,11 +114,11 @@ def to_rgb(image: Image.Image, mended: list[str] | None = None) -> Image.Image:
     return rgb
 
 
-def _orientation(image: Image.Image) -> int | None:
+def _orientation(image: Image.Image) -> int:
     try:
-        return image.getexif().get(ORIENTATION)
+        return image.getexif().get(ORIENTATION, 1)
     except (SyntaxError, ValueError, OSError, struct.error):
-        return None  # EXIF that nobody can read says nothing of the pixels
+        return 1  # EXIF that nobody can read says nothing of the pixels
 
 
 def _eight_bits(image: Image.Image, mended: list[str]) -> Image.Image:
