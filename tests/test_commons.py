@@ -357,21 +357,22 @@ def test_a_contact_is_owed(commons, tmp_path, contact):
     ("options", "words"),
     [
         ({"widht": 500}, "'widht'; known options are categories, images_per_class"),
-        ({"width": 512}, "width: 512 is not served; choose one of 250, 330, 500, 960, 1280, 1920"),
-        ({"parallel": 0}, "parallel: expected at least 1, got 0"),
+        ({"width": 512}, "width: Input should be 250, 330, 500, 960, 1280 or 1920, got 512"),
+        ({"parallel": 0}, "parallel: Input should be greater than 0, got 0"),
         (
             {"categories": {**OPTIONS["categories"], "Gotic": ["x"]}},
-            "'Gotic' is no class of the domain; did you mean 'G",
+            "'Gotic' in source.options.categories is no class of the domain; did you mean 'G",
         ),
-        ({"categories": {"Gothic": ["x"]}}, "'Baroque' has no list of categories; add one"),
+        ({"categories": {"Gothic": ["x"]}}, "in source.options.categories for: Baroque; add"),
+        ({"categories": {"Gothic": [], "Baroque": ["x"]}}, "for: Gothic; add"),
         (
             {"categories": {"Gothic": ["x"], "Baroque": "x"}},
-            "'Baroque' has no list of categories; add one",
+            "categories.Baroque: Input should be a valid list, got 'x'",
         ),
     ],
 )
 def test_wrong_options_name_the_remedy(commons, tmp_path, options, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
         download(commons, tmp_path, **options)
     assert not commons.requests
 
