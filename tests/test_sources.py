@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from data_prep.prepare import prepare
+from data_prep.sources import fetch_images
 from data_prep.sources.folders import read_folders
 from data_prep.sources.rows import no_class
 from data_prep.sources.tables import is_table, read_table
@@ -169,8 +170,13 @@ def test_attributions_come_from_metadata(tmp_path):
         "\n".join(json.dumps(line) for line in lines)
     )
     rows, outside = read_folders(tmp_path / "photos", ["gothic"])
-    assert rows["attribution"][:] == ["A, Ann, CC BY 4.0", "Ben, CC0, https://example.org/b", None]
+    credits = ["A, Ann, CC BY 4.0", "Ben, CC0, https://example.org/b", None]
+    assert rows["attribution"][:] == credits
     assert outside == []
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "train").symlink_to(tmp_path / "photos")
+    rows, _ = read_folders(tmp_path / "linked", ["gothic"])
+    assert (rows["split"][:], rows["attribution"][:]) == (["train"] * 3, credits)
 
 
 def test_attributions_reach_the_prepared_dataset(folder, table, two_styles, tmp_path):
@@ -188,6 +194,30 @@ def test_attributions_reach_the_prepared_dataset(folder, table, two_styles, tmp_
         row["attribution"] for rows in load_prepared(tmp_path / "run").values() for row in rows
     }
     assert credits == {f"photographer {index}" for index in range(24)}
+
+
+def test_a_module_draws_what_the_domain_asks_for(two_styles, tmp_path, monkeypatch):
+    drawing = """
+import json
+def write_images(folder, domain, seed, **options):
+    folder.mkdir()
+    (folder / "order.json").write_text(json.dumps([domain.name, seed, options]))
+    return folder
+"""
+    (tmp_path / "drawing_of_tests.py").write_text(drawing)
+    monkeypatch.syspath_prepend(tmp_path)
+    source = Source(kind="module", path="drawing_of_tests", options={"size": 8})
+    drawn = two_styles.model_copy(update={"source": source})
+    assert fetch_images(drawn, tmp_path, tmp_path / "mine", 3, None) == tmp_path / "mine"
+    assert fetch_images(drawn, tmp_path, None, 3, None) == tmp_path / "images"
+    assert json.loads((tmp_path / "images" / "order.json").read_text()) == [
+        "facades",
+        3,
+        {"size": 8},
+    ]
+    absent = drawn.model_copy(update={"source": Source(kind="module", path="not.there")})
+    with pytest.raises(ValueError, match="'not.there' can't be imported .* write_images"):
+        fetch_images(absent, tmp_path, None, 3, None)
 
 
 def test_files_outside_of_a_class_are_named(folder, tmp_path):

@@ -86,16 +86,13 @@ def _listings(
     commons: Commons, folder: Path, categories: dict[str, list[str]], options: CommonsOptions
 ) -> dict[str, list[CommonsFile]]:
     """The files of each class; kept in `folder`/.listing for the next run with these options."""
-    settings = ("api", "width", "depth", "per_category", "images_per_class")
-    common = {name: getattr(options, name) for name in settings}
-    listings, todo = {}, {}
+    settings = [options.api, options.width, options.depth, options.per_category]
+    paths = {}
     for name, own in categories.items():
-        path, order = folder / ".listing" / f"{name}.json", {**common, "categories": own}
-        stored = read_json(path, "remove it") if path.is_file() else None
-        if stored and stored["order"] == order:
-            listings[name] = [CommonsFile(**file) for file in stored["files"]]
-        else:
-            todo[name] = (path, order)
+        order = json.dumps([*settings, options.images_per_class, own])
+        digest = hashlib.sha256(order.encode()).hexdigest()[:12]
+        paths[name] = folder / ".listing" / f"{name} {digest}.json"
+    todo = [name for name, path in paths.items() if not path.is_file()]
     homes = {category: name for name in todo for category in categories[name]}
     if empty := commons.empty(list(homes)):
         named = "; ".join(f"'{category}' (of {homes[category]})" for category in empty)
@@ -103,10 +100,11 @@ def _listings(
             f"source.options.categories: missing or empty on Commons: {named}. Look up what they "
             "are called now, or take them out"
         )
-    for name, (path, order) in tqdm(todo.items(), desc="listing", unit="class", disable=not todo):
-        listings[name] = _list_class(commons, categories[name], options)
-        write_json(path, {"order": order, "files": [asdict(file) for file in listings[name]]})
-    return {name: listings[name] for name in categories}
+    for name in tqdm(todo, desc="listing Commons", unit="class", disable=not todo):
+        files = _list_class(commons, categories[name], options)
+        write_json(paths[name], [asdict(file) for file in files])
+    listings = {name: read_json(path, "remove it") for name, path in paths.items()}
+    return {name: [CommonsFile(**file) for file in files] for name, files in listings.items()}
 
 
 def _list_class(

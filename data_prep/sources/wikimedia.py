@@ -109,21 +109,15 @@ class Commons:
         for attempt in range(TRIES):
             if self.stopped.wait(max(next_try, self.resume_at) - time.monotonic()):
                 raise _BrokenError("the run was stopped")
-            asked = 0.0
             try:
                 response = self.client.get(url, params=params or None)
-            except httpx.TransportError as error:  # also for a body that is shorter than announced
-                problem: str | None = f"{type(error).__name__}: {error}"
-                whole_site = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
-            else:
-                if response.status_code == 403:
-                    raise PermissionError(
-                        f"{url} is refused (HTTP 403); check that --contact really reaches you"
-                    )
                 problem, whole_site = _passing_problem(response), response.status_code == 429
                 if problem is None:
                     return response
-                asked = _retry_after(response)
+                asked = _seconds_to_wait(response)
+            except httpx.TransportError as error:  # also for a body that is shorter than announced
+                problem, asked = f"{type(error).__name__}: {error}", 0.0
+                whole_site = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
             if asked > LONG_WAIT:
                 logger.warning("%s asks to wait %.0f seconds (%s)", url, asked, problem)
             next_try = time.monotonic() + self.first_wait * 2**attempt
@@ -221,6 +215,10 @@ class Commons:
 
 def _passing_problem(response: httpx.Response) -> str | None:
     """What may be over when one asks again later."""
+    if response.status_code == 403:
+        raise PermissionError(
+            f"{response.url} is refused (HTTP 403); check that --contact really reaches you"
+        )
     if response.status_code == 429 or response.status_code >= 500:
         return f"HTTP {response.status_code}"
     if response.headers.get("content-type", "").startswith("application/json"):
@@ -229,13 +227,13 @@ def _passing_problem(response: httpx.Response) -> str | None:
     return None
 
 
-def _retry_after(response: httpx.Response) -> float:
-    """Seconds; the header gives them, or a date."""
-    value = response.headers.get("retry-after", "")
+def _seconds_to_wait(response: httpx.Response) -> float:
+    """As the site asks; the header gives seconds or a date."""
+    value = response.headers.get("retry-after", "0")
     if value.isdigit():
         return float(value)
     try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+        return parsedate_to_datetime(value).timestamp() - time.time()
     except ValueError:
         return 0.0
 
