@@ -125,7 +125,10 @@ def test_rows_without_a_label_are_named(table, tmp_path):
             "no column 'photo'; set source.options.image_column to one of image, label",
         ),
         ({"colour": "red"}, "known options are image_column, label_column"),
-        ({"splits": {"table": "exam"}}, "'exam' is no split; expected train, validation"),
+        (
+            {"splits": {"table": "exam"}},
+            "splits.table: Input should be 'train', 'validation', .* got 'exam'",
+        ),
     ],
 )
 def test_wrong_options_of_a_table_are_explained(table, tmp_path, options, message):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 
 from data_prep.sources.rows import SOURCE_FEATURES, check_classes, no_class, read_options
 from nicheclip.run import SPLITS
 
-ALIASES = {"val": "validation", "valid": "validation", "dev": "validation"}
+SPLIT_NAMES = {name: name for name in SPLITS} | dict.fromkeys(("val", "valid", "dev"), "validation")
+Split = Literal["train", "validation", "calibration", "test"]
 SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
 
 
@@ -25,7 +26,7 @@ class TableOptions:
     config: str | None = None  # of a Hub dataset
     revision: str | None = None
     # e.g. {valid: validation, full: null}; others by name
-    splits: dict[str, str | None] = field(default_factory=dict)
+    splits: dict[str, Split | None] = field(default_factory=dict)
 
 
 def is_table(location: str | Path) -> bool:
@@ -57,31 +58,19 @@ def read_table(
     """
     chosen = read_options(TableOptions, options, "a dataset")
     tables = _load(location, chosen)
-    split_of = {
-        **dict.fromkeys(tables),
-        **ALIASES,
-        **{name: name for name in SPLITS},
-        **chosen.splits,
-    }
-    if unknown := {split_of[name] for name in tables} - {*SPLITS, None}:
-        raise ValueError(
-            f"source.options.splits: '{unknown.pop()}' is no split; expected {', '.join(SPLITS)} "
-            "or null"
-        )
+    split_of = SPLIT_NAMES | chosen.splits
     table = datasets.concatenate_datasets(list(tables.values()))
     labels = _labels(table, chosen, location)
     found = sorted({label for label in labels if label is not None})
     canonical = check_classes(found, class_names, f"'{location}'")
-    images = table.select_columns(chosen.image_column).rename_columns(
-        {chosen.image_column: "image"}
-    )
+    column, credit = chosen.image_column, chosen.attribution_column
+    images = table.select_columns(column).rename_columns({column: "image"})
     images = images.cast_column("image", datasets.Image(decode=False))
-    credit = chosen.attribution_column
     columns = {
         "source_id": [f"{name}/{n:07d}" for name, part in tables.items() for n in range(len(part))],
         "version": _versions(table, images),
         "class_name": [None if label is None else canonical[label] for label in labels],
-        "split": [split_of[name] for name, part in tables.items() for _ in range(len(part))],
+        "split": [split_of.get(name) for name, part in tables.items() for _ in range(len(part))],
         "attribution": table[credit][:] if credit else [None] * len(table),
     }
     texts = datasets.Dataset.from_dict(
