@@ -94,12 +94,12 @@ def test_a_table_may_have_other_columns_splits_and_words(table, tmp_path):
     rows, unlabelled = read_table(
         tmp_path / "saved", CLASSES, image_column="photo", label_column="style",
         attribution_column="by",
-        splits={"valid": "validation"},
+        splits={"train": None},
     )  # fmt: skip
     assert unlabelled == []
     assert set(rows["class_name"]) == set(CLASSES)
     assert {split: rows["split"][:].count(split) for split in set(rows["split"])} == {
-        "train": 12,
+        None: 12,
         "validation": 12,
     }
     assert set(rows["attribution"]) == {"me"}
@@ -180,6 +180,20 @@ def test_attributions_come_from_metadata(tmp_path):
     (tmp_path / "linked" / "train").symlink_to(tmp_path / "photos")
     rows, _ = read_folders(tmp_path / "linked", ["gothic"])
     assert (rows["split"][:], rows["attribution"][:]) == (["train"] * 3, credits)
+
+
+def test_what_changes_becomes_another_version(table, tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / "gothic").mkdir(exist_ok=True)
+        draw("gothic", np.random.default_rng(0)).save(tmp_path / "gothic" / name)
+    before = read_folders(tmp_path, ["gothic"])[0]["version"][:]
+    draw("gothic", np.random.default_rng(1)).save(tmp_path / "gothic" / "b.png")
+    after = read_folders(tmp_path, ["gothic"])[0]["version"][:]
+    assert (before[0] == after[0], before[1] == after[1]) == (True, False)
+    path = save(table, tmp_path, "parquet")
+    before = read_table(path, CLASSES)[0]["version"][:]
+    table.select(range(23, -1, -1)).to_parquet(path)
+    assert not set(before) & set(read_table(path, CLASSES)[0]["version"])
 
 
 def test_attributions_reach_the_prepared_dataset(folder, table, two_styles, tmp_path):
