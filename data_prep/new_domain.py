@@ -9,28 +9,28 @@ found in the folder, and the next commands.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import re
 import statistics
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
-import yaml
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+import torch
 from PIL import Image
 from scipy.special import softmax
-from transformers import CLIPTextConfig, CLIPVisionConfig
+from transformers import CLIPConfig
 
 from data_prep.clusters import propose
-from data_prep.sources.folders import SIDECARS, list_files, split_of
-from nicheclip.clip import encode_texts, load_clip
+from data_prep.sources.folders import SIDECARS, list_files, split_and_folders
+from nicheclip.clip import encode_texts, load_clip, zero_shot_logits
 from nicheclip.domain import Domain, class_key
 from nicheclip.evaluation.intervals import format_table
 from nicheclip.files import replaced_file
@@ -60,9 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m data_prep.new_domain", description=__doc__.split("\n", 1)[1]
     )
-    parser.add_argument(
-        "folder", type=Path, help="one folder a class inside, its name that of the class"
-    )
+    parser.add_argument("folder", type=Path, help="one folder a class inside, named as the class")
     parser.add_argument("--name", required=True, help="of the domain, in lower case, e.g. birds")
     parser.add_argument(
         "--noun",
@@ -70,29 +68,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="what each class is, where its name alone is an adjective: a Gothic *building*",
     )
     parser.add_argument("--base", default=BASE, help=f"a Hub id or a folder (default: {BASE})")
-    parser.add_argument(
-        "--out", type=Path, help="the file to write (default: domains/NAME/domain.yaml)"
-    )
+    parser.add_argument("--out", type=Path, help="default: domains/NAME/domain.yaml")
     parser.add_argument("--force", action="store_true", help="overwrite the file if there is one")
     args = parser.parse_args(arguments)
     out = args.out or Path("domains") / args.name / "domain.yaml"
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
+        if out.exists() and not args.force:
+            raise FileExistsError(f"'{out}' exists; give --force to overwrite it, or another --out")
         survey = look_into(args.folder)
-        domain = write_domain(survey, args.name, args.base, out, args.force, args.noun)
+        domain = write_domain(out, domain_file(survey, args.name, args.base, args.noun))
     except (ValueError, OSError) as error:
         sys.exit(f"data_prep.new_domain: {error}")
     print(summary(survey, domain))
     print(f"\nwritten to {out}: look at its prompts and clusters, or go on with it as it is")
     print(f"next: python -m data_prep {out}\nthen:")
-    run = f"runs/{args.name}"
-    for command in (
-        "accelerate launch train.py",
-        "python calibrate.py",
-        "python -m model_card",
-        "python -m space",
-    ):
-        print(f"  {command} {run}")
+    stages = ("accelerate launch train.py", "python calibrate.py", "python -m model_card")
+    for command in (*stages, "python -m space"):
+        print(f"  {command} runs/{args.name}")
 
 
 @dataclass(frozen=True)
@@ -100,7 +93,7 @@ class Survey:
     """What lies in the folder.
 
     Attributes:
-        images: how many files of each class folder begin like an image.
+        images: how many files of each class folder begin like an image, in the order of names.
         splits: the splits that the folder gives.
         warnings: what a person should know, one line each.
     """
@@ -122,28 +115,38 @@ def look_into(folder: Path) -> Survey:
         raise FileNotFoundError(
             f"no folder at '{folder}'; expected one that holds a folder of images a class"
         )
+    paths = [path.relative_to(folder) for path in list_files(folder) if path.name not in SIDECARS]
+    deeper = {path.parts[0] for path in paths if len(path.parts) > 2}
+    flat = {path.parts[0] for path in paths if len(path.parts) == 2} - deeper
     images: Counter[str] = Counter()
-    nested: defaultdict[str, set[str]] = defaultdict(set)
-    splits, others = set(), []
-    files = (path for path in list_files(folder) if path.name not in SIDECARS)
-    top = {path.relative_to(folder).parts for path in files}
-    deeper = {parts[0] for parts in top if len(parts) > 2}
-    flat = {parts[0] for parts in top if len(parts) == 2} - deeper
-    loose = [parts for parts in top if len(parts) == 1]
-    for parts in sorted(top - set(loose)):
-        split = split_of(parts, flat)
+    splits, nested, loose, others = set(), set(), [], []
+    for path in paths:
+        split, folders = split_and_folders(path.parts, flat)
+        if not folders:
+            loose.append(path.as_posix())
+            continue
         if split:
             splits.add(split)
-        name, *inner = parts[1:-1] if split else parts[:-1]
-        if inner:
-            nested[name].add(inner[0])
-        if _begins_like_an_image(folder.joinpath(*parts)):
-            images[name] += 1
+        if len(folders) > 1:
+            nested.add("/".join(folders[:2]))
+        if _begins_like_an_image(folder / path):
+            images[folders[0]] += 1
         else:
-            others.append("/".join(parts))
-    _check_names(folder, images)
-    warnings = _warnings(images, others, nested, ["/".join(parts) for parts in loose])
-    return Survey(folder, dict(images), splits, warnings)
+            others.append(path.as_posix())
+    if len(images) < 2:
+        only = f"only the class '{next(iter(images))}'" if images else "no class folder with images"
+        raise ValueError(
+            f"{only} in '{folder}'; a classifier needs at least two, each a folder of images: "
+            f"{folder}/wren/1.jpg"
+        )
+    counts = dict(sorted(images.items()))
+    by_key: dict[str, str] = {}
+    for name in counts:
+        if (other := by_key.setdefault(class_key(name), name)) != name:
+            raise ValueError(
+                f"the folders '{other}' and '{name}' name one class; put them together"
+            )
+    return Survey(folder, counts, splits, _warnings(counts, sorted(nested), others, loose))
 
 
 def _begins_like_an_image(path: Path) -> bool:
@@ -154,40 +157,20 @@ def _begins_like_an_image(path: Path) -> bool:
         return False
 
 
-def _check_names(folder: Path, images: dict[str, int]) -> None:
-    if len(images) < 2:
-        only = f"only the class '{next(iter(images))}'" if images else ""
-        found = only or "no class folder with images"
-        raise ValueError(
-            f"{found} in '{folder}'; a classifier needs at least two, each a folder of images: "
-            f"{folder}/wren/1.jpg"
-        )
-    by_key = defaultdict(list)
-    for name in images:
-        by_key[class_key(name)].append(name)
-    for alike in by_key.values():
-        if len(alike) > 1:
-            raise ValueError(
-                f"the folders {' and '.join(map(repr, alike))} name one class; put them together"
-            )
-
-
 def _warnings(
-    images: dict[str, int], others: list[str], nested: dict[str, set[str]], loose: list[str]
+    images: dict[str, int], nested: list[str], others: list[str], loose: list[str]
 ) -> list[str]:
-    by_size = sorted(images.items())
-    tiny = [f"{name} ({count})" for name, count in by_size if count < LEAST]
-    small = [f"{name} ({count})" for name, count in by_size if LEAST <= count < SMALL_CLASS]
-    inside = sorted(f"{name}/{inner}" for name, inners in nested.items() for inner in inners)
+    tiny = [f"{name} ({count})" for name, count in images.items() if count < LEAST]
+    small = [f"{name} ({count})" for name, count in images.items() if LEAST <= count < SMALL_CLASS]
     told = {
         f"fewer than {LEAST} images, which can't fill the four splits, so data_prep will "
         f"refuse: {_few(tiny)}; add images, or take the folders out": tiny,
         f"fewer than {SMALL_CLASS} images, so its own accuracy will say little: "
         f"{_few(small)}": small,
-        f"folders inside of a class, whose images count as the class's: {_few(inside)}": inside,
+        f"folders inside of a class, whose images count as the class's: {_few(nested)}": nested,
         f"{len(others)} files that are no images, which data_prep will set aside: "
         f"{_few(others)}": others,
-        f"{len(loose)} files outside of any class folder, left out: {_few(sorted(loose))}": loose,
+        f"{len(loose)} files outside of any class folder, left out: {_few(loose)}": loose,
     }
     return [warning for warning, names in told.items() if names]
 
@@ -196,49 +179,33 @@ def _few(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def write_domain(
-    survey: Survey, name: str, base: str, out: Path, force: bool, noun: str = ""
-) -> Domain:
-    """Writes the domain file in one piece, once it has been loaded and found to be right.
+def domain_file(survey: Survey, name: str, base: str, noun: str) -> str:
+    """The YAML; how long the stages are, and how fast, depends on the images and on the base.
 
     Args:
         noun: put after each class in its prompts, where classes are adjectives: "Gothic" -> "a
             Gothic building".
-
-    Raises:
-        FileExistsError: if there is one already, unless `force`.
-        ValueError: if the name, or that of a class, does not suit a domain file.
     """
-    if out.exists() and not force:
-        raise FileExistsError(f"'{out}' exists; give --force to overwrite it, or another --out")
-    text = _domain_file(survey, name, base, noun)
-    with replaced_file(out) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
-        try:
-            return Domain.load(unfinished)
-        except ValueError as error:
-            raise ValueError(str(error).replace(str(unfinished), str(out))) from error
-
-
-def _domain_file(survey: Survey, name: str, base: str, noun: str) -> str:
-    """The YAML, from the template.
-
-    How long the stages are and how fast depends on the images and on the base.
-    """
-    names = [
-        re.sub(r"[\s_]+|(?<=\w)-+(?=\w)", " ", folder).strip() for folder in sorted(survey.images)
-    ]
+    names = [re.sub(r"[\s_]+|(?<=\w)-+(?=\w)", " ", folder).strip() for folder in survey.images]
     prompts = _prompts(names, noun, noun or _kind(name))
-    local = _local_base(base)
-    text = CLIPTextConfig.from_pretrained(local) if local else CLIPTextConfig()
-    vision = CLIPVisionConfig.from_pretrained(local) if local else CLIPVisionConfig()
-    clusters, origin = _clusters(prompts, local)
+    local, config = True, CLIPConfig()
+    try:
+        config = CLIPConfig.from_pretrained(base, local_files_only=True)
+    except OSError:  # it is not here, and a big model is not fetched for a proposal
+        local = False
+    text: Any = config.text_config
+    vision: Any = config.vision_config
+    clusters, origin = _clusters(prompts, base if local else None)
     middle = int(statistics.median(survey.images.values()))
     samples = min(280, max(24, middle))
     epoch = samples * len(names)
     batch = min(BATCH, epoch // 2)
     epochs = round(min(12, max(5, STEPS * batch / epoch)))
-    return _template().render(
+    template = Path(__file__).with_name("new_domain.yaml.jinja").read_text(encoding="utf-8")
+    return jinja2.Template(
+        template, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).render(
+        quoted=partial(json.dumps, ensure_ascii=False),  # which is YAML, whatever a class is called
         survey=survey,
         name=name,
         title=name[0].upper() + re.sub(r"[-_.]", " ", name[1:]),
@@ -252,29 +219,24 @@ def _domain_file(survey: Survey, name: str, base: str, noun: str) -> str:
         epochs=(epochs, max(3, epochs // 2)),
         rates=RATES["wide" if text.hidden_size >= WIDE else "narrow"],
         blocks=min(2, vision.num_hidden_layers),
-        hard_negatives=any(len(members) > 1 for members in clusters.values()) or not clusters,
-        side=max(32, vision.image_size * 9 // 7),  # type: ignore[operator]  # CLIP's is one number
+        hard_negatives=not clusters or any(len(members) > 1 for members in clusters.values()),
+        side=max(32, vision.image_size * 9 // 7),
         smallest=min(survey.images.values()),
         small=SMALL_CLASS,
     )
 
 
 def _prompts(names: list[str], noun: str, kind: str) -> dict[str, list[str]]:
-    """The templates filled in for each class.
-
-    Numbers before a name, as in "001.Wren", are left out.
-    """
-    plain = [re.sub(r"^\d+[ .]+(?=\D)", "", name).strip() for name in names]
+    """The templates filled in; numbers before a name, as in "001.Wren", are left out."""
+    plain = [re.sub(r"^\d+[ .]+(?=\D)", "", name) for name in names]
     if len(set(plain)) < len(plain):
         plain = names
-    called = [f"{name} {noun}".strip() for name in plain]
-    return {
-        name: [
-            template.format(a="an" if of[0] in "aeiouAEIOU" else "a", noun=of, kind=kind)
-            for template in TEMPLATES
-        ]
-        for name, of in zip(names, called, strict=True)
-    }
+    prompts = {}
+    for name, short in zip(names, plain, strict=True):
+        filled = {"a": "an" if short[0] in "aeiouAEIOU" else "a", "kind": kind}
+        called = f"{short} {noun}".strip()
+        prompts[name] = [template.format(noun=called, **filled) for template in TEMPLATES]
+    return prompts
 
 
 def _kind(name: str) -> str:
@@ -286,102 +248,71 @@ def _kind(name: str) -> str:
     return words
 
 
-def _local_base(base: str) -> str | None:
-    """The folder that holds the base model, if it is here already.
-
-    A big model is not fetched for a proposal.
-    """
-    if Path(base).is_dir():
-        return base
-    try:
-        return snapshot_download(base, local_files_only=True)
-    except (LocalEntryNotFoundError, HFValidationError):
-        return None
-
-
-def _clusters(prompts: dict[str, list[str]], local: str | None) -> tuple[dict[str, list[str]], str]:
-    """Classes whose prompts the base finds alike, or whose names share a word.
-
-    And how that was found.
-    """
+def _clusters(prompts: dict[str, list[str]], base: str | None) -> tuple[dict[str, list[str]], str]:
+    """Classes whose prompts the base finds alike, or whose names share a word; and which it was."""
     names = list(prompts)
     if len(names) <= FEW_CLASSES:
         return {"all": names}, "so few classes are one cluster"
-    if local:
-        model, processor = load_clip(local)
-        text_embeds = [
-            encode_texts(model, processor, own).mean(dim=0).cpu().numpy()
-            for own in prompts.values()
-        ]
-        members = propose(_alike(np.stack(text_embeds), model.logit_scale.exp().item()))
+    if base:
+        members = propose(_alike(prompts, base))
         origin = "proposed from the base model's text_embeds of the prompts: a guess"
     else:
         members = propose(_shared_words(names))
         origin = "proposed from words that the names share, without the base model: a guess"
     if len(members) == len(names):
         return {}, "none proposed, since no classes stand out as alike: all of them are one cluster"
-    return {
-        f"c{n}": [names[index] for index in own] for n, own in enumerate(members, start=1)
-    }, origin
+    return {f"c{n}": [names[index] for index in own] for n, own in enumerate(members, 1)}, origin
 
 
-def _alike(text_embeds: np.ndarray, scale: float) -> np.ndarray:
-    """How likely each prompt is taken for another one, (C, C) symmetric; itself is left out."""
-    text_embeds = text_embeds / np.linalg.norm(text_embeds, axis=1, keepdims=True)
-    logits = scale * text_embeds @ text_embeds.T
+def _alike(prompts: dict[str, list[str]], base: str) -> np.ndarray:
+    """How likely each class is taken for another one, (C, C) symmetric; itself is left out."""
+    model, processor = load_clip(base)
+    means = [encode_texts(model, processor, own).mean(dim=0) for own in prompts.values()]
+    prototypes = torch.nn.functional.normalize(torch.stack(means), dim=-1)  # (C, D)
+    logits = zero_shot_logits(model, prototypes.cpu().numpy(), prototypes)
     np.fill_diagonal(logits, -np.inf)
     taken_for = softmax(logits, axis=1)
     return (taken_for + taken_for.T) / 2
 
 
 def _shared_words(names: list[str]) -> np.ndarray:
-    """The share of words that two names have in common (Jaccard), (C, C) symmetric.
-
-    0 on the diagonal.
-    """
+    """The share of words that two names have in common (Jaccard), (C, C); diagonal 0."""
     words = [set(re.findall(r"\w+", name.casefold())) for name in names]
-    shared = np.array([[len(a & b) / len(a | b) if a | b else 0 for b in words] for a in words])
+    shared = np.array([[len(a & b) / max(len(a | b), 1) for b in words] for a in words])
     np.fill_diagonal(shared, 0)
     return shared
 
 
+def write_domain(out: Path, text: str) -> Domain:
+    """Writes the domain file in one piece, once it has been loaded and found to be right.
+
+    Raises:
+        ValueError: if the name, or that of a class, does not suit a domain file.
+    """
+    with replaced_file(out) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+        try:
+            return Domain.load(unfinished)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(unfinished), str(out))) from error
+
+
 def summary(survey: Survey, domain: Domain) -> str:
     """Classes with their images, the smallest first, and the warnings, in plain text."""
-    counts = sorted(survey.images.items(), key=lambda item: (item[1], item[0]))
+    counts = survey.images.items()
+    homes = [list(domain.clusters)[index] for index in domain.class_clusters]
+    rows = [[name, str(n), home] for (name, n), home in zip(counts, homes, strict=True)]
+    rows.sort(key=lambda row: int(row[1]))
+    (smallest, least, _), (largest, most, _) = rows[0], rows[-1]
     lines = [
-        f"{sum(survey.images.values())} images of {len(counts)} classes in {survey.folder}; the "
-        f"smallest class is {counts[0][0]} with {counts[0][1]}, the largest {counts[-1][0]} with "
-        f"{counts[-1][1]}"
+        f"{sum(survey.images.values())} images of {len(rows)} classes in {survey.folder}; the "
+        f"smallest class is {smallest} with {least}, the largest {largest} with {most}"
     ]
     if survey.splits:
-        lines.append(
-            f"splits given by folders: {', '.join(sorted(survey.splits))}; data_prep fills the "
-            "others"
-        )
-    homes = {member: cluster for cluster, members in domain.clusters.items() for member in members}
-    of_key = {class_key(name): name for name in domain.classes}
-    rows = [[name, str(count), homes[of_key[class_key(name)]]] for name, count in counts]
-    warnings = [f"warning: {warning}" for warning in survey.warnings]
-    return "\n".join([*lines, *warnings, "", format_table(["folder", "images", "cluster"], rows)])
-
-
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["scalar"] = _scalar
-    return environment.get_template("new_domain.yaml.jinja")
-
-
-def _scalar(value: Any) -> str:
-    """As YAML on one line, quoted where it must be: a class may be called "no" or "1"."""
-    return yaml.safe_dump(
-        value, default_flow_style=True, allow_unicode=True, width=float("inf")
-    ).split("\n")[0]
+        splits = ", ".join(sorted(survey.splits))
+        lines.append(f"splits given by folders: {splits}; data_prep fills the others")
+    lines += [f"warning: {warning}" for warning in survey.warnings]
+    return "\n".join([*lines, "", format_table(["folder", "images", "cluster"], rows)])
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def test_a_wide_base_trains_slowly_and_sees_more_pixels(tmp_path):
     assert (small.stored_short_side, large.stored_short_side) == (96 * 9 // 7, 288)
 
 
-def test_clusters_are_what_the_base_finds_alike_or_share_a_word(tmp_path):
+def test_clusters_are_what_the_base_finds_alike_or_share_a_word(tmp_path, capsys):
     """The façades' base knows from its texts alone which styles are alike.
 
     One that is not here knows nothing.
@@ -105,6 +105,7 @@ def test_clusters_are_what_the_base_finds_alike_or_share_a_word(tmp_path):
     assert sorted(map(sorted, domain.clusters.values())) == [
         ["blue tit", "coal tit"], ["mistle thrush", "song thrush"], ["wren"]
     ]  # fmt: skip
+    assert re.search(r"coal tit +4 +c1\n(.+\n)+wren +4 +c3\n", capsys.readouterr().out)
     domain = write(
         photos(tmp_path / "more", dict.fromkeys("abcdef", 4)), "--base", "nobody/nowhere"
     )
@@ -112,16 +113,16 @@ def test_clusters_are_what_the_base_finds_alike_or_share_a_word(tmp_path):
 
 
 def test_what_it_finds_is_said(tmp_path, capsys):
-    folder = photos(tmp_path / "photos", {"wren": 30, "robin": 12, "tit": 2, "wren/nest": 1})
+    folder = photos(tmp_path / "photos", {"wren": 30, "robin": 4, "tit": 2, "wren/nest": 1})
     (folder / "robin" / "notes.txt").write_text("no image")
     (folder / "robin" / ".DS_Store").write_text("hidden")
     (folder / "loose.png").write_bytes(b"")
     write(folder, "--base", "nobody/nowhere")
     told = capsys.readouterr().out
-    assert "45 images of 3 classes" in told
+    assert "37 images of 3 classes" in told
     assert "the smallest class is tit with 2, the largest wren with 31" in told
     assert re.search(r"fewer than 4 images, .* data_prep will refuse: tit \(2\)", told)
-    assert "fewer than 20 images, so its own accuracy will say little: robin (12)" in told
+    assert "fewer than 20 images, so its own accuracy will say little: robin (4)" in told
     assert "folders inside of a class, whose images count as the class's: wren/nest" in told
     assert "1 files that are no images, which data_prep will set aside: robin/notes.txt" in told
     assert "1 files outside of any class folder, left out: loose.png" in told

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from data_prep.prepare import prepare
+from data_prep.sources import fetch_images
 from data_prep.sources.folders import read_folders
 from data_prep.sources.rows import no_class
 from data_prep.sources.tables import is_table, read_table
@@ -93,12 +94,12 @@ def test_a_table_may_have_other_columns_splits_and_words(table, tmp_path):
     rows, unlabelled = read_table(
         tmp_path / "saved", CLASSES, image_column="photo", label_column="style",
         attribution_column="by",
-        splits={"valid": "validation"},
+        splits={"train": None},
     )  # fmt: skip
     assert unlabelled == []
     assert set(rows["class_name"]) == set(CLASSES)
     assert {split: rows["split"][:].count(split) for split in set(rows["split"])} == {
-        "train": 12,
+        None: 12,
         "validation": 12,
     }
     assert set(rows["attribution"]) == {"me"}
@@ -124,7 +125,10 @@ def test_rows_without_a_label_are_named(table, tmp_path):
             "no column 'photo'; set source.options.image_column to one of image, label",
         ),
         ({"colour": "red"}, "known options are image_column, label_column"),
-        ({"splits": {"table": "exam"}}, "'exam' is no split; expected train, validation"),
+        (
+            {"splits": {"table": "exam"}},
+            "splits.table: Input should be 'train', 'validation', .* got 'exam'",
+        ),
     ],
 )
 def test_wrong_options_of_a_table_are_explained(table, tmp_path, options, message):
@@ -169,8 +173,27 @@ def test_attributions_come_from_metadata(tmp_path):
         "\n".join(json.dumps(line) for line in lines)
     )
     rows, outside = read_folders(tmp_path / "photos", ["gothic"])
-    assert rows["attribution"][:] == ["A, Ann, CC BY 4.0", "Ben, CC0, https://example.org/b", None]
+    credits = ["A, Ann, CC BY 4.0", "Ben, CC0, https://example.org/b", None]
+    assert rows["attribution"][:] == credits
     assert outside == []
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "train").symlink_to(tmp_path / "photos")
+    rows, _ = read_folders(tmp_path / "linked", ["gothic"])
+    assert (rows["split"][:], rows["attribution"][:]) == (["train"] * 3, credits)
+
+
+def test_what_changes_becomes_another_version(table, tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / "gothic").mkdir(exist_ok=True)
+        draw("gothic", np.random.default_rng(0)).save(tmp_path / "gothic" / name)
+    before = read_folders(tmp_path, ["gothic"])[0]["version"][:]
+    draw("gothic", np.random.default_rng(1)).save(tmp_path / "gothic" / "b.png")
+    after = read_folders(tmp_path, ["gothic"])[0]["version"][:]
+    assert (before[0] == after[0], before[1] == after[1]) == (True, False)
+    path = save(table, tmp_path, "parquet")
+    before = read_table(path, CLASSES)[0]["version"][:]
+    table.select(range(23, -1, -1)).to_parquet(path)
+    assert not set(before) & set(read_table(path, CLASSES)[0]["version"])
 
 
 def test_attributions_reach_the_prepared_dataset(folder, table, two_styles, tmp_path):
@@ -188,6 +211,30 @@ def test_attributions_reach_the_prepared_dataset(folder, table, two_styles, tmp_
         row["attribution"] for rows in load_prepared(tmp_path / "run").values() for row in rows
     }
     assert credits == {f"photographer {index}" for index in range(24)}
+
+
+def test_a_module_draws_what_the_domain_asks_for(two_styles, tmp_path, monkeypatch):
+    drawing = """
+import json
+def write_images(folder, domain, seed, **options):
+    folder.mkdir()
+    (folder / "order.json").write_text(json.dumps([domain.name, seed, options]))
+    return folder
+"""
+    (tmp_path / "drawing_of_tests.py").write_text(drawing)
+    monkeypatch.syspath_prepend(tmp_path)
+    source = Source(kind="module", path="drawing_of_tests", options={"size": 8})
+    drawn = two_styles.model_copy(update={"source": source})
+    assert fetch_images(drawn, tmp_path, tmp_path / "mine", 3, None) == tmp_path / "mine"
+    assert fetch_images(drawn, tmp_path, None, 3, None) == tmp_path / "images"
+    assert json.loads((tmp_path / "images" / "order.json").read_text()) == [
+        "facades",
+        3,
+        {"size": 8},
+    ]
+    absent = drawn.model_copy(update={"source": Source(kind="module", path="not.there")})
+    with pytest.raises(ValueError, match="'not.there' can't be imported .* write_images"):
+        fetch_images(absent, tmp_path, None, 3, None)
 
 
 def test_files_outside_of_a_class_are_named(folder, tmp_path):

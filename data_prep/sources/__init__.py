@@ -2,7 +2,7 @@
 
 Rows are a `datasets.Dataset` of image (not decoded), source_id (its name inside the source),
 version (changes when the content does), class_name, split (None: to be decided) and attribution
-(None: not known).
+(None: not known). What it could not take are entries of report.json, see `rows.no_class`.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def fetch_images(
     source = domain.source
     if images is not None:
         return images
-    if source.kind == "module":
-        return _draw(source, run / "images", domain, seed)
     if source.kind == "commons":
         return download_commons(run / "images", domain.class_names, contact, **source.options)
+    if source.kind == "module":
+        return _draw(source, run / "images", domain, seed)
     if source.path is None:
         raise ValueError(
             f"domain '{domain.name}' names no images; pass --images FOLDER, one folder a class "
@@ -71,9 +71,9 @@ def read_source(
     Args:
         own: whether this is the domain's own source, not one named on the command line.
     """
-    table = domain.source.kind == "dataset" if own else is_table(location)
-    if table:
-        options = domain.source.options if domain.source.kind == "dataset" else {}
+    table = domain.source.kind == "dataset"
+    options = domain.source.options if table else {}
+    if table if own else is_table(location):
         return read_table(location, domain.class_names, **options)
     return read_folders(location, domain.class_names)
 
@@ -119,8 +119,7 @@ def retention_rows(domain: Domain, drawn: Path, seed: int = 0) -> datasets.Datas
             raise ValueError(
                 f"no image of the retention class '{name}' can be read; check retention.source"
             )
-        if len(readable) < len(verified):
-            unreadable = len(verified) - len(readable)
+        if unreadable := len(verified) - len(readable):
             logger.warning("retention: left out %d unreadable images of '%s'", unreadable, name)
         images += readable
         labels += [label] * len(readable)

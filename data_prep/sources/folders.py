@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,10 @@ SIDECARS = frozenset({"metadata.jsonl", "metadata.csv", "skipped.jsonl", "truth.
 def read_folders(
     folder: str | Path, class_names: list[str]
 ) -> tuple[datasets.Dataset, list[dict[str, Any]]]:
-    """Lists the files of class folders, in the order of their names; opens none of them.
-
-    Args:
-        folder: holds one folder a class, or folders named train, validation, calibration, test that
-            do.
-        class_names: the classes of the domain; upper and lower case, "_", "-" and a space are
-            alike.
+    """Lists the files of class folders, in the order of their names; opens no image.
 
     Returns:
-        rows as `data_prep.sources` describes them; and the files outside of a class, as source_id
-        and reason.
+        rows as `data_prep.sources` describes them; and the files outside of a class.
 
     Raises:
         FileNotFoundError: if the folder or a class has no files.
@@ -46,74 +39,79 @@ def read_folders(
             f"no image folder at '{folder}'; expected one folder a class, e.g. {folder}/gothic"
         )
     names = {name.casefold() for name in class_names}
-    attributions = dict(_attributions(folder))
+    paths = list_files(folder)
+    attributions = {path: text for sidecar in paths for path, text in _attributions(sidecar)}
     rows: list[dict[str, Any]] = []
-    outside = []
-    for path in sorted(list_files(folder)):
+    aside = []
+    for path in paths:
         inside = path.relative_to(folder)
+        split, folders = split_and_folders(inside.parts, names)
         if path.name in SIDECARS:
             continue
-        if not path.is_file():
-            told = "not a file: a broken link, or a device"
-            outside.append(no_class(inside.as_posix(), told))
-            continue
-        split = split_of(inside.parts, names)
-        within = inside.parts[1 if split else 0 : -1]
-        if not within:
-            outside.append(no_class(inside.as_posix(), "not in a class folder"))
-            continue
-        status = path.stat()
-        rows.append(
-            {
+        if not folders:
+            aside.append(no_class(inside.as_posix(), "not in a class folder"))
+        elif not path.is_file():
+            aside.append(no_class(inside.as_posix(), "not a file: a broken link, or a device"))
+        else:
+            status = path.stat()
+            row: dict[str, Any] = {
                 "image": {"path": str(path), "bytes": None},
                 "source_id": inside.as_posix(),
                 "version": f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}",
-                "class_name": within[0],
+                "class_name": folders[0],
                 "split": split,
                 "attribution": attributions.get(path),
             }
-        )
+            rows.append(row)
     canonical = check_classes({row["class_name"] for row in rows}, class_names, f"'{folder}'")
     for row in rows:
         row["class_name"] = canonical[row["class_name"]]
-    return datasets.Dataset.from_list(rows, features=SOURCE_FEATURES), outside
+    return datasets.Dataset.from_list(rows, features=SOURCE_FEATURES), aside
 
 
-def split_of(parts: Sequence[str], class_names: Collection[str]) -> str | None:
-    """The split that the outermost folder of a path gives, unless a class is called so."""
-    return parts[0] if parts[0] in SPLITS and parts[0] not in class_names else None
+def split_and_folders(
+    parts: tuple[str, ...], class_names: Collection[str]
+) -> tuple[str | None, tuple[str, ...]]:
+    """The split and the folders that a path names, that of the class first.
+
+    The outermost folder is a split, unless a class is called so.
+    """
+    if parts[0] in SPLITS and parts[0] not in class_names:
+        return parts[0], parts[1:-1]
+    return None, parts[:-1]
 
 
-def list_files(folder: Path) -> Iterator[Path]:
-    """What is in the folder and below, through links to other folders as well.
+def list_files(folder: Path) -> list[Path]:
+    """What is in the folder and below, through links to other folders as well, in order.
 
     Hidden files are no images.
     """
+    files: list[Path] = []
     entered = set()
-    for name, folders, files in os.walk(folder, followlinks=True):
-        resolved = Path(name).resolve()
-        folders[:] = (
-            [] if resolved in entered else [inner for inner in folders if not inner.startswith(".")]
-        )
-        if resolved not in entered:
-            yield from (Path(name) / file for file in files if not file.startswith("."))
-        entered.add(resolved)
-
-
-def _attributions(folder: Path) -> Iterator[tuple[Path, str]]:
-    for path in folder.rglob("metadata.*"):
-        if path.name == "metadata.jsonl":
-            lines = path.read_text(encoding="utf-8").splitlines()
-            entries = [json.loads(line) for line in lines if line.strip()]
-        elif path.name == "metadata.csv":
-            with path.open(encoding="utf-8", newline="") as file:
-                entries = list(csv.DictReader(file))
-        else:
+    for name, folders, inside in os.walk(folder, followlinks=True):
+        if (resolved := Path(name).resolve()) in entered:
+            folders.clear()
             continue
-        for entry in entries:
-            parts = [entry.get(key) for key in ("author", "license", "source_url")]
-            text = entry.get("attribution") or ", ".join(part for part in parts if part)
-            if "file_name" not in entry:
-                raise ValueError(f"'{path}': an entry has no file_name; expected one in each")
-            if text:
-                yield path.parent / entry["file_name"], text
+        entered.add(resolved)
+        folders[:] = [inner for inner in folders if not inner.startswith(".")]
+        files += [Path(name) / file for file in inside if not file.startswith(".")]
+    return sorted(files)
+
+
+def _attributions(sidecar: Path) -> Iterator[tuple[Path, str]]:
+    """What a metadata file says of the images beside it."""
+    if sidecar.name == "metadata.jsonl":
+        lines = sidecar.read_text(encoding="utf-8").splitlines()
+        entries = [json.loads(line) for line in lines if line.strip()]
+    elif sidecar.name == "metadata.csv":
+        with sidecar.open(encoding="utf-8", newline="") as file:
+            entries = list(csv.DictReader(file))
+    else:
+        return
+    for entry in entries:
+        if "file_name" not in entry:
+            raise ValueError(f"'{sidecar}': an entry has no file_name; expected one in each")
+        parts = [entry.get(key) for key in ("author", "license", "source_url")]
+        text = entry.get("attribution") or ", ".join(part for part in parts if part)
+        if text:
+            yield sidecar.parent / entry["file_name"], text

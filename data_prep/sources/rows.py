@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any, TypeVar
 
 import datasets
+from pydantic import TypeAdapter, ValidationError
 
 from nicheclip.domain import class_key
 
+TEXTS = ("source_id", "version", "class_name", "split", "attribution")
 SOURCE_FEATURES = datasets.Features(
-    {
-        "image": datasets.Image(decode=False),
-        **{
-            name: datasets.Value("string")
-            for name in ("source_id", "version", "class_name", "split", "attribution")
-        },
-    }
+    {"image": datasets.Image(decode=False), **dict.fromkeys(TEXTS, datasets.Value("string"))}
 )
-
-
 T = TypeVar("T")
 
 
@@ -35,14 +29,20 @@ def read_options(kind: type[T], options: dict[str, Any], source: str) -> T:
     """`source.options` of a domain file as the dataclass of its source.
 
     Raises:
-        ValueError: for an option that it does not know.
+        ValueError: for an option that it does not know, or a value that does not suit its field.
     """
-    try:
-        return kind(**options)
-    except TypeError as error:
-        known = ", ".join(inspect.signature(kind).parameters)
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    if unknown := sorted(set(options) - set(known)):
         raise ValueError(
-            f"source.options of {source}: {error}; known options are {known}"
+            f"source.options of {source}: '{unknown[0]}'; known options are {', '.join(known)}"
+        )
+    try:
+        return TypeAdapter(kind).validate_python(options)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        option = ".".join(map(str, problem["loc"]))
+        raise ValueError(
+            f"source.options.{option}: {problem['msg']}, got {problem['input']!r}"
         ) from error
 
 
@@ -56,19 +56,13 @@ def check_classes(found: Iterable[str], class_names: list[str], where: str) -> d
     names = {class_key(name): name for name in class_names}
     canonical = {}
     for label in found:
-        if class_key(label) not in names:
-            close = difflib.get_close_matches(class_key(label), list(names), n=1)
-            raise ValueError(
-                f"'{label}' in {where} is no class of the domain"
-                + (
-                    f"; did you mean '{names[close[0]]}'?"
-                    if close
-                    else "; add it to classes, or take it out"
-                )
-            )
-        canonical[label] = names[class_key(label)]
-    empty = sorted(set(class_names) - set(canonical.values()))
-    if empty:
+        key = class_key(label)
+        if key not in names:
+            close = difflib.get_close_matches(key, list(names), n=1)
+            remedy = f"did you mean '{names[close[0]]}'?" if close else "add it, or take it out"
+            raise ValueError(f"'{label}' in {where} is no class of the domain; {remedy}")
+        canonical[label] = names[key]
+    if empty := sorted(set(class_names) - set(canonical.values())):
         raise FileNotFoundError(
             f"no images in {where} for: {', '.join(empty)}; add them, or take the classes out of "
             "the domain file"

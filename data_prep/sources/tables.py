@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 
 from data_prep.sources.rows import SOURCE_FEATURES, check_classes, no_class, read_options
 from nicheclip.run import SPLITS
 
-ALIASES = {"val": "validation", "valid": "validation", "dev": "validation"}
+SPLIT_NAMES = {name: name for name in SPLITS} | dict.fromkeys(("val", "valid", "dev"), "validation")
+Split = Literal["train", "validation", "calibration", "test"]
 SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
 
 
@@ -25,7 +26,7 @@ class TableOptions:
     config: str | None = None  # of a Hub dataset
     revision: str | None = None
     # e.g. {valid: validation, full: null}; others by name
-    splits: dict[str, str | None] = field(default_factory=dict)
+    splits: dict[str, Split | None] = field(default_factory=dict)
 
 
 def is_table(location: str | Path) -> bool:
@@ -40,16 +41,16 @@ def read_table(
 ) -> tuple[datasets.Dataset, list[dict[str, Any]]]:
     """Opens a dataset; images stay undecoded and on disk.
 
+    A split that is not train, validation, calibration or test is dealt out.
+
     Args:
         location: a Hub id, a .parquet or .arrow file, a folder of them, or one written by
             `save_to_disk`.
-        class_names: the classes of the domain; labels are ClassLabel or strings, upper and lower
-            case are alike.
+        class_names: the classes of the domain; labels are ClassLabel or strings.
         options: the fields of `TableOptions`.
 
     Returns:
-        rows as `data_prep.sources` describes them; and the rows without a label, as source_id and
-        reason. A split that is not train, validation, calibration or test is dealt out.
+        rows as `data_prep.sources` describes them; and the rows without a label.
 
     Raises:
         ValueError: for an unknown option, column, split or label.
@@ -57,64 +58,44 @@ def read_table(
     """
     chosen = read_options(TableOptions, options, "a dataset")
     tables = _load(location, chosen)
-    labels = {name: _labels(table, chosen, location) for name, table in tables.items()}
-    found = sorted({label for own in labels.values() for label in own if label is not None})
+    split_of = SPLIT_NAMES | chosen.splits
+    table = datasets.concatenate_datasets(list(tables.values()))
+    labels = _labels(table, chosen, location)
+    found = sorted({label for label in labels if label is not None})
     canonical = check_classes(found, class_names, f"'{location}'")
-    parts, unlabelled = [], []
-    for name, table in tables.items():
-        split = chosen.splits.get(name, ALIASES.get(name, name if name in SPLITS else None))
-        if split not in (*SPLITS, None):
-            raise ValueError(
-                f"source.options.splits: '{split}' is no split; expected {', '.join(SPLITS)} or "
-                "null"
-            )
-        classes = {
-            index: canonical[label] for index, label in enumerate(labels[name]) if label is not None
-        }
-        labelled = list(classes)
-        credits = (
-            table[chosen.attribution_column][:]
-            if chosen.attribution_column
-            else [None] * len(table)
-        )
-        images = table.select_columns([chosen.image_column]).rename_columns(
-            {chosen.image_column: "image"}
-        )
-        images = images.cast_column("image", datasets.Image(decode=False)).select(labelled)
-        columns = {
-            "source_id": [f"{name}/{index:07d}" for index in labelled],
-            "version": _versions(table, images, labelled),
-            "class_name": list(classes.values()),
-            "split": [split] * len(labelled),
-            "attribution": [credits[index] for index in labelled],
-        }
-        strings = datasets.Features({column: SOURCE_FEATURES[column] for column in columns})
-        texts = datasets.Dataset.from_dict(columns, features=strings)
-        parts.append(datasets.concatenate_datasets([images, texts], axis=1))
-        unlabelled += [
-            no_class(f"{name}/{index:07d}", "no label")
-            for index in range(len(table))
-            if index not in classes
-        ]
-    return datasets.concatenate_datasets(parts), unlabelled
+    column, credit = chosen.image_column, chosen.attribution_column
+    images = table.select_columns(column).rename_columns({column: "image"})
+    images = images.cast_column("image", datasets.Image(decode=False))
+    columns = {
+        "source_id": [f"{name}/{n:07d}" for name, part in tables.items() for n in range(len(part))],
+        "version": _versions(table, images),
+        "class_name": [None if label is None else canonical[label] for label in labels],
+        "split": [split_of.get(name) for name, part in tables.items() for _ in range(len(part))],
+        "attribution": table[credit][:] if credit else [None] * len(table),
+    }
+    texts = datasets.Dataset.from_dict(
+        columns, features=datasets.Features({name: SOURCE_FEATURES[name] for name in columns})
+    )
+    rows = datasets.concatenate_datasets([images, texts], axis=1)
+    labelled = [index for index, label in enumerate(labels) if label is not None]
+    ids = zip(columns["source_id"], labels, strict=True)
+    aside = [no_class(source_id, "no label") for source_id, label in ids if label is None]
+    return rows.select(labelled), aside
 
 
-def _versions(table: datasets.Dataset, images: datasets.Dataset, indices: list[int]) -> list[str]:
-    """Changes when the files of the table do, or those that its paths name."""
+def _versions(table: datasets.Dataset, images: datasets.Dataset) -> list[str]:
+    """Change when the files of the table do, or those that its paths name."""
     stats = [Path(file["filename"]).stat() for file in table.cache_files]
     files = f"{table._fingerprint} {[(status.st_size, status.st_mtime_ns) for status in stats]}"
     first = images[0]["image"] if len(images) else None
     if first is None or first["bytes"] is not None:
-        return [f"{files} {index}" for index in indices]
-    paths = [Path(row["image"]["path"]) for row in images]
+        return [files] * len(images)
+    paths = [Path((row["image"] or {}).get("path") or "") for row in images]
     own = [path.stat() if path.is_file() else None for path in paths]
-    return [
-        f"{files} {index} {status and (status.st_size, status.st_mtime_ns)}"
-        for index, status in zip(indices, own, strict=True)
-    ]
+    return [f"{files} {status and (status.st_size, status.st_mtime_ns)}" for status in own]
 
 
-def _load(location: str | Path, options: TableOptions) -> datasets.DatasetDict:
+def _load(location: str | Path, options: TableOptions) -> dict[str, datasets.Dataset]:
     path = Path(location)
     if path.suffix in SUFFIXES and path.is_file():
         loaded = datasets.load_dataset(SUFFIXES[path.suffix], data_files={"table": str(path)})
@@ -128,11 +109,7 @@ def _load(location: str | Path, options: TableOptions) -> datasets.DatasetDict:
                 f"no folder and no dataset '{location}': {error}; check the path, or the id and "
                 "the network"
             ) from error
-    return (
-        loaded
-        if isinstance(loaded, datasets.DatasetDict)
-        else datasets.DatasetDict({"table": loaded})
-    )
+    return loaded if isinstance(loaded, dict) else {"table": loaded}
 
 
 def _labels(

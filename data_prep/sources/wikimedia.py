@@ -1,16 +1,13 @@
 """A polite client of Wikimedia Commons: what the API lists, and the thumbnails.
 
-API requests go one at a time, each names a way of contact, and all threads wait when the site says
-so.
+Each request names a way of contact, and all threads wait when the site says so.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import re
-import struct
 import threading
 import time
 import unicodedata
@@ -23,21 +20,23 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from PIL import Image
 
 from nicheclip.files import replaced_file
+from nicheclip.images import open_image
 
 logger = logging.getLogger(__name__)
 
 TRIES = 6
 PHOTOS = ("image/jpeg", "image/png", "image/webp", "image/tiff")
-EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 LATER = "run the same command again later, it goes on where it stopped"
+LONG_WAIT = 30  # seconds; a longer one is told
+NO_CREDIT_OWED = r"(cc0|cc-zero|cc-pd|pd|public-domain)\b"
+CREDIT_OWED = r"(cc-by(-sa)?|gfdl|fal|free-art(-license)?)\b"
 
 
 @dataclass(frozen=True)
 class CommonsFile:
-    """A file as it was listed; `reason` says why it can't be used, None if it can."""
+    """A file as it was listed; `reason` says why it is not used, None if it can be."""
 
     title: str
     category: str
@@ -50,36 +49,28 @@ class CommonsFile:
     source_url: str = ""  # the description page
     sha1: str = ""  # of the original
 
-    def stem(self, width: int) -> str:
-        """The file's name without extension: another width or version is another file."""
-        ascii_title = (
-            unicodedata.normalize("NFKD", Path(self.title).stem)
-            .encode("ascii", "ignore")
-            .decode()
-            .lower()
-        )
-        slug = "_".join(re.findall("[a-z0-9]+", ascii_title))[:60].strip("_")
-        return "_".join(filter(None, [str(self.page_id), slug, f"{width}px", self.sha1[:8]]))
+    def name(self, width: int) -> str:
+        """Of the image here: another width, or a new version on Commons, is another file."""
+        plain = unicodedata.normalize("NFKD", Path(self.title).stem).encode("ascii", "ignore")
+        slug = "_".join(re.findall("[a-z0-9]+", plain.decode().lower()))[:60].strip("_")
+        stem = "_".join(filter(None, [str(self.page_id), slug, f"{width}px", self.sha1[:8]]))
+        return stem + Path(httpx.URL(self.url).path).suffix.lower().replace("jpeg", "jpg")
 
     def metadata(self, file_name: str) -> dict[str, Any]:
         """Its line of metadata.jsonl."""
         licence = f"{self.license} ({self.license_url})" if self.license_url else self.license
+        attribution = f"{self.title}, {self.author}, {licence}, {self.source_url}"
         fields = asdict(self)
         del fields["reason"], fields["url"]
-        attribution = f"{self.title}, {self.author}, {licence}, {self.source_url}"
         return {"file_name": file_name, "attribution": attribution, **fields}
 
 
-class _Broken(ConnectionError):
+class _BrokenError(ConnectionError):
     """One address does not give what it should, however often it is asked."""
 
 
-class _Refused(ConnectionError):
+class _RefusedError(ConnectionError):
     """The API answers a query with an error."""
-
-    def __init__(self, code: str, info: str):
-        super().__init__(f"the API refuses ({code}): {info}")
-        self.code = code
 
 
 class Commons:
@@ -93,13 +84,9 @@ class Commons:
 
     def __init__(self, contact: str | None, api: str, width: int, first_wait: float):
         self.contact = (contact or "").strip()
-        agent = (
-            f"NicheCLIP/{version('nicheclip')} ({self.contact}) python-httpx/{httpx.__version__}"
-        )
+        agent = f"NicheCLIP/{version('nicheclip')} ({self.contact}) python-httpx"
         self.client = httpx.Client(headers={"User-Agent": agent}, timeout=60, follow_redirects=True)
-        self.api = api
-        self.width = width
-        self.first_wait = first_wait
+        self.api, self.width, self.first_wait = api, width, first_wait
         self.stopped = threading.Event()
         self.lock = threading.Lock()
         self.resume_at = 0.0  # on the monotonic clock; what one thread is told to wait, all wait
@@ -109,7 +96,7 @@ class Commons:
 
         Raises:
             ValueError: without a contact.
-            _Broken: if every try fails.
+            _BrokenError: if every try fails.
             ConnectionError: if the site can't be reached, or asks to wait at every try.
             PermissionError: if it refuses.
         """
@@ -120,34 +107,25 @@ class Commons:
             )
         next_try = 0.0
         for attempt in range(TRIES):
-            if self.stopped.wait(max(0.0, max(next_try, self.resume_at) - time.monotonic())):
-                raise _Broken("the run was stopped")
-            asked = 0.0
+            if self.stopped.wait(max(next_try, self.resume_at) - time.monotonic()):
+                raise _BrokenError("the run was stopped")
             try:
                 response = self.client.get(url, params=params or None)
-            except httpx.TransportError as error:  # also for a body that is shorter than announced
-                problem: str | None = f"{type(error).__name__}: {error}"
-                whole_site = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
-            else:
-                if response.status_code == 403:
-                    raise PermissionError(
-                        f"{url} is refused (HTTP 403); check that --contact really reaches you"
-                    )
                 problem, whole_site = _passing_problem(response), response.status_code == 429
                 if problem is None:
                     return response
-                asked = _retry_after(response)
-            if asked > 30:
-                logger.warning(
-                    "%s asks to wait %.0f seconds (%s)", httpx.URL(url).host, asked, problem
-                )
-            now = time.monotonic()
-            next_try = now + self.first_wait * 2**attempt
+                asked = _seconds_to_wait(response)
+            except httpx.TransportError as error:  # also for a body that is shorter than announced
+                problem, asked = f"{type(error).__name__}: {error}", 0.0
+                whole_site = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+            if asked > LONG_WAIT:
+                logger.warning("%s asks to wait %.0f seconds (%s)", url, asked, problem)
+            next_try = time.monotonic() + self.first_wait * 2**attempt
             with self.lock:
-                self.resume_at = max(self.resume_at, now + asked)
+                self.resume_at = max(self.resume_at, time.monotonic() + asked)
         if whole_site:
             raise ConnectionError(f"{url}: {problem} in each of {TRIES} tries; {LATER}")
-        raise _Broken(f"{problem} in each of {TRIES} tries")
+        raise _BrokenError(f"{problem} in each of {TRIES} tries")
 
     def answers(self, **params: Any) -> Iterator[dict[str, Any]]:
         """The answers to one query, following `continue` to its end."""
@@ -156,10 +134,11 @@ class Commons:
         while more is not None:
             try:
                 answer = self.get(self.api, **params, **more).raise_for_status().json()
-            except (_Broken, httpx.HTTPStatusError, json.JSONDecodeError) as error:
+            except (_BrokenError, httpx.HTTPStatusError, json.JSONDecodeError) as error:
                 raise ConnectionError(f"{self.api}: {error}; {LATER}") from error
             if "error" in answer:
-                raise _Refused(answer["error"]["code"], answer["error"]["info"])
+                code, info = answer["error"]["code"], answer["error"]["info"]
+                raise _RefusedError(f"the API refuses ({code}): {info}")
             yield answer
             more = answer.get("continue")
 
@@ -172,22 +151,16 @@ class Commons:
                 for page in answer["query"]["pages"]:
                     info = page.get("categoryinfo", {})
                     if info.get("files") or info.get("subcats"):
-                        filled.add(page["title"].removeprefix("Category:"))
-        return [name for name in categories if name not in filled]
+                        filled.add(page["title"])
+        return [name for name in categories if f"Category:{name}" not in filled]
 
     def subcategories(self, category: str) -> list[str]:
         """Their names without "Category:", one level down."""
-        query = {
-            "list": "categorymembers",
-            "cmtitle": f"Category:{category}",
-            "cmtype": "subcat",
-            "cmlimit": 500,
-        }
-        return [
-            member["title"].removeprefix("Category:")
-            for answer in self.answers(**query)
-            for member in answer["query"]["categorymembers"]
-        ]
+        answers = self.answers(
+            list="categorymembers", cmtitle=f"Category:{category}", cmtype="subcat", cmlimit=500
+        )
+        members = (member for answer in answers for member in answer["query"]["categorymembers"])
+        return [member["title"].removeprefix("Category:") for member in members]
 
     def files(self, category: str, enough: int) -> list[CommonsFile]:
         """Whole batches of the category's files, until `enough` of them can be used."""
@@ -213,47 +186,39 @@ class Commons:
                     batch = {}
                     if sum(file.reason is None for file in files) >= enough:
                         break
-        except _Refused as error:
-            if error.code != "urlparamnormal":
+        except _RefusedError as error:
+            if "(urlparamnormal)" not in str(error):
                 raise
             # One file that can't be scaled spoils the answer for its whole batch, and hides what
             # comes after it.
-            titles = [
-                *(title.removeprefix("File:") for title in sorted(batch)),
-                f"Category:{category}",
-            ]
-            files += [
-                CommonsFile(title, category, f"not listed to the end: {error}") for title in titles
-            ]
+            titles = [*(title.removeprefix("File:") for title in batch), f"Category:{category}"]
+            reason = f"not listed to the end: {error}"
+            files += [CommonsFile(title, category, reason) for title in titles]
         return files
 
-    def store(self, url: str, stem: Path) -> str | None:
-        """Downloads one image to `stem` with the extension of its type, or tells why it can't."""
+    def store(self, url: str, path: Path) -> str | None:
+        """Downloads one image, or tells why it can't."""
         try:
             response = self.get(url)
-        except _Broken as error:
+        except _BrokenError as error:
             return str(error)
         if response.status_code != 200:
             return f"HTTP {response.status_code}"
         try:
-            with Image.open(io.BytesIO(response.content), formats=["JPEG", "PNG", "WEBP"]) as image:
-                extension = EXTENSIONS[str(image.format)]
-                image.verify()
-        except (
-            OSError,
-            SyntaxError,
-            ValueError,
-            EOFError,
-            struct.error,
-            Image.DecompressionBombError,
-        ) as error:
-            return f"what came is no image: {str(error).splitlines()[0]}"
-        with replaced_file(stem.with_name(f"{stem.name}.{extension}")) as unfinished:
+            open_image(response.content)
+        except OSError as error:
+            return f"what came is no image: {error.__cause__}"
+        with replaced_file(path) as unfinished:
             unfinished.write_bytes(response.content)
         return None
 
 
 def _passing_problem(response: httpx.Response) -> str | None:
+    """What may be over when one asks again later."""
+    if response.status_code == 403:
+        raise PermissionError(
+            f"{response.url} is refused (HTTP 403); check that --contact really reaches you"
+        )
     if response.status_code == 429 or response.status_code >= 500:
         return f"HTTP {response.status_code}"
     if response.headers.get("content-type", "").startswith("application/json"):
@@ -262,13 +227,13 @@ def _passing_problem(response: httpx.Response) -> str | None:
     return None
 
 
-def _retry_after(response: httpx.Response) -> float:
-    """Seconds; the header gives them, or a date."""
-    value = response.headers.get("retry-after", "")
+def _seconds_to_wait(response: httpx.Response) -> float:
+    """As the site asks; the header gives seconds or a date."""
+    value = response.headers.get("retry-after", "0")
     if value.isdigit():
         return float(value)
     try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+        return parsedate_to_datetime(value).timestamp() - time.time()
     except ValueError:
         return 0.0
 
@@ -276,14 +241,10 @@ def _retry_after(response: httpx.Response) -> float:
 def _read_page(page: dict[str, Any], category: str) -> CommonsFile:
     """A file as the API describes it; its texts may be HTML."""
     info = page.get("imageinfo", [{}])[0]
-    texts = {
-        name: plain_text(str(entry["value"]))
-        for name, entry in (info.get("extmetadata") or {}).items()
-    }
-    author, licence = (
-        texts.get("Artist") or texts.get("Attribution") or "",
-        texts.get("LicenseShortName", ""),
-    )
+    entries = info.get("extmetadata") or {}
+    texts = {name: plain_text(str(entry["value"])) for name, entry in entries.items()}
+    licence = texts.get("LicenseShortName", "")
+    author = texts.get("Artist") or texts.get("Attribution") or ""
     if re.fullmatch(r"(unknown|unidentified)( (author|artist|photographer))?", author.casefold()):
         author = ""
     free, owes_credit = _rights(texts)
@@ -310,16 +271,13 @@ def _read_page(page: dict[str, Any], category: str) -> CommonsFile:
 
 def _rights(texts: dict[str, str]) -> tuple[bool, bool]:
     """Is the licence one of the free ones, and does it ask for the author's name?"""
-    codes = [
-        texts.get(name, "").casefold().replace(" ", "-") for name in ("License", "LicenseShortName")
-    ]
+    names = (texts.get("License", ""), texts.get("LicenseShortName", ""))
+    codes = [name.casefold().replace(" ", "-") for name in names]
     if texts.get("NonFree") or any(re.search(r"-(nc|nd)\b", code) for code in codes):
         return False, True
-    if any(re.match(r"(cc0|cc-zero|cc-pd|pd|public-domain)\b", code) for code in codes):
+    if any(re.match(NO_CREDIT_OWED, code) for code in codes):
         return True, False
-    return any(
-        re.match(r"(cc-by(-sa)?|gfdl|fal|free-art(-license)?)\b", code) for code in codes
-    ), True
+    return any(re.match(CREDIT_OWED, code) for code in codes), True
 
 
 def plain_text(html: str) -> str:
