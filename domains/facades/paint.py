@@ -85,12 +85,9 @@ def write_images(folder: Path, domain: Domain, seed: int, **options: Any) -> Pat
         )
     drawings = _plan(clusters, chosen, np.random.default_rng(seed))
     with replaced_folder(folder) as unfinished, ProcessPoolExecutor(os.cpu_count()) as pool:
-        for parent in {(unfinished / drawing.name).parent for drawing in drawings}:
-            parent.mkdir(parents=True)
         painting = partial(_paint_file, unfinished, seed, chosen.size)
         painted = pool.map(painting, drawings, chunksize=16)
-        for _ in tqdm(painted, total=len(drawings), desc="painting façades", unit="img"):
-            pass
+        list(tqdm(painted, total=len(drawings), desc="painting façades", unit="img"))
         lines = [json.dumps({"file_name": d.name, "attribution": ATTRIBUTION}) for d in drawings]
         (unfinished / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         truth = {
@@ -153,4 +150,6 @@ def _paint_file(folder: Path, seed: int, size: int, drawing: Drawing) -> None:
     content = encoded.getvalue()
     if drawing.broken:
         content = content[: int(len(content) * rng.uniform(0, 0.6))]
-    (folder / drawing.name).write_bytes(content)
+    path = folder / drawing.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)

@@ -53,6 +53,7 @@ FOLIAGE: dict[str, Colour] = {
     "spring": (138, 176, 92), "summer": (74, 122, 66), "autumn": (198, 122, 52),
     "winter": (104, 88, 78),
 }  # fmt: skip
+WEATHERS = ("clear", "clear", "cloudy", "cloudy", "overcast", "rain", "fog", "snow")  # as likely
 # Sky at the zenith, sky at the horizon, light that falls on everything.
 SKIES: dict[str, tuple[Colour, Colour, tuple[float, float, float]]] = {
     "clear": ((96, 152, 214), (204, 226, 240), (1.05, 1.03, 0.98)),

@@ -7,7 +7,8 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, ImageDraw
 
-from domains.facades.painter.palette import CUES, FOLIAGE, LAMPLIGHT, ROOFS, SKIES, WALLS, Colour
+from domains.facades.painter import palette
+from domains.facades.painter.palette import LAMPLIGHT, Colour
 
 Points = list[tuple[float, float]]
 T = TypeVar("T")
@@ -44,27 +45,26 @@ class Scene:
     """One picture in the making: canvas, light, palette, and what has been painted so far."""
 
     def __init__(self, style: str, rng: np.random.Generator, size: int) -> None:
-        self.rng, self.size, self.cues = rng, size, CUES[style]
+        self.rng, self.size, self.cues = rng, size, palette.CUES[style]
         self.scale = SUPERSAMPLING * size / UNITS
         self.side = round((UNITS + 2 * MARGIN) * self.scale)
         self.image = Image.new("RGB", (self.side, self.side))
         self.pen = ImageDraw.Draw(self.image)
 
-        self.wall_name, self.roof_name = self.pick(tuple(WALLS)), self.pick(tuple(ROOFS))
+        self.wall_name = self.pick(tuple(palette.WALLS))
+        self.roof_name = self.pick(tuple(palette.ROOFS))
         self.material = self.pick(("brick", "stone", "stucco"))
-        self.weather = self.pick(
-            ("clear", "clear", "cloudy", "cloudy", "overcast", "rain", "fog", "snow")
-        )
+        self.weather = self.pick(palette.WEATHERS)
         self.time = self.pick(("day",) * 7 + ("dawn", "dusk", "night"))
-        self.season = "winter" if self.weather == "snow" else self.pick(tuple(FOLIAGE))
+        self.season = "winter" if self.weather == "snow" else self.pick(tuple(palette.FOLIAGE))
         sky = self.weather if self.time == "day" else self.time
-        self.zenith, self.horizon, self.light = SKIES[sky]
+        self.zenith, self.horizon, self.light = palette.SKIES[sky]
         jitter = rng.normal(0, 6, 3)
-        self.wall = _rgb(np.clip(np.array(WALLS[self.wall_name]) + jitter, 30, 245))
+        self.wall = _rgb(np.clip(np.array(palette.WALLS[self.wall_name]) + jitter, 30, 245))
         dark_trim = tone(self.wall, self.u(0.45, 0.7))
         light_trim = mix(self.wall, (248, 244, 234), self.u(0.5, 0.9))
         self.trim = dark_trim if self.chance(0.35) else light_trim
-        self.roof = ROOFS[self.roof_name]
+        self.roof = palette.ROOFS[self.roof_name]
         if self.weather == "snow":
             self.roof = mix(self.roof, (244, 246, 250), 0.75)
         self.glass = mix((52, 62, 78), self.horizon, self.u(0.0, 0.45))

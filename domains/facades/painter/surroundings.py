@@ -55,8 +55,8 @@ def street(s: Scene) -> str:
             s.rect(-MARGIN + 18 * i, s.ground + 9, 8, 0.9, (226, 222, 200))
     elif kind == "lawn":
         cover(1, (228, 234, 240) if snow else tone(FOLIAGE["summer"], 1.2))
-        x, far, near = s.middle, s.ground, 106
-        s.fill([(x - 3, far), (x + 3, far), (x + 10, near), (x - 10, near)], (204, 192, 166))
+        x, y = s.middle, s.ground
+        s.fill([(x - 3, y), (x + 3, y), (x + 10, 106), (x - 10, 106)], (204, 192, 166))
     elif kind == "water":
         cover(5, mix(s.zenith, (60, 84, 92), 0.6))
         for _ in range(12):
@@ -64,8 +64,9 @@ def street(s: Scene) -> str:
             s.line([(x, y), (x + s.u(4, 12), y)], mix(s.zenith, s.horizon, 0.6), 0.6)
     else:
         joint = (146, 142, 136)
-        for i in [k - 3.5 for k in range(8)]:
-            s.line([(s.middle + i * 14, s.ground), (s.middle + i * 34, 106)], joint, 0.5)
+        for across in [i - 3.5 for i in range(8)]:
+            ends = [(s.middle + across * 14, s.ground), (s.middle + across * 34, 106)]
+            s.line(ends, joint, 0.5)
         s.line([(-MARGIN, s.ground + 4), (106, s.ground + 4)], joint, 0.5)
     return kind
 
