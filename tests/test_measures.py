@@ -234,10 +234,10 @@ def test_where_hardly_anything_is_wrong_the_temperature_comes_with_a_warning():
     assert "all 40 calibration images are right" in perfect.warning
     labels[:3] = (labels[:3] + 1) % 4
     assert "3 errors among 40 images" in calibrate_temperature(logits, labels, groups).warning
+    wrong = (logits.argmax(axis=1) + 1) % 4
     with pytest.raises(ValueError, match="all 40 calibration images are wrong"):
-        calibrate_temperature(
-            logits, (labels + 1) % 4 if (labels[3:] == 0).any() else labels, groups
-        )
+        calibrate_temperature(logits, wrong, groups)
+    assert calibrate_temperature(logits, wrong, groups, reference=True).value == 1
 
 
 @pytest.mark.parametrize("coverage", [0.8, 0.9, 0.95])

@@ -145,6 +145,7 @@ def test_what_is_no_image_is_refused(run, image, error, words):
         ({"class_names": "gothic"}, "class_names is 'gothic', expected a list"),
         ({"temperature": None}, "temperature is None, expected a float"),
         ({"ood": {"score": "energy"}}, "ood.threshold is None, expected a float"),
+        ({"ood": {"score": "luck", "threshold": 0.5}}, "ood.score is 'luck'; expected one of"),
         (None, "is damaged"),
     ],
 )

@@ -25,6 +25,7 @@ from nicheclip.evaluation.calibration import calibrate_temperature, fit, fit_abs
 from nicheclip.evaluation.intervals import Measure, bootstrap, judge_gate
 from nicheclip.evaluation.ood import fit_class_means
 from nicheclip.evaluation.scorecard import mean
+from nicheclip.head import Head
 from nicheclip.publishing.image_index import ImageIndex, write_index
 from nicheclip.run import load_prepared
 from nicheclip.training.wise_ft import choose_alpha
@@ -84,6 +85,21 @@ def test_abstention_and_sets_are_fitted_on_calibrated_probabilities(domain):
     expected = fit_abstention(calibrated, labels, domain.selective_accuracy)
     assert found["abstention"]["threshold"] == pytest.approx(expected.threshold)
     assert abs(found["temperature"] - 1) > 0.3
+    grouped = fit(3 * logits, labels, np.arange(len(labels)) // 10, domain)
+    assert grouped["temperature_fit"]["low"] != found["temperature_fit"]["low"]
+
+
+def test_a_score_on_the_ood_threshold_is_inside():
+    head = Head(np.eye(2), {"whitening": np.eye(2), "means": np.eye(2)}, 0.0)
+    settings = {
+        "class_names": ["wren", "robin"],
+        "abstention": {"threshold": 0.0},
+        "conformal": {"quantile": 0.0},
+        "ood": {"score": "prompt_cosine", "threshold": 1.0},
+    }
+    classifier = NicheClassifier(lambda pixels: pixels, head, None, settings)
+    on, below = classifier.predict(np.array([[1.0, 0.0], [0.5, 0.5]]))
+    assert not on.outside and below.outside
 
 
 def test_four_equal_probabilities_are_no_top_three_hit():
