@@ -50,7 +50,13 @@ class Drawing(NamedTuple):
     name: str  # split/label/file
     style: str  # that is drawn; the label may be another one
     number: int  # of the drawing, the same for a copy
-    fault: str | None = None  # unreadable or near_duplicate
+    broken: bool = False
+    original: str | None = None  # the name of the drawing of which this is a near-duplicate
+
+    @property
+    def label(self) -> str:
+        """The class folder."""
+        return self.name.split("/")[1]
 
 
 def write_images(folder: Path, domain: Domain, seed: int, **options: Any) -> Path:
@@ -77,24 +83,27 @@ def write_images(folder: Path, domain: Domain, seed: int, **options: Any) -> Pat
         raise ValueError(
             f"'{folder}' was not painted here and would be overwritten; choose another --run"
         )
-    drawings, truth = _plan(clusters, chosen, np.random.default_rng(seed))
+    drawings = _plan(clusters, chosen, np.random.default_rng(seed))
     with replaced_folder(folder) as unfinished, ProcessPoolExecutor(os.cpu_count()) as pool:
-        for parent in {(unfinished / drawing.name).parent for drawing in drawings}:
-            parent.mkdir(parents=True)
         painting = partial(_paint_file, unfinished, seed, chosen.size)
         painted = pool.map(painting, drawings, chunksize=16)
-        for _ in tqdm(painted, total=len(drawings), desc="painting façades", unit="img"):
-            pass
+        list(tqdm(painted, total=len(drawings), desc="painting façades", unit="img"))
         lines = [json.dumps({"file_name": d.name, "attribution": ATTRIBUTION}) for d in drawings]
         (unfinished / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        write_json(unfinished / "truth.json", {"order": order, **truth})
+        truth = {
+            "order": order,
+            "wrong_labels": {d.name: d.style for d in drawings if d.label != d.style},
+            "near_duplicates": {d.name: d.original for d in drawings if d.original},
+            "unreadable": [d.name for d in drawings if d.broken],
+        }
+        write_json(unfinished / "truth.json", truth)
     return folder
 
 
 def _plan(
     clusters: list[list[str]], options: FacadeOptions, rng: np.random.Generator
-) -> tuple[list[Drawing], dict[str, Any]]:
-    """Every file to paint, and the truth about the faults."""
+) -> list[Drawing]:
+    """Every file to paint, faults included."""
     styles = [style for cluster in clusters for style in cluster]
     held_out: list[Drawing] = []
     for split in ("validation", "calibration", "test"):
@@ -102,68 +111,45 @@ def _plan(
             for index in range(getattr(options, split)):
                 held_out.append(Drawing(f"{split}/{style}/{index:04d}.jpg", style, len(held_out)))
 
-    sizes = (
-        np.geomspace(options.smallest_class, options.largest_class, len(styles)).round().astype(int)
-    )
-    pool = [
-        style
-        for style, size in zip(styles, rng.permutation(sizes), strict=True)
-        for _ in range(size)
-    ]
+    sizes = np.geomspace(options.smallest_class, options.largest_class, len(styles)).round()
+    pool = np.repeat(styles, rng.permutation(sizes.astype(int))).tolist()
     fate = rng.permutation(len(pool))
-    wrong = set(fate[: round(options.wrong_labels * len(pool))].tolist())
-    broken = set(fate[len(fate) - round(options.unreadable * len(pool)) :].tolist())
-    truth: dict[str, Any] = {"wrong_labels": {}, "near_duplicates": {}, "unreadable": []}
+    wrong = fate[: round(options.wrong_labels * len(pool))]
+    broken = fate[len(pool) - round(options.unreadable * len(pool)) :]
     train = []
     for index, style in enumerate(pool):
         number, label = len(held_out) + index, style
         if index in wrong:
-            near = [
-                other
-                for cluster in clusters
-                if style in cluster
-                for other in cluster
-                if other != style
-            ]
-            far = [other for other in styles if other != style and other not in near]
+            cluster = next(cluster for cluster in clusters if style in cluster)
+            near = [other for other in cluster if other != style]
+            far = [other for other in styles if other not in cluster]
             label = str(rng.choice(near if near and rng.random() < 2 / 3 else far))
-        drawing = Drawing(
-            f"train/{label}/{number:05d}.jpg",
-            style,
-            number,
-            "unreadable" if index in broken else None,
-        )
-        if index in wrong:
-            truth["wrong_labels"][drawing.name] = style
-        if index in broken:
-            truth["unreadable"].append(drawing.name)
-        train.append(drawing)
+        name = f"train/{label}/{number:05d}.jpg"
+        train.append(Drawing(name, style, number, broken=index in broken))
 
-    readable = [drawing for drawing in train if drawing.fault is None]
+    readable = [drawing for drawing in train if not drawing.broken]
     for copy in range(round(options.near_duplicates * len(pool))):
         originals = held_out if copy % 4 == 0 else readable
         original = originals[rng.integers(len(originals))]
-        label = original.name.split("/")[1]
-        name = f"train/{label}/copy{copy:04d}.jpg"
-        truth["near_duplicates"][name] = original.name
-        if original.name in truth["wrong_labels"]:
-            truth["wrong_labels"][name] = original.style
-        train.append(original._replace(name=name, fault="near_duplicate"))
-    return held_out + train, truth
+        name = f"train/{original.label}/copy{copy:04d}.jpg"
+        train.append(original._replace(name=name, original=original.name))
+    return held_out + train
 
 
 def _paint_file(folder: Path, seed: int, size: int, drawing: Drawing) -> None:
     image = draw(drawing.style, np.random.default_rng([seed, drawing.number]), size)
     rng = np.random.default_rng([seed, drawing.number, 1])
-    copied = drawing.fault == "near_duplicate"
-    if copied:
+    quality = 92
+    if drawing.original:
         left, top, right, bottom = rng.integers(1, max(2, size // 24), size=4)
-        image = image.crop((left, top, size - right, size - bottom)).resize(
-            (size, size), Image.Resampling.BICUBIC
-        )
+        image = image.crop((left, top, size - right, size - bottom))
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+        quality = int(rng.integers(60, 75))
     encoded = io.BytesIO()
-    image.save(encoded, "JPEG", quality=int(rng.integers(60, 75)) if copied else 92)
+    image.save(encoded, "JPEG", quality=quality)
     content = encoded.getvalue()
-    if drawing.fault == "unreadable":
+    if drawing.broken:
         content = content[: int(len(content) * rng.uniform(0, 0.6))]
-    (folder / drawing.name).write_bytes(content)
+    path = folder / drawing.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)

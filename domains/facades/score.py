@@ -64,20 +64,18 @@ def _groups(run: Path, report: dict[str, Any]) -> dict[str, str]:
     group_of: dict[str, str] = {}
     for rows in load_prepared(run).values():
         group_of |= zip(rows["source_id"][:], rows["group_id"][:], strict=True)
-    waiting = {e["source_id"]: e["other"] for e in report["quarantined"] if e["other"]}
-    for source_id, other in waiting.items():
-        while other not in group_of and other in waiting and waiting[other] != source_id:
-            other = waiting[other]
-        group_of[source_id] = group_of.get(other, source_id)
+    others = {e["source_id"]: e["other"] for e in report["quarantined"] if e["other"]}
+    for source_id in others:
+        chain = [source_id]  # each the reason why the one before it is set aside
+        while (other := others.get(chain[-1])) and other not in chain:
+            chain.append(other)
+        known = [group_of[name] for name in chain if name in group_of]
+        group_of[source_id] = known[0] if known else chain[-1]
     return group_of
 
 
 def _count(planted: set[str], named: set[str]) -> dict[str, int]:
-    return {
-        "planted": len(planted),
-        "found": len(planted & named),
-        "falsely": len(named - planted),
-    }
+    return dict(planted=len(planted), found=len(planted & named), falsely=len(named - planted))
 
 
 if __name__ == "__main__":

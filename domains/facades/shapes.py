@@ -18,10 +18,10 @@ from nicheclip.files import replaced_folder
 
 COLOURS = {
     "red": (196, 56, 48), "pink": (236, 160, 176), "brown": (124, 82, 54), "yellow": (232, 198, 70),
-    "green": (84, 150, 76), "blue": (66, 104, 184), "grey": (128, 128, 128), "white": (244, 244,
-    244),
+    "green": (84, 150, 76), "blue": (66, 104, 184), "grey": (128, 128, 128),
+    "white": (244, 244, 244),
 }  # fmt: skip
-CORNERS = (0, 3, 4, 6)  # of the shapes; 0 is a circle
+CORNERS = (48, 3, 4, 6)  # of the shapes; 48 are a circle
 COLOUR_SPREAD = 12.0  # standard deviation of the colour of a shape, of 255
 SIZE = 96  # pixels
 GRAIN = 5.0  # standard deviation of the noise in each pixel
@@ -59,15 +59,11 @@ def _draw(colour: tuple[int, int, int], corners: int, rng: np.random.Generator) 
         ground = rng.integers(70, 220)
     side = SUPERSAMPLING * SIZE
     image = Image.new("RGB", (side, side), (int(ground),) * 3)
-    radius, (x, y), turn = (
-        side * rng.uniform(0.26, 0.42),
-        side * rng.uniform(0.42, 0.58, 2),
-        rng.uniform(0, math.tau),
-    )
-    angles = [turn + math.tau * corner / (corners or 48) for corner in range(corners or 48)]
+    radius, (x, y) = side * rng.uniform(0.26, 0.42), side * rng.uniform(0.42, 0.58, 2)
+    turn = rng.uniform(0, math.tau)
+    angles = [turn + math.tau * corner / corners for corner in range(corners)]
     outline = [(x + radius * math.cos(angle), y + radius * math.sin(angle)) for angle in angles]
     ImageDraw.Draw(image).polygon(outline, tuple(int(value) for value in fill))
     pixels = np.asarray(image.resize((SIZE, SIZE), Image.Resampling.LANCZOS), np.float32)
-    return Image.fromarray(
-        np.clip(pixels + rng.normal(0, GRAIN, pixels.shape), 0, 255).astype(np.uint8)
-    )
+    grained = pixels + rng.normal(0, GRAIN, pixels.shape)
+    return Image.fromarray(np.clip(grained, 0, 255).astype(np.uint8))

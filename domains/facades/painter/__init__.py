@@ -18,21 +18,13 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
+from domains.facades.painter import surroundings
 from domains.facades.painter.arches import arches
 from domains.facades.painter.classical import classical
 from domains.facades.painter.gables import gables
 from domains.facades.painter.modern import modern
 from domains.facades.painter.palette import STYLES
 from domains.facades.painter.scene import Scene
-from domains.facades.painter.surroundings import (
-    backdrop,
-    camera,
-    develop,
-    occluder,
-    street,
-    tree,
-    weather,
-)
 
 __all__ = ["STYLES", "draw", "paint"]
 
@@ -41,13 +33,16 @@ COMPOSITIONS: dict[str, Callable[[Scene], None]] = {
     "gothic": partial(arches, shape="pointed", slender=0.33),
     "romanesque": partial(arches, shape="round", slender=0.44),
     "moorish": partial(arches, shape="horseshoe", slender=0.46),
-    "greek revival": classical, "georgian": classical, "palladian": classical,
-    "tudor": partial(gables, gabled=0.7), "queen anne": partial(gables, gabled=0.55),
+    "greek revival": classical,
+    "georgian": classical,
+    "palladian": classical,
+    "tudor": partial(gables, gabled=0.7),
+    "queen anne": partial(gables, gabled=0.55),
     "dutch gable": partial(gables, gabled=0.95),
-    "international style": partial(modern, share=0.86), "chicago school": partial(modern,
-    share=0.78),
+    "international style": partial(modern, share=0.86),
+    "chicago school": partial(modern, share=0.78),
     "art deco": partial(modern, share=0.5),
-}  # fmt: skip
+}
 
 
 def paint(
@@ -68,32 +63,31 @@ def paint(
         KeyError: `style` is not one of `STYLES`.
     """
     s = Scene(style, rng, size)
-    backdrop(s)
-    ground = street(s)
+    surroundings.backdrop(s)
+    ground = surroundings.street(s)
     if s.chance(0.25):
-        tree(s, s.pick((s.u(0, 12), s.u(84, 96))), s.u(14, 26))
+        surroundings.tree(s, s.pick((s.u(0, 12), s.u(84, 96))), s.u(14, 26))
     COMPOSITIONS[style](s)
     if s.sunny and s.chance(0.3):  # the shadow of a house across the street
         x, reach = s.u(20, 76), s.u(14, 36)
-        s.shade(
-            [
-                (x, s.ground),
-                (x + s.sun * 60, s.ground),
-                (x + s.sun * 60, s.ground - reach * 1.6),
-                (x, s.ground - reach),
-            ],
-            0.7,
-        )
-    in_front = occluder(s)
-    weather(s)
-    picture, view = camera(s)
-    return develop(s, picture), {
-        "wall": s.wall_name, "material": s.material, "roof": s.roof_name, "weather": s.weather,
+        far, eaves, ridge = x + s.sun * 60, s.ground - reach, s.ground - reach * 1.6
+        s.shade([(x, s.ground), (far, s.ground), (far, ridge), (x, eaves)], 0.7)
+    in_front = surroundings.occluder(s)
+    surroundings.weather(s)
+    picture, view = surroundings.camera(s)
+    return surroundings.develop(s, picture), {
+        "wall": s.wall_name,
+        "material": s.material,
+        "roof": s.roof_name,
+        "weather": s.weather,
         "time": s.time,
-        "season": s.season, "storeys": NUMBERS[s.storeys], "ground": ground, "occluder": in_front,
+        "season": s.season,
+        "storeys": NUMBERS[s.storeys],
+        "ground": ground,
+        "occluder": in_front,
         "view": view,
         "feature": " and ".join(sorted({s.pick(s.features), s.pick(s.features)})),
-    }  # fmt: skip
+    }
 
 
 def draw(style: str, rng: np.random.Generator, size: int = 96) -> Image.Image:

@@ -8,15 +8,15 @@ def _venetian_window(s: Scene, y: float, r: float, high: float) -> None:
     s.window(s.middle - r, y, 2 * r, high, "round", (2, 2), 1.0)
     for x in (s.middle - 2.35 * r, s.middle + 1.35 * r):
         s.window(x, y + r, r, high - r, "flat", (1, 2), 0.9)
+    s.features.append("venetian window")
 
 
 def _entrance(s: Scene, w: float, tall: float) -> None:
-    left = s.middle - w / 2
-    if s.has("fanlight"):
-        s.features.append("fanlight")
-        s.window(left, s.ground - tall - w / 2, w, w / 2 + 1, "round", (4, 1), 0.9)
+    left, top = s.middle - w / 2, s.ground - tall
+    if s.has("fanlight", "fanlight"):
+        s.window(left, top - w / 2, w, w / 2 + 1, "round", (4, 1), 0.9)
     else:
-        s.rect(s.middle - w * 0.75, s.ground - tall - 1.6, w * 1.5, 1.6, s.trim)
+        s.rect(s.middle - w * 0.75, top - 1.6, w * 1.5, 1.6, s.trim)
     s.door(left, w, tall)
 
 
@@ -30,13 +30,9 @@ def _portico(s: Scene, x: float, w: float, height: float, order: int) -> None:
     s.pediment(x - 1, top - 1, w + 2, w * s.u(0.17, 0.24))
     tread = foot / 3
     for i in range(3):
-        s.rect(
-            x - 1 - i,
-            s.ground - foot + i * tread,
-            w + 2 + 2 * i,
-            tread + 0.1,
-            tone(s.trim, 1 - 0.1 * i),
-        )
+        y = s.ground - foot + i * tread
+        s.rect(x - 1 - i, y, w + 2 + 2 * i, tread + 0.1, tone(s.trim, 1 - 0.1 * i))
+    s.features += ["columns", "portico"]
 
 
 def classical(s: Scene) -> None:
@@ -44,67 +40,53 @@ def classical(s: Scene) -> None:
     temple, portico, serliana = s.has("temple"), s.has("portico"), s.has("serliana")
     width, height, s.storeys = s.u(46, 66), s.u(28, 40), s.n(2, 3)
     bays = s.pick((3, 5, 5, 7)) if width > 54 else s.pick((3, 5))
-    left, top, floor, step = (
-        s.middle - width / 2,
-        s.ground - height,
-        height / s.storeys,
-        width / bays,
-    )
+    left, top = s.middle - width / 2, s.ground - height
+    floor, step = height / s.storeys, width / bays
     centre = width * 0.92 if temple else max(step * (1 if bays == 3 else 3), 18) * s.u(0.9, 1.05)
 
-    if s.has("wings"):
+    if s.has("wings", "wings"):
+        y = s.ground - height * 0.55
         for x in (left - 13, left + width):
-            s.lay(box(x, s.ground - height * 0.55, 13, height * 0.55), tone(s.wall, 0.92))
-            s.cornice(x, s.ground - height * 0.55, 13)
+            s.lay(box(x, y, 13, height * 0.55), tone(s.wall, 0.92))
+            s.cornice(x, y, 13)
             s.window(x + 4.5, s.ground - height * 0.4, 4, height * 0.26, s.pick(("flat", "round")))
-        s.features.append("wings")
-    if s.has("chimneys"):
+    if s.has("chimneys", "chimneys"):
         for x in (left + width * 0.1, left + width * 0.9 - 3.2):
             s.chimney(x, top - 2, s.u(6, 9))
-        s.features.append("chimneys")
-    if s.has("dome"):
+    if s.has("dome", "dome"):
         s.dome(s.middle, top - 4, s.u(8, 11), 0)
-        s.features.append("dome")
     if s.has("parapet"):
         s.lay(box(left, top - 3.5, width, 4), s.wall)
         s.rect(left - 0.6, top - 4, width + 1.2, 0.9, s.trim)
     else:
         inset = s.u(4, 9)
-        right, ridge = left + width, top - inset
-        s.lay(
-            [(left - 1, top), (left + inset, ridge), (right - inset, ridge), (right + 1, top)],
-            s.roof,
-            "shingle",
-        )
+        s.hip(left, top, width, inset, inset, 1)
     s.lay(box(left, top, width, height), s.wall)
     s.cornice(left, top, width)
     s.rect(left, s.ground - 2.2, width, 2.2, mix(s.wall, s.trim, 0.6))
-    if s.has("quoins"):
-        s.features.append("quoins")
+    if s.has("quoins", "quoins"):
         for i in range(int(height / 2.6)):
             for x in (left, left + width - 2.6 + (i % 2)):
                 s.rect(x, top + 2.6 * i, 2.6 - (i % 2), 1.6, s.trim)
-    pilasters = s.has("pilasters")
-    if pilasters:
+    if s.has("pilasters", "pilasters"):
         for x in [left + step * i for i in range(bays + 1)]:
             s.rect(x - 0.9, top, 1.8, height, s.trim)
             s.shade(box(x + 0.9 if s.sun < 0 else x - 1.5, top, 0.6, height), 0.75)
-        s.features.append("pilasters")
 
     w, h, arched = min(step * 0.45, 6), floor * s.u(0.52, 0.64), s.chance(0.15)
+    ground_floor = s.storeys - 1
     for storey in range(s.storeys):
+        taken = [ground_floor, ground_floor - 1] if serliana else [ground_floor]
         for bay in range(bays):
-            x, y = left + step * (bay + 0.5) - w / 2, top + floor * storey + (floor - h) * 0.6
-            upper = storey < s.storeys - 1
-            if 2 * bay + 1 == bays and (not upper or (serliana and storey == s.storeys - 2)):
+            if 2 * bay + 1 == bays and storey in taken:
                 continue
+            x, y = left + step * (bay + 0.5) - w / 2, top + floor * storey + (floor - h) * 0.6
             short = h * (0.75 if s.storeys == 3 and storey == 0 else 1)
-            s.window(x, y, w, short, "round" if arched and not upper else "flat", (2, 3))
+            shape = "round" if arched and storey == ground_floor else "flat"
+            s.window(x, y, w, short, shape, (2, 3))
     if serliana:
-        _venetian_window(
-            s, top + floor * (s.storeys - 2) + floor * 0.18, max(step * 0.21, 2.2), floor * 0.72
-        )
-        s.features.append("venetian window")
+        y = top + floor * (s.storeys - 2) + floor * 0.18
+        _venetian_window(s, y, max(step * 0.21, 2.2), floor * 0.72)
     _entrance(s, min(max(step * 0.42, 4), 6), floor * 0.66)
 
     x = s.middle - centre / 2
@@ -112,8 +94,6 @@ def classical(s: Scene) -> None:
         order = s.n(4, 8 if temple else 5)
         drop = 1 if temple else s.u(0, 0.5) * floor * (s.storeys - 1)
         _portico(s, x, centre, height - drop, order)
-        s.features += ["columns", "portico"]
-    elif s.has("pediment"):
+    elif s.has("pediment", "pediment"):
         s.pediment(x, top - 0.5, centre, centre * s.u(0.2, 0.3))
-        s.features.append("pediment")
     s.features.append("sash windows")

@@ -1,26 +1,25 @@
 """Tudor, Queen Anne, Dutch gable: one steep house of one to three bays."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from domains.facades.painter.scene import Colour, Points, Scene, box, mix, tone
+from domains.facades.painter.scene import Colour, Points, Scene, box, mix, peak, tone
 
-# Half the outline of a curved gable, from its foot to its peak: shares of the way in and of the way
-# up.
+# Half the outline of a curved gable, from its foot to its peak: shares of the way in and of the
+# way up.
 CURVED_GABLE: Points = [
-    (0, 0), (0.02, 0.16), (0.2, 0.2), (0.3, 0.32), (0.34, 0.5), (0.5, 0.6), (0.6, 0.78), (0.78,
-    0.9), (1, 1),
+    (0, 0), (0.02, 0.16), (0.2, 0.2), (0.3, 0.32), (0.34, 0.5), (0.5, 0.6), (0.6, 0.78),
+    (0.78, 0.9), (1, 1),
 ]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Gable:
+class Gable(NamedTuple):
     """What the gables of one house have in common."""
 
     kind: str  # straight, stepped or curved
-    steps: int
     timbered: bool
-    texture: str
     hoist: bool
+    texture: str
+    steps: int
 
 
 def _beams(s: Scene) -> tuple[Colour, Colour]:
@@ -33,34 +32,29 @@ def _half_timbering(s: Scene, x: float, y: float, w: float, h: float) -> None:
     s.lay(box(x, y, w, h), infill, "stucco")
     posts = max(3, round(w / 4))
     step = w / posts
-    for i in range(posts + 1):
-        s.line([(x + step * i, y), (x + step * i, y + h)], beams, 0.9)
-    s.line([(x, y), (x + step, y + h)], beams, 0.8)
-    s.line([(x + w, y), (x + w - step, y + h)], beams, 0.8)
+    for at in [x + step * i for i in range(posts + 1)]:
+        s.line([(at, y), (at, y + h)], beams, 0.9)
+    for start, end in ((x, x + step), (x + w, x + w - step)):
+        s.line([(start, y), (end, y + h)], beams, 0.8)
     for at in (y, y + h * 0.5, y + h):
         s.line([(x - 0.4, at), (x + w + 0.4, at)], beams, 1.0)
 
 
 def _gable(s: Scene, look: Gable, x: float, y: float, w: float, rise: float) -> None:
     """A gable on (x, y) … (x + w, y)."""
-    peak, inner = y - rise, x + w / 2
+    top, inner = y - rise, x + w / 2
     if look.kind == "straight":
         edge = s.roof if s.weather == "snow" else s.trim
-        s.fill([(x - 1.6, y + 1), (inner, peak - 1.8), (x + w + 1.6, y + 1)], edge)
-        outline = [(x + 0.4, y + 0.2), (inner, peak + 0.8), (x + w - 0.4, y + 0.2)]
+        s.fill(peak(x - 1.6, y + 1, w + 3.2, rise + 2.8), edge)
+        outline = peak(x + 0.4, y + 0.2, w - 0.8, rise - 0.6)
     else:
-        n = look.steps
-        half = (
-            CURVED_GABLE
-            if look.kind == "curved"
-            else [(i / n, (i + k) / n) for i in range(n) for k in (0, 1)]
-        )
+        half, n = CURVED_GABLE, look.steps
+        if look.kind == "stepped":
+            half = [(i / n, (i + k) / n) for i in range(n) for k in (0, 1)]
         right = [(x + w - fx * w / 2 * 0.92, y - fy * rise) for fx, fy in half]
         outline = [(2 * inner - px, py) for px, py in right] + right[::-1]
-        s.fill(
-            [(inner + (px - inner) * 1.06, py - 1) for px, py in outline] + [(x + w, y), (x, y)],
-            s.trim,
-        )
+        edge_points = [(inner + (px - inner) * 1.06, py - 1) for px, py in outline]
+        s.fill([*edge_points, (x + w, y), (x, y)], s.trim)
     if look.timbered:
         beams, infill = _beams(s)
         s.lay(outline, infill, "stucco")
@@ -72,34 +66,25 @@ def _gable(s: Scene, look: Gable, x: float, y: float, w: float, rise: float) -> 
         s.lay(outline, s.wall, look.texture)
     s.window(inner - 1.8, y - rise * 0.42, 3.6, rise * 0.3)
     if look.hoist:
-        s.line([(inner, peak + 3), (inner, peak + 6.5)], (60, 48, 40), 0.5)
-        s.rect(inner - 0.8, peak + 2.4, 1.6, 1.4, (60, 48, 40))
+        s.line([(inner, top + 3), (inner, top + 6.5)], (60, 48, 40), 0.5)
+        s.rect(inner - 0.8, top + 2.4, 1.6, 1.4, (60, 48, 40))
 
 
 def _turret(s: Scene, x: float, w: float, high: float, floor: float) -> None:
     top = s.ground - high
     s.lay(box(x, top, w, high), s.wall)
-    s.round_off(x, top, w, high)
-    for storey in range(s.storeys):
+    s.round_off(box(x, top, w, high), x, w)
+    for y in [top + floor * storey for storey in range(s.storeys)]:
         for at in (0.14, 0.57):
-            s.window(
-                x + w * at,
-                top + floor * storey + 3,
-                w * 0.28,
-                floor * 0.48,
-                panes=(1, 2),
-                frame=0.4,
-            )
-        s.rect(x, top + floor * storey + floor * 0.85, w, 0.8, s.trim)
+            s.window(x + w * at, y + 3, w * 0.28, floor * 0.48, panes=(1, 2), frame=0.4)
+        s.rect(x, y + floor * 0.85, w, 0.8, s.trim)
     s.cone(x, top, w, w * s.u(1.2, 1.7))
 
 
 def _porch(s: Scene, x: float, w: float, high: float) -> None:
     y, posts = s.ground - high, max(3, round(w / 7))
     s.shade(box(x, y, w, high), 0.7)
-    s.lay(
-        [(x - 1.5, y), (x + 1.5, y - 3), (x + w - 1.5, y - 3), (x + w + 1.5, y)], s.roof, "shingle"
-    )
+    s.hip(x, y, w, 3, 1.5, 1.5)
     for i in range(posts + 1):
         s.rect(x + (w - 1) * i / posts, y, 1, high, s.trim)
     s.rect(x, s.ground - 3.2, w, 0.7, s.trim)
@@ -109,9 +94,7 @@ def _porch(s: Scene, x: float, w: float, high: float) -> None:
 
 def _bay_window(s: Scene, x: float, y: float, w: float, floor: float) -> None:
     s.lay(box(x, y, w, floor * 0.86), tone(s.wall, 1.05))
-    s.lay(
-        [(x - 1, y), (x + 1.5, y - 2.6), (x + w - 1.5, y - 2.6), (x + w + 1, y)], s.roof, "shingle"
-    )
+    s.hip(x, y, w, 2.6, 1.5, 1)
     for i in range(3):
         s.window(x + w * (0.06 + 0.32 * i), y + 2, w * 0.22, floor * 0.42, panes=(1, 2), frame=0.4)
 
@@ -122,12 +105,8 @@ def gables(s: Scene, gabled: float) -> None:
     w, floor = s.u(19, 24) if bays > 1 else s.u(26, 36), s.u(9.5, 12)
     width, height, rise = w * bays, floor * s.storeys, w * s.u(0.6, 0.85)
     left, top = s.middle - width / 2, s.ground - height
-    timber, shutters, courses, jetty = (
-        s.has("timber"),
-        s.has("shutters"),
-        s.has("string courses"),
-        s.has("jetty"),
-    )
+    timber, shutters = s.has("timber"), s.has("shutters")
+    courses, jetty = s.has("string courses"), s.has("jetty")
     curved, stepped = s.has("curved"), s.has("stepped")
     panes = (3, 4) if s.has("lattice") else (2, 3)
     look = Gable(
@@ -137,27 +116,19 @@ def gables(s: Scene, gabled: float) -> None:
         texture="shingle" if s.has("shingles") else s.material,
         steps=s.n(4, 6),
     )
-    if s.has("chimneys"):
+    if s.has("chimneys", "chimney"):
         s.chimney(left + width * s.u(0.08, 0.75), top - rise * 0.5, rise * s.u(0.5, 0.75))
-        s.features.append("chimney")
     fronts = [s.chance(gabled) for _ in range(bays)]
     fronts[s.n(0, bays - 1)] = True
-    ridge, inset = top - rise * 0.82, w * 0.22
-    eaves = [
-        (left - 1.5, top + 0.8),
-        (left + inset, ridge),
-        (left + width - inset, ridge),
-        (left + width + 1.5, top + 0.8),
-    ]
-    s.lay(eaves, s.roof, "shingle")
+    s.hip(left, top + 0.8, width, rise * 0.82 + 0.8, w * 0.22, 1.5)
     s.lay(box(left, top, width, height), s.wall)
     s.shade(box(left, top, width, 1.6), 0.72)
     if timber:
         out = 0.8 if jetty else 0
-        for i in range(s.storeys - 1):
-            _half_timbering(s, left - out, top + floor * i, width + 2 * out, floor)
+        for y in [top + floor * i for i in range(s.storeys - 1)]:
+            _half_timbering(s, left - out, y, width + 2 * out, floor)
             if jetty:
-                s.shade(box(left, top + floor * (i + 1), width, 1.2), 0.65)
+                s.shade(box(left, y + floor, width, 1.2), 0.65)
         s.features.append("timber beams")
     if shutters:
         s.features.append("shutters")
@@ -175,27 +146,19 @@ def gables(s: Scene, gabled: float) -> None:
                 continue
             for at in [x + w * (i + 0.5) / count - w * 0.11 for i in range(count)]:
                 if shutters:
-                    s.rect(
-                        at - w * 0.1,
-                        y - 0.3,
-                        w * 0.42,
-                        floor * 0.54,
-                        mix(s.trim, (60, 90, 80), 0.6),
-                    )
+                    green = mix(s.trim, (60, 90, 80), 0.6)
+                    s.rect(at - w * 0.1, y - 0.3, w * 0.42, floor * 0.54, green)
                 s.window(at, y, w * 0.22, floor * 0.5, panes=panes)
         if fronts[bay]:
             _gable(s, look, x, top, w, rise)
     s.features += [f"{look.kind} gable" if sum(fronts) == 1 else f"{look.kind} gables"] * 2
     to_left = s.pick((True, False))
-    if s.has("bay"):
+    if s.has("bay", "bay window"):
         x = left + w * (bays - 1 if to_left else 0) + w * 0.25
         _bay_window(s, x, top + floor * (s.storeys - 1) - 1, w * 0.5, floor)
-        s.features.append("bay window")
-    if s.has("turret"):
+    if s.has("turret", "turret"):
         r, high = s.u(9, 12), height + s.u(1, 6)
         _turret(s, left - r * 0.35 if to_left else left + width - r * 0.65, r, high, floor)
-        s.features.append("turret")
-    if s.has("porch"):
+    if s.has("porch", "porch"):
         length = width * s.u(0.5, 1.0)
         _porch(s, left + width - length if to_left else left, length, floor * 0.95)
-        s.features.append("porch")

@@ -3,16 +3,8 @@
 import numpy as np
 from PIL import Image, ImageFilter
 
-from domains.facades.painter.scene import (
-    FOLIAGE,
-    LAMPLIGHT,
-    MARGIN,
-    UNITS,
-    WALLS,
-    Scene,
-    mix,
-    tone,
-)
+from domains.facades.painter.palette import FOLIAGE, LAMPLIGHT, WALLS, Colour
+from domains.facades.painter.scene import MARGIN, UNITS, Scene, mix, peak, tone
 
 
 def backdrop(s: Scene) -> None:
@@ -27,14 +19,11 @@ def backdrop(s: Scene) -> None:
         disc = {"night": (240, 238, 220), "day": (255, 246, 200)}.get(s.time, (255, 214, 160))
         s.oval(48 + s.sun * s.u(26, 46), s.u(2, 26), s.u(3, 5), s.u(3, 5), disc, glow=True)
     if s.weather in ("cloudy", "overcast", "rain") and s.time != "night":
+        cloud = (255, 255, 255) if s.weather == "cloudy" else (120, 124, 132)
         for _ in range(s.n(2, 5)):
             x, y = s.u(-5, 100), s.u(-4, 36)
             for _ in range(5):
-                colour = mix(
-                    s.horizon,
-                    (255, 255, 255) if s.weather == "cloudy" else (120, 124, 132),
-                    s.u(0.3, 0.6),
-                )
+                colour = mix(s.horizon, cloud, s.u(0.3, 0.6))
                 s.oval(x + s.u(-8, 8), y + s.u(-2, 2), s.u(4, 9), s.u(1.8, 3.4), colour, glow=True)
     if s.chance(0.4):
         far = mix(s.horizon, (96, 112, 120), 0.4)
@@ -42,94 +31,59 @@ def backdrop(s: Scene) -> None:
     if s.chance(0.6):
         for side in (-1, 1):
             w, h = s.u(14, 26), s.u(20, 44)
-            x = s.middle + side * s.u(30, 44) - w / 2
+            x, y = s.middle + side * s.u(30, 44) - w / 2, s.ground - h
             colour = mix(WALLS[s.pick(tuple(WALLS))], s.horizon, 0.35)
-            s.rect(x, s.ground - h, w, h, colour)
+            s.rect(x, y, w, h, colour)
             if s.chance(0.5):
-                s.fill(
-                    [
-                        (x - 1, s.ground - h),
-                        (x + w / 2, s.ground - h - 9),
-                        (x + w + 1, s.ground - h),
-                    ],
-                    tone(colour, 0.7),
-                )
+                s.fill(peak(x - 1, y, w + 2, 9), tone(colour, 0.7))
             for row in range(int(h / 8)):
                 for column in range(int(w / 6)):
-                    s.rect(
-                        x + 2 + 6 * column, s.ground - h + 3 + 8 * row, 2.6, 4, tone(colour, 0.66)
-                    )
+                    s.rect(x + 2 + 6 * column, y + 3 + 8 * row, 2.6, 4, tone(colour, 0.66))
 
 
 def street(s: Scene) -> str:
     """Paints the ground before the building and says what it is."""
     kind, snow = s.pick(("street", "lawn", "square", "water")), s.weather == "snow"
-    s.rect(-MARGIN, s.ground, UNITS + 2 * MARGIN, 30, (236, 240, 246) if snow else (176, 172, 164))
+
+    def cover(depth: float, colour: Colour) -> None:
+        s.rect(-MARGIN, s.ground + depth, UNITS + 2 * MARGIN, 30, colour)
+
+    cover(0, (236, 240, 246) if snow else (176, 172, 164))
     if kind == "street":
-        s.rect(
-            -MARGIN,
-            s.ground + 4,
-            UNITS + 2 * MARGIN,
-            30,
-            (186, 190, 198) if snow else (104, 104, 108),
-        )
+        cover(4, (186, 190, 198) if snow else (104, 104, 108))
         for i in range(7):
             s.rect(-MARGIN + 18 * i, s.ground + 9, 8, 0.9, (226, 222, 200))
     elif kind == "lawn":
-        s.rect(
-            -MARGIN,
-            s.ground + 1,
-            UNITS + 2 * MARGIN,
-            30,
-            (228, 234, 240) if snow else tone(FOLIAGE["summer"], 1.2),
-        )
-        s.fill(
-            [
-                (s.middle - 3, s.ground),
-                (s.middle + 3, s.ground),
-                (s.middle + 10, 106),
-                (s.middle - 10, 106),
-            ],
-            (204, 192, 166),
-        )
+        cover(1, (228, 234, 240) if snow else tone(FOLIAGE["summer"], 1.2))
+        x, y = s.middle, s.ground
+        s.fill([(x - 3, y), (x + 3, y), (x + 10, 106), (x - 10, 106)], (204, 192, 166))
     elif kind == "water":
-        s.rect(-MARGIN, s.ground + 5, UNITS + 2 * MARGIN, 30, mix(s.zenith, (60, 84, 92), 0.6))
+        cover(5, mix(s.zenith, (60, 84, 92), 0.6))
         for _ in range(12):
             x, y = s.u(-8, 96), s.u(s.ground + 6, 104)
             s.line([(x, y), (x + s.u(4, 12), y)], mix(s.zenith, s.horizon, 0.6), 0.6)
     else:
-        for i in range(8):
-            s.line(
-                [(s.middle + (i - 3.5) * 14, s.ground), (s.middle + (i - 3.5) * 34, 106)],
-                (146, 142, 136),
-                0.5,
-            )
-        s.line([(-MARGIN, s.ground + 4), (106, s.ground + 4)], (146, 142, 136), 0.5)
+        joint = (146, 142, 136)
+        for across in [i - 3.5 for i in range(8)]:
+            ends = [(s.middle + across * 14, s.ground), (s.middle + across * 34, 106)]
+            s.line(ends, joint, 0.5)
+        s.line([(-MARGIN, s.ground + 4), (106, s.ground + 4)], joint, 0.5)
     return kind
 
 
 def tree(s: Scene, x: float, tall: float) -> None:
     """Paints a tree at `x`, as its season has it."""
     foot = s.ground + s.u(2, 6)
-    s.fill(
-        [(x - 0.9, foot), (x - 0.5, foot - tall), (x + 0.5, foot - tall), (x + 0.9, foot)],
-        (84, 66, 52),
-    )
+    top = foot - tall
+    s.fill([(x - 0.9, foot), (x - 0.5, top), (x + 0.5, top), (x + 0.9, foot)], (84, 66, 52))
     if s.season == "winter":
         for _ in range(11):
             y, reach = foot - tall * s.u(0.45, 1.0), s.u(-7, 7)
             s.line([(x, y), (x + reach, y - abs(reach) * s.u(0.6, 1.2))], (92, 76, 64), 0.6)
         return
-    green = FOLIAGE[s.season]
     for i in range(13):
-        spot = tone(green, 0.72 + 0.045 * i)
-        s.oval(
-            x + s.u(-7, 7) - s.sun * i * 0.2,
-            foot - tall - s.u(-5, 6) - i * 0.2,
-            s.u(2.5, 4.8),
-            s.u(2.2, 4.2),
-            spot,
-        )
+        at = x + s.u(-7, 7) - s.sun * i * 0.2, top - s.u(-5, 6) - i * 0.2
+        s.oval(*at, s.u(2.5, 4.8), s.u(2.2, 4.2), tone(FOLIAGE[s.season], 0.72 + 0.045 * i))
 
 
 def occluder(s: Scene) -> str:
@@ -144,39 +98,23 @@ def occluder(s: Scene) -> str:
     elif kind == "lamp post":
         x = s.u(16, 80)
         s.rect(x, foot - 30, 0.9, 30, (46, 48, 52))
-        s.oval(
-            x + 0.45,
-            foot - 31,
-            1.7,
-            2,
-            LAMPLIGHT if s.lit_share else (226, 224, 210),
-            glow=bool(s.lit_share),
-        )
+        lamp = LAMPLIGHT if s.lit_share else (226, 224, 210)
+        s.oval(x + 0.45, foot - 31, 1.7, 2, lamp, glow=bool(s.lit_share))
     elif kind == "people":
+        coats = ((60, 70, 110), (150, 60, 60), (70, 90, 70), (50, 48, 54), (196, 160, 80))
         for _ in range(s.n(2, 6)):
             x, tall = s.u(8, 88), s.u(6.5, 8)
-            coat = s.pick(
-                ((60, 70, 110), (150, 60, 60), (70, 90, 70), (50, 48, 54), (196, 160, 80))
-            )
-            s.rect(x - 0.9, foot - tall * 0.5, 0.8, tall * 0.5, (52, 50, 56))
-            s.rect(x + 0.1, foot - tall * 0.5, 0.8, tall * 0.5, (52, 50, 56))
+            coat = s.pick(coats)
+            for leg in (x - 0.9, x + 0.1):
+                s.rect(leg, foot - tall * 0.5, 0.8, tall * 0.5, (52, 50, 56))
             s.rect(x - 1.1, foot - tall * 0.85, 2.2, tall * 0.45, coat)
             s.oval(x, foot - tall, 0.9, 1, (214, 172, 146))
     elif kind == "car":
         x, paint = s.u(8, 66), WALLS[s.pick(tuple(WALLS))]
-        s.fill(
-            [(x + 4, foot - 5), (x + 6.5, foot - 9), (x + 15, foot - 9), (x + 18, foot - 5)],
-            tone(paint, 0.9),
-        )
-        s.fill(
-            [
-                (x + 5.6, foot - 5),
-                (x + 7.2, foot - 8.2),
-                (x + 14.4, foot - 8.2),
-                (x + 16.4, foot - 5),
-            ],
-            (70, 84, 98),
-        )
+        cabin = ((4, 5), (6.5, 9), (15, 9), (18, 5))
+        panes = ((5.6, 5), (7.2, 8.2), (14.4, 8.2), (16.4, 5))
+        for outline, colour in ((cabin, tone(paint, 0.9)), (panes, (70, 84, 98))):
+            s.fill([(x + right, foot - up) for right, up in outline], colour)
         s.rect(x, foot - 5.2, 22, 4.2, paint)
         for at in (x + 4.5, x + 17.5):
             s.oval(at, foot - 1, 2, 2, (38, 38, 42))
@@ -186,10 +124,10 @@ def occluder(s: Scene) -> str:
 def camera(s: Scene) -> tuple[Image.Image, str]:
     """The scene through a tilted camera at the final size, and the viewpoint in words."""
     xs, ys = [x for x, _ in s.outline], [y for _, y in s.outline]
-    half = min(max(max(xs) - min(xs), max(ys) - min(ys) + 4, 46) * s.u(0.54, 0.72), 54)
-    centre = np.clip(
-        [(max(xs) + min(xs)) / 2, (max(ys) + min(ys)) / 2], half - MARGIN, UNITS + MARGIN - half
-    )
+    left, right, top, bottom = min(xs), max(xs), min(ys), max(ys)
+    half = min(max(right - left, bottom - top + 4, 46) * s.u(0.54, 0.72), 54)
+    middle = [(right + left) / 2, (bottom + top) / 2]
+    centre = np.clip(middle, half - MARGIN, UNITS + MARGIN - half)
     centre += s.rng.normal(0, 0.05 * half, 2)
     yaw, pitch, roll = s.u(-0.11, 0.11), s.u(-0.02, 0.1), s.rng.normal(0, 0.02)
     corners = []
@@ -200,15 +138,10 @@ def camera(s: Scene) -> tuple[Image.Image, str]:
     view = s.image.transform(
         (2 * s.size, 2 * s.size), Image.Transform.QUAD, corners, Image.Resampling.BILINEAR
     )
-    side = (
-        "from the left"
-        if yaw < -0.05
-        else "from the right"
-        if yaw > 0.05
-        else "from below"
-        if pitch > 0.07
-        else "straight on"
-    )
+    if abs(yaw) > 0.05:
+        side = "from the left" if yaw < 0 else "from the right"
+    else:
+        side = "from below" if pitch > 0.07 else "straight on"
     return view.reduce(2), side
 
 
@@ -220,10 +153,8 @@ def develop(s: Scene, picture: Image.Image) -> Image.Image:
     across = np.linspace(-1, 1, s.size, dtype=np.float32)
     if s.weather == "fog":
         haze = (s.u(0.28, 0.5) + 0.15 * across)[::-1, None, None]
-        pixels = (
-            pixels * (1 - haze)
-            + np.array(s.ink(mix(s.horizon, (206, 208, 212), 0.6)), np.float32) * haze
-        )
+        grey = np.array(s.ink(mix(s.horizon, (206, 208, 212), 0.6)), np.float32)
+        pixels = pixels * (1 - haze) + grey * haze
     pixels = pixels * (1 + 0.06 * s.sun * across[None, :, None]) * s.u(0.92, 1.08)
     pixels = (pixels - 128) * s.u(0.9, 1.1) + 128 + s.rng.normal(0, s.u(1, 4), pixels.shape)
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
