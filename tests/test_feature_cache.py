@@ -156,7 +156,7 @@ def test_prompts_share_their_beginnings_however_many_they_are(domain, monkeypatc
     )
     monkeypatch.setattr("nicheclip.training.towers.PROMPTS_AT_ONCE", 5)
     with torch.no_grad():
-        _, found, _ = model(torch.zeros(1, 3, 64, 64), bank)
+        _, found, _ = model(torch.zeros(1, 3, 96, 96), bank)
     torch.testing.assert_close(found, encode_texts(clip, processor, prompts), atol=1e-5, rtol=0)
 
 

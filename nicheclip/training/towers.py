@@ -63,9 +63,10 @@ class StageTowers(nn.Module):
             self.encode_texts(prompts[start : start + PROMPTS_AT_ONCE])
             for start in range(0, len(prompts), PROMPTS_AT_ONCE)
         ]
-        # In float32: under autocast the logits would be rounded to 8 bits.
-        image_embeds = normalize(self.encode_images(images).float(), dim=-1)
-        text_embeds = normalize(torch.cat(parts).float(), dim=-1)
+        # In the weights' precision: under autocast the logits would be rounded to 8 bits.
+        precision = self.used.dtype
+        image_embeds = normalize(self.encode_images(images).to(precision), dim=-1)
+        text_embeds = normalize(torch.cat(parts).to(precision), dim=-1)
         return image_embeds, text_embeds, self.clip.logit_scale.exp()
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
