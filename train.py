@@ -24,7 +24,7 @@ from nicheclip.processes import keep_freed_memory, processes
 from nicheclip.training.arguments import StagedTrainingArguments, parse_arguments
 from nicheclip.training.callbacks import TrainingInterrupted
 from nicheclip.training.data import TrainingSamples, Views
-from nicheclip.training.record import training_record, training_text
+from nicheclip.training.record import training_text
 from nicheclip.training.stages import check_stages
 from nicheclip.training.trainer import StagedTrainer
 from nicheclip.training.wise_ft import mix_with_base
@@ -90,12 +90,12 @@ def fine_tune(domain: Domain, run: Path, args: StagedTrainingArguments) -> Stage
     settings = {"data_fingerprint": report["fingerprint"], **trainer.settings(), **of_domain}
     if resume is not None:
         run_directory.check_begun_alike(checkpoints, settings)
-    trainer.accelerator.wait_for_everyone()  # so that all have looked before one of them writes
-    if trainer.is_world_process_zero():
+    processes().wait_for_everyone()  # so that all have looked before one of them writes
+    if processes().is_main_process:
         run_directory.begin(run, checkpoints, settings, resume is not None)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume)
-    if trainer.is_world_process_zero():
+    if processes().is_main_process:
         seconds = round(time.perf_counter() - started, 1)
         mixed = mix_with_base(domain, trainer.model, args.wise_ft, splits["validation"], run)
         with replaced_folder(run / "model") as folder:
@@ -108,7 +108,7 @@ def fine_tune(domain: Domain, run: Path, args: StagedTrainingArguments) -> Stage
             "seconds": seconds,
             "resumed": resume is not None,
             "wise_ft": mixed,
-            **training_record(trainer),
+            **trainer.record(),
             "provenance": run_directory.provenance(),
         }
         write_json(run / "training.json", training)

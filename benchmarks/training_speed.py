@@ -167,7 +167,7 @@ def article(setting: Setting) -> Iterator[Side]:
 
 
 def ours(setting: Setting) -> Iterator[Side]:
-    """StagedTrainer, by its own methods: it enters a stage, makes the optimiser, loads, steps."""
+    """StagedTrainer, by its own methods: it begins a stage, makes the optimiser, loads, steps."""
     domain, processor, args = setting.domain, setting.processor, setting.args
     options = domain.training | {
         "output_dir": str(setting.folder / "ours"),
@@ -177,11 +177,10 @@ def ours(setting: Setting) -> Iterator[Side]:
     validation = Views(setting.rows.select(range(8)), processor)
     training_args, model = StagedTrainingArguments(**options), deepcopy(setting.model)
     trainer = StagedTrainer(model, training_args, domain, processor, setting.visits(0), validation)
-    before = 0
-    for stage in domain.stages:
-        trainer._enter(stage, before, None)
-        before += stage.epochs
-        yield _of_trainer(trainer, before * trainer.steps_per_epoch)
+    for stage, folder in zip(domain.stages, trainer.folders, strict=True):
+        of_stage = trainer.begin_stage(stage, folder)
+        yield _of_trainer(of_stage, stage.epochs * trainer.steps_per_epoch)
+        of_stage.model.store()
 
 
 def _of_trainer(trainer: transformers.Trainer, max_steps: int) -> Side:

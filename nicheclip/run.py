@@ -91,7 +91,7 @@ def check_not_begun(run: Path, checkpoints: Path) -> None:
     Raises:
         ValueError: if there are checkpoints and no RUN/training.json.
     """
-    if any(checkpoints.glob("checkpoint-*")) and not (run / "training.json").is_file():
+    if any(checkpoints.rglob("checkpoint-*")) and not (run / "training.json").is_file():
         raise ValueError(
             f"'{checkpoints}' holds an unfinished training; go on with --resume_from_checkpoint "
             "True, or remove it"
@@ -124,7 +124,7 @@ def begin(run: Path, checkpoints: Path, settings: dict[str, Any], resume: bool) 
     for name in RESULTS:
         (run / name).unlink(missing_ok=True)
     if not resume:
-        for checkpoint in checkpoints.glob("checkpoint-*"):
+        for checkpoint in list(checkpoints.rglob("checkpoint-*")):
             shutil.rmtree(checkpoint)
         write_json(checkpoints / BEGUN, settings)
 

@@ -13,15 +13,16 @@ from transformers import CLIPModel
 
 import train
 from nicheclip import cached_map as shards
-from nicheclip.clip import load_clip
+from nicheclip.clip import encode_texts, load_clip
 from nicheclip.domain import Domain, Stage
 from nicheclip.run import load_prepared
 from nicheclip.training.arguments import StagedTrainingArguments
+from nicheclip.training.contrastive import ContrastiveTrainer, token_lists
 from nicheclip.training.data import TrainingSamples, Views
 from nicheclip.training.feature_cache import encode_views
 from nicheclip.training.losses import multi_positive
-from nicheclip.training.stages import trainable_names
-from nicheclip.training.towers import PIXELS, begin_later, cut_before, pooled
+from nicheclip.training.stages import set_trainable, trainable_names
+from nicheclip.training.towers import PIXELS, StageTowers, between, distinct_beginnings
 from nicheclip.training.trainer import StagedTrainer
 from tests.test_training import checkpoints, fresh, weights
 
@@ -52,29 +53,32 @@ def samples(prepared, domain) -> TrainingSamples:
 
 def staged(
     domain: Domain, samples: TrainingSamples, stage: Stage, folder: Path, **options
-) -> StagedTrainer:
-    """A trainer that has entered its only stage."""
+) -> ContrastiveTrainer:
+    """The trainer of a stage, which is the only one."""
     model, processor = load_clip(domain.base)
     args = StagedTrainingArguments(
         output_dir=str(folder), use_cpu=True, disable_tqdm=True, **options
     )
     domain = domain.model_copy(update={"stages": [stage]})
-    trainer = StagedTrainer(
-        model, args, domain, processor, samples, Views(samples.rows.select(range(5)), processor)
-    )
-    trainer._enter(stage, 0, None)
-    return trainer
+    validation = Views(samples.rows.select(range(5)), processor)
+    trainer = StagedTrainer(model, args, domain, processor, samples, validation)
+    return trainer.begin_stage(stage, folder / "stage")
 
 
-def gradients(model: CLIPModel, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Of all parameters that train; of the token embeddings, the rows that train."""
+def gradients(model: CLIPModel | StageTowers, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of all parameters that train, by their names in a CLIPModel."""
     model.zero_grad()
     loss.backward()
-    found = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
-    if (used := found.pop("text_model.used_embeddings", None)) is not None:
-        tower, name = model.text_model, "text_model.embeddings.token_embedding.weight"
-        found[name] = torch.zeros_like(tower.embeddings.token_embedding.weight, dtype=torch.float64)
-        found[name][tower.row_of_token >= 0] = used
+    found = {
+        name.removeprefix("clip."): parameter.grad.double()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+    if (used := found.pop("used", None)) is not None:
+        table = model.clip.text_model.embeddings.token_embedding.weight
+        whole = torch.zeros_like(table, dtype=torch.float64)
+        whole[model.tokens] = used
+        found["text_model.embeddings.token_embedding.weight"] = whole
     return found
 
 
@@ -127,32 +131,33 @@ def test_in_double_precision_the_towers_agree_to_ten_digits(name, domain, sample
     """Cut where the stage allows it, the states before it as they are."""
     batch = torch.utils.data.default_collate([samples[index] for index in range(0, 48, 4)])
     expected, expected_gradients = plain_step(domain, batch, STAGES[name], torch.float64)
-    model, processor = load_clip(domain.base)
-    model.double()
-    begin_later(model)
-    tower, chosen = model.vision_model, STAGES[name]
-    names = set(trainable_names([name for name, _ in model.named_parameters()], chosen))
-    for parameter_name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter_name in names)
-    tower.cut = cut_before(tower, names)
+    clip, processor = load_clip(domain.base)
+    set_trainable(clip.double(), STAGES[name])
+    bank = token_lists(processor, domain.prompt_bank[0])
+    model = StageTowers(clip, torch.tensor(sum(bank, [])).unique())
     images = batch["images"].double()
-    if tower.cut != PIXELS:
-        with torch.inference_mode():
-            images = tower.between(images, PIXELS, tower.cut)
-        images = images.clone()
-    distinct, of_image = batch["prompts"].unique(return_inverse=True)
-    tokens = processor.tokenizer(
-        [domain.prompt_bank[0][prompt] for prompt in distinct], padding=True, return_tensors="pt"
-    )
-    texts = dict(tokens)
-    if not any(name.startswith("text_model.") for name in names):
+    if model.cut != PIXELS:
         with torch.no_grad():
-            texts = {"input_ids": model.text_model(**tokens).pooler_output}
-    outputs = model(pixel_values=images, **texts)
-    logits = model.logit_scale.exp() * outputs.image_embeds @ outputs.text_embeds[of_image].T
-    loss = multi_positive(logits, batch["labels"], 0.1)
+            images = between(clip.vision_model, images, PIXELS, model.cut)
+    distinct, of_image = batch["prompts"].unique(return_inverse=True)
+    image_embeds, text_embeds, scale = model(images, [bank[prompt] for prompt in distinct])
+    loss = multi_positive(scale * image_embeds @ text_embeds[of_image].T, batch["labels"], 0.1)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-10)
     assert_equal(gradients(model, loss), expected_gradients, 1e-10)
+
+
+def test_prompts_share_their_beginnings_however_many_they_are(domain, monkeypatch):
+    clip, processor = load_clip(domain.base)
+    prompts = domain.prompt_bank[0]
+    bank = token_lists(processor, prompts)
+    model = StageTowers(clip, torch.tensor(sum(bank, [])).unique())
+    assert len(distinct_beginnings(bank)[0]) == len(
+        {tuple(prompt[:end]) for prompt in bank for end in range(1, len(prompt) + 1)}
+    )
+    monkeypatch.setattr("nicheclip.training.towers.PROMPTS_AT_ONCE", 5)
+    with torch.no_grad():
+        _, found, _ = model(torch.zeros(1, 3, 96, 96), bank)
+    torch.testing.assert_close(found, encode_texts(clip, processor, prompts), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 5e-3)])
@@ -183,11 +188,13 @@ def test_what_all_stages_leave_frozen_is_encoded_once(domain, samples, tmp_path,
     """The pooled states are worked out from those after the blocks that no stage trains."""
     monkeypatch.setattr("nicheclip.training.feature_cache.KEPT_AS", np.float32)
     model, _ = load_clip(domain.base)
-    begin_later(model)
-    tower = model.vision_model.eval()
-    both = encode_views(tower, samples, 2, [2, pooled(tower)], tmp_path / "both")
-    alone = encode_views(tower, samples, 2, [pooled(tower)], tmp_path / "alone")
-    assert {path.name for path in (tmp_path / "both").iterdir()} == {"after-block-2", "pooled"}
+    tower = model.vision_model
+    both = encode_views(tower, samples, 2, [2, 4], tmp_path / "both")
+    alone = encode_views(tower, samples, 2, [4], tmp_path / "alone")
+    assert {path.name for path in (tmp_path / "both").iterdir()} == {
+        "after-block-2",
+        "after-block-4",
+    }
     places = [(row, view) for view in range(2) for row in range(len(samples.rows))]
     np.testing.assert_allclose([both(*p) for p in places], [alone(*p) for p in places], atol=2e-5)
     assert both(0, 0).shape == (model.config.vision_config.hidden_size,)
@@ -197,7 +204,7 @@ def test_what_all_stages_leave_frozen_is_encoded_once(domain, samples, tmp_path,
 def test_visits_take_the_views_in_turn(domain, samples):
     samples.views = 3
     seen: dict[int, list[int]] = {}
-    samples._images = lambda row, view: seen.setdefault(row, []).append(view)
+    samples.features = lambda row, view: seen.setdefault(row, []).append(view)
     for epoch in range(3):
         samples.set_epoch(epoch)
         for sample in range(len(samples)):
@@ -217,8 +224,7 @@ def encoded(tower, samples, cache: Path, **options) -> set[str]:
 
 def test_a_shard_is_known_by_everything_it_depends_on(domain, prepared, samples, tmp_path):
     model, processor = load_clip(domain.base)
-    begin_later(model)
-    tower = model.vision_model.eval()
+    tower = model.vision_model
     cache = tmp_path / "cache"
     first = encoded(tower, samples, cache)
     assert encoded(tower, samples, cache) == first
@@ -246,8 +252,7 @@ def test_a_shard_is_known_by_everything_it_depends_on(domain, prepared, samples,
 def test_an_interrupted_encoding_goes_on(domain, samples, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "SHARD_ROWS", 16)
     model, _ = load_clip(domain.base)
-    begin_later(model)
-    tower = model.vision_model.eval()
+    tower = model.vision_model
     whole = encode_views(tower, samples, 1, [2], tmp_path / "whole")
 
     class Interrupted(TrainingSamples):
@@ -276,7 +281,6 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
     domain, samples, tmp_path, monkeypatch
 ):
     model, _ = load_clip(domain.base)
-    begin_later(model)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shards.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(
@@ -288,7 +292,6 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
 
 def test_states_that_the_kept_precision_can_not_hold_are_an_error(domain, samples, tmp_path):
     model, _ = load_clip(domain.base)
-    begin_later(model)
     with torch.no_grad():
         model.vision_model.pre_layrnorm.bias += 1e6
     with pytest.raises(FloatingPointError, match="--cached_views 0"):
@@ -309,18 +312,15 @@ def test_stages_in_any_order_resume_to_the_same_weights(prepared, domain, tmp_pa
         "2",
     ]
     train.train([str(run), *keep])
-    steps = [int(path.name.split("-")[1]) for path in checkpoints(run)]
-    for step in (14, 16):  # at the boundary, and in the text stage
-        assert step in steps
-        resumed = tmp_path / f"from-{step}" / "run"
+    for kept in (5, 6):  # at the boundary, and in the text stage
+        resumed = tmp_path / f"from-{kept}" / "run"
         shutil.copytree(run, resumed, ignore=shutil.ignore_patterns("cache"))
-        for path in checkpoints(resumed):
-            if int(path.name.split("-")[1]) > step:
-                shutil.rmtree(path)
+        for path in checkpoints(resumed)[kept:]:
+            shutil.rmtree(path)
         (resumed / "training.json").unlink()
         train.train([str(resumed), *keep, "--resume_from_checkpoint", "True"])
         expected, found = weights(run / "model"), weights(resumed / "model")
-        assert all(torch.equal(expected[name], found[name]) for name in expected), step
+        assert all(torch.equal(expected[name], found[name]) for name in expected), kept
 
 
 def test_the_record_says_what_was_saved(prepared, tmp_path):
@@ -329,5 +329,4 @@ def test_the_record_says_what_was_saved(prepared, tmp_path):
     record = json.loads((run / "training.json").read_text())["features"]
     assert record["views"] == 2
     assert record["encoded"] == 2 * len(load_prepared(run)["train"])
-    assert record["samples"] > record["encoded"]
     assert 0 < record["bytes"] < 1e8

@@ -55,9 +55,8 @@ def results(run: Path) -> dict[str, Any]:
     training = json.loads((run / "training.json").read_text())
     scorecard = json.loads((run / "scorecard.json").read_text())
     scorecard.pop("provenance")
-    last = max(
-        (run / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])
-    )
+    found = (run / "checkpoints").glob("*/checkpoint-*")
+    last = max(found, key=lambda path: (path.parent.name, int(path.name.split("-")[1])))
     return {
         "data_fingerprint": json.loads((run / "data" / "report.json").read_text())["fingerprint"],
         "weights": weights_digest(run / "model"),

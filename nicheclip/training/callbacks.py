@@ -1,84 +1,72 @@
-"""What `StagedTrainer` does beside the steps: clamps, ends stages, stops on a signal, prints."""
+"""What happens beside the steps: the clamp of logit_scale, the end of a stage, signals."""
 
 from __future__ import annotations
 
 import math
 import signal
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from transformers import (
-    ProgressCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 MAX_LOGIT_SCALE = math.log(100)
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM has stopped a training, after its checkpoint was written.
+    """SIGINT or SIGTERM has stopped a training, after this checkpoint was written."""
 
-    None: before there was one.
-    """
-
-    def __init__(self, received: signal.Signals, checkpoint: Path | None):
-        go_on = (
-            f"'{checkpoint}' is written, go on with --resume_from_checkpoint True"
-            if checkpoint
-            else "start it again"
+    def __init__(self, received: signal.Signals, checkpoint: Path):
+        super().__init__(
+            f"stopped by {received.name}; '{checkpoint}' is written, go on with "
+            "--resume_from_checkpoint True"
         )
-        super().__init__(f"stopped by {received.name}; {go_on}")
         self.signal = received
 
 
-class ClampLogitScale(TrainerCallback):
-    """Keeps exp(logit_scale) at 100 or below, as CLIP does (Radford et al.
-
-    2021, arXiv:2103.00020).
-    """
-
-    def on_optimizer_step(self, args, state, control, **kwargs: Any) -> None:
-        """After each step, on `model` among the keywords."""
-        with torch.no_grad():
-            kwargs["model"].logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+def is_over(state: TrainerState, steps_per_epoch: int, patience: int) -> bool:
+    """Whether a stage has trained all its epochs, or `patience` of them without a better score."""
+    since_best = state.global_step - (state.best_global_step or 0)
+    return state.global_step >= state.max_steps or since_best >= patience * steps_per_epoch
 
 
-class EndOfStage(TrainerCallback):
-    """Stops when the stage is over, and keeps epochs whole.
+class StageEpochs(TrainerCallback):
+    """Clamps logit_scale, evaluates whole epochs, saves them after that, ends what `is_over`.
 
     Args:
-        is_over: says after an evaluation whether the stage has ended before its time.
-
-    Attributes:
+        best: the score of the stages before, which this one has to surpass; None: the first.
         steps_per_epoch: optimiser steps.
+        patience: epochs.
     """
 
-    def __init__(self, is_over: Callable[[], bool]):
-        self.is_over = is_over
-        self.steps_per_epoch = 1
+    def __init__(self, best: float | None, steps_per_epoch: int, patience: int):
+        self.best, self.steps_per_epoch, self.patience = best, steps_per_epoch, patience
+
+    def on_train_begin(self, args, state: TrainerState, control, **_: Any) -> None:
+        """Goes on from the best score so far."""
+        if state.best_metric is None:
+            state.best_metric = self.best
+
+    @torch.no_grad()
+    def on_optimizer_step(self, args, state, control, model=None, **_: Any) -> None:
+        """Keeps exp(logit_scale) at 100 or below, as CLIP does (Radford et al. 2021)."""
+        model.clip.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
 
     def on_step_end(self, args, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Leaves the checkpoint of an epoch's last step to `on_epoch_end`."""
-        if state.global_step % self.steps_per_epoch == 0:
-            # Not before the epoch has been evaluated: who resumes would skip that.
-            control.should_save = False
+        """Saves where a signal ends the training; not an epoch before it is evaluated."""
+        asked = control.should_save or control.should_training_stop
+        control.should_save = asked and state.global_step % self.steps_per_epoch != 0
 
     def on_epoch_end(self, args, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Evaluates whole epochs only, and writes a checkpoint in any case."""
-        whole = state.global_step % self.steps_per_epoch == 0  # else a signal has cut it off
-        control.should_log = control.should_evaluate = whole
-        control.should_save = True
+        """An epoch that a signal has cut off has been saved already."""
+        whole = state.global_step % self.steps_per_epoch == 0
+        control.should_log = control.should_evaluate = control.should_save = whole
 
-    def on_evaluate(self, args, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(self, args, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Ends the stage."""
-        if self.is_over():
+        if is_over(state, self.steps_per_epoch, self.patience):
             control.should_training_stop = True
 
 
@@ -86,8 +74,7 @@ class StopOnSignal(TrainerCallback):
     """A context in which SIGINT and SIGTERM end the training after the step at hand.
 
     With one process, a second signal ends it at once. With several, all agree on the step, and
-    further signals are
-    ignored: launchers send one of their own after the terminal's.
+    further signals are ignored: launchers send one of their own after the terminal's.
     """
 
     def __init__(self) -> None:
@@ -95,8 +82,7 @@ class StopOnSignal(TrainerCallback):
         self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
-        self.received = None
-        # signals can't be caught elsewhere
+        # Signals can't be caught elsewhere.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._receive)
@@ -119,40 +105,15 @@ class StopOnSignal(TrainerCallback):
             highest = torch.tensor(number, device=args.device)
             torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
             number = int(highest.item())
-        if not number:
-            return None
-        self.received = signal.Signals(number)
-        return self.received
+        return signal.Signals(number) if number else None
 
-    def on_step_end(
-        self, args: TrainingArguments, state, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args, state, control: TrainerControl, **_: Any) -> None:
         """Ends the training if any process has received a signal."""
         if self.agree(args):
             control.should_training_stop = True
 
 
 def ignore_interrupts(worker: int) -> None:
-    """For workers of a DataLoader: a Ctrl-C reaches them, but their parent has a step to finish."""
+    """For workers of a DataLoader: their parent has a step to finish when Ctrl-C reaches them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-class EpochLines(ProgressCallback):
-    """Progress bars, and one line an epoch instead of the Trainer's dictionaries."""
-
-    def on_log(
-        self, args, state: TrainerState, control, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        """One line when an epoch has been evaluated."""
-        if (
-            state.is_local_process_zero
-            and logs
-            and "eval_accuracy" in logs
-            and self.training_bar is not None
-        ):
-            *_, before = (entry for entry in state.log_history if "loss" in entry)
-            self.training_bar.write(
-                f"{before['stage']}, epoch {round(state.epoch)}: loss {before['loss']:.3f}, "
-                f"validation accuracy {logs['eval_accuracy']:.1%}"
-            )

@@ -68,6 +68,9 @@ def augment(
     return view
 
 
+Features = Callable[[int, int], torch.Tensor]  # the states of (row, view)
+
+
 class Views(torch.utils.data.Dataset):
     """What the model is shown of each image: of row `r` the views (r, 0), (r, 1), …
 
@@ -75,21 +78,17 @@ class Views(torch.utils.data.Dataset):
         rows: a prepared split.
 
     Attributes:
-        features: gives the kept states of (row, view), which take the place of the pixels; None:
-            pixels.
+        features: gives kept states, which take the place of the pixels; None: pixels.
     """
 
     def __init__(self, rows: datasets.Dataset, processor: CLIPProcessor):
         self.rows = rows
         self.processor = processor
         self.labels = np.asarray(rows["label"])
-        self.features: Callable[[int, int], np.ndarray] | None = None
+        self.features: Features | None = None
 
     def view(self, row: int, view: int) -> torch.Tensor:
-        """Pixels (3, S, S): resized and cropped as the processor does it.
-
-        There is but one such view.
-        """
+        """Pixels (3, S, S) as the processor makes them; there is but one such view."""
         return self._pixels(self.rows[row]["image"].convert("RGB"))
 
     def identity(self) -> dict[str, Any]:
@@ -100,32 +99,27 @@ class Views(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        return {"images": self._images(row, 0), "labels": int(self.labels[row])}
-
-    def _images(self, row: int, view: int) -> torch.Tensor:
-        if self.features is not None:
-            return torch.from_numpy(self.features(row, view))
-        return self.view(row, view)
+        return {"images": (self.features or self.view)(row, 0), "labels": int(self.labels[row])}
 
     def _pixels(self, image: Image.Image, **options: Any) -> torch.Tensor:
-        return self.processor.image_processor(image, return_tensors="pt", **options)[
-            "pixel_values"
-        ][0]
+        pixels = self.processor.image_processor(image, return_tensors="pt", **options)
+        return pixels["pixel_values"][0]
 
 
 class TrainingSamples(Views):
-    """The samples of one epoch: each image `repeats` times, each with a view and a prompt.
+    """The samples of one epoch: each image as often as its `repeats`, with a view and a prompt.
 
-    What a visit draws depends on seed, epoch and its index alone, so not on workers, processes or a
-    restart.
+    What a sample draws depends on seed, epoch and its index alone, so not on workers, processes or
+    a restart.
 
     Args:
         rows: the prepared train split.
         prompt_classes: class index of each prompt of the bank, (P,) int.
 
     Attributes:
-        views: how many augmented views there are of each image; its visits take them in turn. 0:
-            each visit draws one of its own.
+        views: how many augmented views there are of each image; its samples take them in turn. 0:
+            each sample draws one of its own.
+        epochs_before: those of earlier stages, which `epoch` counts as well.
     """
 
     def __init__(
@@ -143,44 +137,39 @@ class TrainingSamples(Views):
         self.augmentation = augmentation
         self.side = image_side(processor)
         self.seed = seed
-        self.views = 0
-        self.epoch = 0
+        self.views = self.epoch = self.epochs_before = 0
         self.repeats = np.asarray(rows["repeats"])
         self.row_of_sample = np.repeat(np.arange(len(rows)), self.repeats)
         self.first_sample = np.cumsum(self.repeats) - self.repeats
         self.labels = self.labels[self.row_of_sample]
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer (through accelerate's data loader) before each epoch."""
-        self.epoch = epoch
+        """Called by the Trainer of a stage before each of its epochs."""
+        self.epoch = self.epochs_before + epoch
 
     def view(self, row: int, view: int) -> torch.Tensor:
         """Pixels (3, S, S) of an augmented view, drawn by seed, view and the image's sha256."""
         entry = self.rows[row]
-        rng = np.random.default_rng(
-            np.random.SeedSequence([self.seed, view, int(entry["sha256"], 16)], spawn_key=VIEW)
-        )
+        draw = [self.seed, view, int(entry["sha256"], 16)]
+        rng = np.random.default_rng(np.random.SeedSequence(draw, spawn_key=VIEW))
         return self._augmented(entry["image"], rng)
 
     def identity(self) -> dict[str, Any]:
         """With what the views are drawn by."""
-        return super().identity() | {
-            "augmentation": self.augmentation.model_dump(mode="json"),
-            "seed": self.seed,
-        }
+        drawn_by = {"augmentation": self.augmentation.model_dump(mode="json"), "seed": self.seed}
+        return super().identity() | drawn_by
 
     def __len__(self) -> int:
         return len(self.row_of_sample)
 
     def __getitem__(self, sample: int) -> dict[str, Any]:
         rng = np.random.default_rng([self.seed, self.epoch, sample])
-        row = int(self.row_of_sample[sample])
+        row, label = int(self.row_of_sample[sample]), int(self.labels[sample])
         if self.views:
             turn = self.epoch * self.repeats[row] + sample - self.first_sample[row]
-            images = self._images(row, int(turn % self.views))
+            images = (self.features or self.view)(row, int(turn % self.views))
         else:
             images = self._augmented(self.rows[row]["image"], rng)
-        label = int(self.labels[sample])
         prompts = self.prompts_of_class[label]
         prompt = int(prompts[rng.integers(len(prompts))])
         return {"images": images, "prompts": prompt, "labels": label, "samples": sample}

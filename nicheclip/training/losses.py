@@ -30,9 +30,8 @@ def info_nce(
             image j.
         labels: (B,) class indices; only their number is used.
     """
-    return _symmetric(
-        logits_per_image, torch.eye(len(labels), device=logits_per_image.device), label_smoothing
-    )
+    own = torch.eye(len(labels), device=logits_per_image.device)
+    return _symmetric(logits_per_image, own, label_smoothing)
 
 
 def multi_positive(
@@ -43,19 +42,17 @@ def multi_positive(
     Args: as `info_nce`.
     """
     same_class = (labels[:, None] == labels[None, :]).float()  # (B, B), symmetric
-    return _symmetric(
-        logits_per_image, same_class / same_class.sum(dim=1, keepdim=True), label_smoothing
-    )
+    targets = same_class / same_class.sum(dim=1, keepdim=True)
+    return _symmetric(logits_per_image, targets, label_smoothing)
 
 
 def class_prompts(
     logits_per_image: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0
 ) -> torch.Tensor:
-    """Cross-entropy over one prompt of every class: the zero-shot classifier, trained end to end.
+    """Cross-entropy over one prompt of every class: the zero-shot classifier is trained.
 
-    Goyal et al. 2023 ("Finetune like you pretrain", FLYP, arXiv:2212.00638) compare it with their
-    own way, which is to keep the contrastive loss of pretraining. No image depends on another here,
-    so processes need not `gather`.
+    Goyal et al. 2023 (FLYP, arXiv:2212.00638) compare it with keeping the contrastive loss. No image
+    depends on another here, so processes need not `gather`.
 
     Args:
         logits_per_image: (B, C) scaled cosines, column c is a prompt of class c.
@@ -92,39 +89,23 @@ def loss_floor(labels: np.ndarray, loss: str, label_smoothing: float, num_classe
     )
 
 
-class _Gather(torch.autograd.Function):
-    """`torch.distributed.nn.functional.all_gather` is deprecated and communicates needlessly."""
-
-    @staticmethod
-    def forward(ctx, embeds: torch.Tensor) -> torch.Tensor:
-        parts = [torch.empty_like(embeds) for _ in range(distributed.get_world_size())]
-        distributed.all_gather(parts, embeds)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
-        return (
-            grad.chunk(distributed.get_world_size())[distributed.get_rank()]
-            * distributed.get_world_size()
-        )
-
-
 def gather(embeds: torch.Tensor) -> torch.Tensor:
     """The embeddings of all processes, (B, D) -> (W * B, D) in rank order, with gradient.
 
     Made for a loss that each process computes alike on the joint batch, under
-    DistributedDataParallel, which averages the gradients over the W processes: each process passes
-    W times the gradient of its own rows on, so that the average is the gradient of the joint batch.
-    Parameters used after the gathering, such as logit_scale, get that gradient in every process
-    already, and averaging keeps it.
+    DistributedDataParallel, which averages the gradients over the W processes: each passes W times
+    the gradient of its own rows on, so that the average is the gradient of the joint batch.
+    Parameters used after the gathering, such as logit_scale, have that in every process already.
 
     Args:
         embeds: of this process; all processes hold equally many. (B,) labels can be gathered too,
             without gradient.
     """
-    if (
-        not (distributed.is_available() and distributed.is_initialized())
-        or distributed.get_world_size() == 1
-    ):
+    world = distributed.get_world_size() if distributed.is_initialized() else 1
+    if world == 1:
         return embeds
-    return _Gather.apply(embeds.contiguous())
+    parts = [torch.empty_like(embeds) for _ in range(world)]
+    distributed.all_gather(parts, embeds.detach().contiguous())
+    # As it is, with W times its gradient.
+    parts[distributed.get_rank()] = embeds + (world - 1) * (embeds - embeds.detach())
+    return torch.cat(parts)

@@ -63,7 +63,7 @@ class ClusterBatchSampler(Sampler[list[int]]):
         self.num_processes = num_processes
         self.process_index = process_index
         self.seed = seed
-        self.epoch = 0
+        self.epoch = self.epochs_before = 0  # of earlier stages, which `epoch` counts as well
         self._labels = np.asarray(labels)
         self._clusters = np.asarray(class_clusters)[self._labels]  # (N,)
         self._members = [
@@ -84,8 +84,8 @@ class ClusterBatchSampler(Sampler[list[int]]):
             batches += 1
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer before each epoch."""
-        self.epoch = epoch
+        """Called by the Trainer of a stage before each of its epochs."""
+        self.epoch = self.epochs_before + epoch
 
     def __len__(self) -> int:
         return int(self._leads.sum())

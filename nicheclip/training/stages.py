@@ -1,8 +1,8 @@
-"""Which parameters train in which stage, and which stage an epoch belongs to."""
+"""Which parameters train in which stage."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -61,31 +61,3 @@ def set_trainable(model: nn.Module, stage: Stage) -> list[str]:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)
     return names
-
-
-def current_stage(
-    stages: Sequence[Stage], scores: Sequence[float], patience: int
-) -> tuple[Stage, int] | None:
-    """The stage that goes on after the epochs so far, and the epochs before it; None: all done.
-
-    A stage ends after its epochs, or early, after `patience` of them without a score above all
-    before. Since it is worked out from the scores alone, an interrupted training comes to the same
-    answer.
-
-    Args:
-        scores: on validation, one an epoch, higher is better.
-    """
-    before = 0
-    for stage in stages:
-        seen = 0
-        while seen < stage.epochs and _since_best(scores[: before + seen], seen) < patience:
-            if before + seen == len(scores):
-                return stage, before
-            seen += 1
-        before += seen
-    return None
-
-
-def _since_best(scores: Sequence[float], at_most: int) -> int:
-    """How many of the last `at_most` epochs have passed since the best of all."""
-    return min(at_most, len(scores) - 1 - scores.index(max(scores))) if scores else 0

@@ -1,9 +1,8 @@
-"""CLIP's towers, begun where training begins, and working out nothing twice.
+"""CLIP's towers as a stage trains them: begun where training begins, working out nothing twice.
 
-The visual tower is cut at places numbered in the order of the computation: `PIXELS`; 0, after the
-embeddings and the layer norm that follows them; k, after k blocks; and `pooled(tower)`, at its end.
-What lies before the first thing that trains gives the same states at every visit of a view, so they
-can be kept (feature_cache.py).
+The visual tower is cut at places numbered in the order of the computation: `PIXELS`, before all;
+k, after k blocks; and its depth, at its end, where only the class token is left. What lies before
+the first thing that trains gives the same states each time, so they can be kept (feature_cache.py).
 """
 
 from __future__ import annotations
@@ -12,193 +11,175 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.nn.functional import embedding
-from transformers import CLIPModel, CLIPTextModel, CLIPVisionModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from torch import nn
+from torch.nn.functional import embedding, normalize
+from transformers import CLIPModel, CLIPVisionModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.clip.modeling_clip import (
-    CLIPAttention,
-    CLIPEncoderLayer,
-    eager_attention_forward,
-)
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer, eager_attention_forward
 
 PIXELS = -1
+PROMPTS_AT_ONCE = 32  # attention grows with the square of their tokens
 
 
-class VisionTower(CLIPVisionModel):
-    """A CLIPVisionModel that takes pixels (B, 3, S, S), or the states of its `cut`."""
+class StageTowers(nn.Module):
+    """A CLIPModel whose trained parameters are those of one stage (`requires_grad`).
 
-    cut = PIXELS
+    Of the token embeddings only those that prompts use train, as a parameter of their own: others
+    would get no gradient, but the optimiser would walk through them.
 
-    def forward(self, pixel_values: torch.Tensor, **unused) -> BaseModelOutputWithPooling:
-        """The pooled output (B, D)."""
-        is_pixels = pixel_values.ndim == 4
-        states = pixel_values if is_pixels else pixel_values.to(self.post_layernorm.weight.dtype)
-        return BaseModelOutputWithPooling(
-            pooler_output=self.between(states, PIXELS if is_pixels else self.cut)
-        )
-
-    def between(self, states: torch.Tensor, start: int, end: int | None = None) -> torch.Tensor:
-        """The states at the cut `end` (pooled, if not given) from those at the cut `start`."""
-        blocks: list[Any] = list(self.encoder.layers)
-        last = len(blocks)
-        end = pooled(self) if end is None else end
-        if start == PIXELS != end:
-            states, start = self.pre_layrnorm(self.embeddings(states)), 0
-        for block in blocks[start : min(end, last - 1)]:
-            states = block(states, None)
-        if start < last <= end:
-            states = (
-                blocks[-1](states, None)
-                if end == last
-                else _class_token_of_block(blocks[-1], states)
-            )
-        return self.post_layernorm(states[:, 0]) if start <= last < end else states
-
-
-class TextTower(CLIPTextModel):
-    """A CLIPTextModel that takes tokens and mask, (P, L) each, or its own pooled output (P, D).
-
-    A token's states depend on what stands before it alone: prompts that begin alike share the
-    states of their beginning, and padding has none. Nothing reads the last block's states but those
-    of the last token.
+    Args:
+        clip: its weights are trained in place, but for the token embeddings: see `store`.
+        tokens: (U,) all that occur in prompts, rising.
     """
 
-    row_of_token: torch.Tensor | None = None  # (V,), of the tokens that train alone
+    tokens: torch.Tensor
+
+    def __init__(self, clip: CLIPModel, tokens: torch.Tensor):
+        super().__init__()
+        self.clip, self.config = clip, clip.config
+        trained = [name for name, weight in clip.named_parameters() if weight.requires_grad]
+        self.cut = cut_before(clip.vision_model, trained)
+        table = clip.text_model.embeddings.token_embedding.weight
+        self.register_buffer("tokens", tokens.to(table.device), persistent=False)
+        self.used = nn.Parameter(table.detach()[self.tokens], requires_grad=table.requires_grad)
+        table.requires_grad_(False)
+
+    @torch.no_grad()
+    def store(self) -> CLIPModel:
+        """The CLIPModel, with its token embeddings as they are trained."""
+        self.clip.text_model.embeddings.token_embedding.weight[self.tokens] = self.used
+        return self.clip
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **unused
-    ):
-        """The pooled output (P, D)."""
-        if input_ids.is_floating_point():
-            return BaseModelOutputWithPooling(pooler_output=input_ids)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        blocks: list[Any] = list(self.encoder.layers)
-        last = blocks.pop()
-        nodes, place = shared_beginnings(input_ids, attention_mask)
-        end = place.gather(1, attention_mask.sum(dim=1, keepdim=True) - 1).flatten()  # (P,)
-        states = self._embeds(input_ids.flatten()[nodes])  # (N, D)
-        states = states + self.embeddings.position_embedding(nodes % input_ids.shape[1])
+        self, images: torch.Tensor, prompts: list[list[int]]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """image_embeds (B, D) and text_embeds (P, D) of unit length, and exp(logit_scale).
 
-        def at(projected: torch.Tensor) -> torch.Tensor:
-            return projected.index_select(0, place.flatten()).unflatten(0, place.shape)  # (P, L, D)
-
-        length = input_ids.shape[1]
-        before = torch.ones(length, length, dtype=torch.bool, device=states.device).tril()
-        for block in blocks:
-            attention, seen = block.self_attn, block.layer_norm1(states)
-            projected = (
-                at(project(seen))
-                for project in (attention.q_proj, attention.k_proj, attention.v_proj)
-            )
-            attended = _attend(attention, *projected, seen=before[None, None])
-            states = _finish(block, states, attended.flatten(0, 1).index_select(0, nodes))
-        attention, seen = last.self_attn, last.layer_norm1(states)
-        queries = attention.q_proj(seen[end])[:, None]  # (P, 1, D)
-        keys, values = at(attention.k_proj(seen)), at(attention.v_proj(seen))
-        attended = _attend(
-            attention, queries, keys, values, seen=attention_mask.bool()[:, None, None]
-        )
-        states = _finish(last, states[end], attended[:, 0])
-        return BaseModelOutputWithPooling(pooler_output=self.final_layer_norm(states))
-
-    def _embeds(self, tokens: torch.Tensor) -> torch.Tensor:
-        if self.row_of_token is None:
-            return self.embeddings.token_embedding(tokens)
-        return embedding(self.row_of_token[tokens], self.used_embeddings)
-
-    def train_only(self, tokens: torch.Tensor) -> None:
-        """Of the token embeddings only these (U,) train, as a parameter of their own.
-
-        Others get no gradient anyhow: this way no optimiser walks through them, and they do not
-        decay.
+        Args:
+            images: as `encode_images`.
+            prompts: the tokens of each, from its start to its end.
         """
-        weight = self.embeddings.token_embedding.weight.requires_grad_(False)
-        self._tokens = tokens.to(weight.device)
-        self.row_of_token = torch.full((len(weight),), -1, device=weight.device)
-        self.row_of_token[self._tokens] = torch.arange(len(tokens), device=weight.device)
-        self.used_embeddings = torch.nn.Parameter(weight[self._tokens])
+        parts = [
+            self.encode_texts(prompts[start : start + PROMPTS_AT_ONCE])
+            for start in range(0, len(prompts), PROMPTS_AT_ONCE)
+        ]
+        # In the weights' precision: under autocast the logits would be rounded to 8 bits.
+        precision = self.used.dtype
+        image_embeds = normalize(self.encode_images(images).to(precision), dim=-1)
+        text_embeds = normalize(torch.cat(parts).to(precision), dim=-1)
+        return image_embeds, text_embeds, self.clip.logit_scale.exp()
 
-    def train_all(self) -> None:
-        """Undoes `train_only`."""
-        if self.row_of_token is not None:
-            self.store_embeddings()
-            self.row_of_token = None
-            del self.used_embeddings
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, S, S), or the states at the cut, -> (B, D)."""
+        tower, start = self.clip.vision_model, PIXELS if images.ndim == 4 else self.cut
+        states = images.to(self.used.dtype)
+        return self.clip.visual_projection(between(tower, states, start, depth(tower)))
 
-    @torch.no_grad()
-    def store_embeddings(self) -> None:
-        """Writes what `train_only` has trained to its place among all."""
-        if self.row_of_token is not None:
-            self.embeddings.token_embedding.weight[self._tokens] = self.used_embeddings
+    def encode_texts(self, prompts: list[list[int]]) -> torch.Tensor:
+        """Prompts -> (P, D). What they have in common at their beginning is worked out once.
 
-    @torch.no_grad()
-    def read_embeddings(self) -> None:
-        """The other way: after weights were loaded."""
-        if self.row_of_token is not None:
-            self.used_embeddings.copy_(self.embeddings.token_embedding.weight[self._tokens])
+        A token's states depend on what stands before it alone. So all prompts are one sequence of
+        their N distinct beginnings, each of which sees those that it begins with.
+        """
+        tower = self.clip.text_model
+        tokens, positions, sees, ends = (
+            part.to(self.used.device) for part in distinct_beginnings(prompts)
+        )
+        rows = torch.searchsorted(self.tokens, tokens)
+        states = embedding(rows, self.used) + tower.embeddings.position_embedding(positions)
+        states = states[None]  # (1, N, D)
+        mask = torch.zeros_like(sees, dtype=states.dtype).masked_fill(~sees, -torch.inf)
+        *blocks, last = tower.encoder.layers
+        for block in blocks:
+            states = block(states, mask[None, None])
+        states = at_places(last, states, ends, mask[ends][None, None])
+        return self.clip.text_projection(tower.final_layer_norm(states[0]))
 
 
-def shared_beginnings(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The distinct beginnings of prompts: where each stands first, and which one each token ends.
-
-    Args:
-        input_ids: (P, L), padded on the right.
-        attention_mask: (P, L).
+def distinct_beginnings(
+    prompts: list[list[int]],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The N distinct beginnings of P prompts.
 
     Returns:
-        (N,) indices of the flattened tokens, and (P, L) indices of these N; 0 for padding.
+        their last tokens (N,), the positions of these (N,), which others each begins with, itself
+        included, (N, N) bool, and which of them are the whole prompts, (P,).
     """
-    # on a GPU each length would wait for the one before
-    ids, live = input_ids.cpu(), attention_mask.bool().cpu()
-    nodes, place = [], torch.zeros_like(ids)
-    beginning = torch.zeros(len(ids), dtype=ids.dtype)
-    vocabulary, count = int(ids.max()) + 1, 0
-    for length in range(ids.shape[1]):
-        (prompts,) = live[:, length].nonzero(as_tuple=True)
-        distinct, of_prompt = (beginning[prompts] * vocabulary + ids[prompts, length]).unique(
-            return_inverse=True
+    found: dict[tuple[int, int], int] = {}  # (the beginning before, its next token) -> beginning
+    paths = []
+    for prompt in prompts:
+        path, before = [], -1
+        for token in prompt:
+            before = found.setdefault((before, token), len(found))
+            path.append(before)
+        paths.append(torch.tensor(path))
+    positions = torch.zeros(len(found), dtype=torch.long)
+    sees = torch.zeros(len(found), len(found), dtype=torch.bool)
+    for beginnings in paths:
+        length = len(beginnings)
+        positions[beginnings] = torch.arange(length)
+        sees[beginnings[:, None], beginnings] = torch.ones(length, length, dtype=torch.bool).tril()
+    tokens = torch.tensor([token for _, token in found])
+    return tokens, positions, sees, torch.stack([beginnings[-1] for beginnings in paths])
+
+
+def depth(tower: CLIPVisionModel) -> int:
+    """The last cut: after all blocks, of the class token alone."""
+    return len(tower.encoder.layers)
+
+
+def between(tower: CLIPVisionModel, states: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """The states at the cut `end` from those at `start`: (B, T, D), or (B, D) at the depth."""
+    if start == PIXELS < end:
+        states, start = tower.pre_layrnorm(tower.embeddings(states)), 0
+    blocks: list[Any] = list(tower.encoder.layers)
+    for block in blocks[start : min(end, len(blocks) - 1)]:
+        states = block(states, None)
+    if start < end == len(blocks):
+        class_token = torch.zeros(1, dtype=torch.long, device=states.device)
+        states = tower.post_layernorm(at_places(blocks[-1], states, class_token)[:, 0])
+    return states
+
+
+def at_places(
+    block: CLIPEncoderLayer,
+    states: torch.Tensor,
+    places: torch.Tensor,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A block's states at Q places, (B, T, D) -> (B, Q, D), where nothing reads the others.
+
+    Keys and values are all that is needed of those: a sixth of the block's multiplications.
+    """
+    attention, seen = block.self_attn, block.layer_norm1(states)
+    queries, keys, values = (
+        projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # (B, H, Q or T, D / H)
+        for projected in (
+            attention.q_proj(seen[:, places]),
+            attention.k_proj(seen),
+            attention.v_proj(seen),
         )
-        first = torch.full((len(distinct),), len(ids)).scatter_reduce(0, of_prompt, prompts, "amin")
-        nodes.append(first * ids.shape[1] + length)
-        place[prompts, length] = count + of_prompt
-        beginning[prompts] = of_prompt
-        count += len(distinct)
-    return torch.cat(nodes).to(input_ids.device), place.to(input_ids.device)
+    )
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+        attention.config._attn_implementation, eager_attention_forward
+    )
+    dropout = attention.dropout if attention.training else 0.0
+    attended, _ = attend(
+        attention, queries, keys, values, mask, scaling=attention.scale, dropout=dropout
+    )
+    states = states[:, places] + attention.out_proj(attended.flatten(2))
+    return states + block.mlp(block.layer_norm2(states))
 
 
-def begin_later(model: CLIPModel) -> tuple[VisionTower, TextTower]:
-    """Gives the towers the forward passes above.
-
-    Modules, parameters and their names stay as they are.
-    """
-    vision, text = model.vision_model, model.text_model
-    vision.__class__, text.__class__ = VisionTower, TextTower
-    return vision, text
-
-
-def pooled(tower: CLIPVisionModel) -> int:
-    """The last cut: the class token's states after the layer norm at the end."""
-    return len(tower.encoder.layers) + 1
-
-
-def cut_before(tower: CLIPVisionModel, trainable: Iterable[str]) -> int:
-    """The last cut that nothing trainable lies before.
-
-    Args:
-        trainable: names of parameters of the whole CLIPModel.
-    """
-    prefix = "vision_model."
-    cuts = [pooled(tower)]
-    for name in trainable:
-        if name.startswith(prefix + "encoder.layers."):
+def cut_before(tower: CLIPVisionModel, trained: Iterable[str]) -> int:
+    """The last cut that nothing of these lies before, by names of the whole CLIPModel."""
+    cuts = [depth(tower)]
+    for name in trained:
+        if name.startswith("vision_model.encoder.layers."):
             cuts.append(int(name.split(".")[3]))
-        elif name.startswith(prefix + "post_layernorm."):
-            cuts.append(pooled(tower) - 1)
-        elif name.startswith(prefix):
+        elif name.startswith("vision_model.post_layernorm."):
+            cuts.append(depth(tower) - 1)
+        elif name.startswith("vision_model."):
             cuts.append(PIXELS)
     return min(cuts)
 
@@ -210,55 +191,3 @@ def weights_before(tower: CLIPVisionModel, cut: int) -> dict[str, torch.Tensor]:
         for name, weights in tower.state_dict().items()
         if cut_before(tower, [f"vision_model.{name}"]) < cut
     }
-
-
-def _class_token_of_block(block: CLIPEncoderLayer, states: torch.Tensor) -> torch.Tensor:
-    """The class token after the last block, (B, T, D) -> (B, 1, D); nothing reads the others.
-
-    Their keys and values are all that is needed of them: a sixth of the block's multiplications.
-    """
-    attention, seen = block.self_attn, block.layer_norm1(states)
-    queries = attention.q_proj(seen[:, :1])
-    return _finish(
-        block,
-        states[:, :1],
-        _attend(attention, queries, attention.k_proj(seen), attention.v_proj(seen)),
-    )
-
-
-def _attend(
-    attention: CLIPAttention,
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    *,
-    seen: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """(B, Q, D) queries, (B, T, D) keys and values -> (B, Q, D).
-
-    Args:
-        seen: which keys a query sees, (B or 1, 1, Q or 1, T) bool; None: all.
-    """
-    heads = [
-        each.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # (B, H, Q or T, D / H)
-        for each in (queries, keys, values)
-    ]
-    mask = (
-        None
-        if seen is None
-        else torch.zeros_like(seen, dtype=queries.dtype).masked_fill(~seen, -torch.inf)
-    )
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(
-        attention.config._attn_implementation, eager_attention_forward
-    )
-    dropout = attention.dropout if attention.training else 0.0
-    attended, _ = function(
-        attention, *heads, mask, scaling=attention.scale, dropout=dropout, is_causal=False
-    )
-    return attended.flatten(2)
-
-
-def _finish(block: CLIPEncoderLayer, states: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-    """A block's states (..., D), from those before it and what they attend to."""
-    states = states + block.self_attn.out_proj(attended)
-    return states + block.mlp(block.layer_norm2(states))

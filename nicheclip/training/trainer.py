@@ -1,4 +1,4 @@
-"""`transformers.Trainer` with stages, each with its own parameters, optimiser and schedule.
+"""Stages, each one run of a `transformers.Trainer` with an optimiser and a schedule of its own.
 
 trainer = StagedTrainer(model, args, domain, processor, train_dataset=samples, eval_dataset=rows)
 trainer.train()
@@ -6,47 +6,62 @@ trainer.train()
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
-import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import CLIPModel, CLIPProcessor, ProgressCallback, TrainerState
+from safetensors.torch import load_file
+from transformers import CLIPModel, CLIPProcessor, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import sort_checkpoints
 
-from nicheclip.clip import tokenize
 from nicheclip.domain import Domain, Stage
+from nicheclip.processes import processes
 from nicheclip.training.arguments import StagedTrainingArguments
-from nicheclip.training.callbacks import EndOfStage, EpochLines, StopOnSignal, TrainingInterrupted
-from nicheclip.training.checkpoints import (
-    best_checkpoint,
-    checkpoint_at,
-    find_checkpoint,
-    read_state,
-)
-from nicheclip.training.contrastive import ContrastiveTrainer
+from nicheclip.training.callbacks import StageEpochs, StopOnSignal, TrainingInterrupted, is_over
+from nicheclip.training.contrastive import ContrastiveTrainer, token_lists
 from nicheclip.training.data import TrainingSamples, Views
 from nicheclip.training.feature_cache import encode_views
-from nicheclip.training.stages import current_stage, set_trainable, trainable_names
-from nicheclip.training.towers import PIXELS, begin_later, cut_before
+from nicheclip.training.losses import loss_floor
+from nicheclip.training.sampler import ClusterBatchSampler
+from nicheclip.training.stages import set_trainable, trainable_names
+from nicheclip.training.towers import PIXELS, StageTowers, cut_before
+
+LOGGED = ("loss", "eval_accuracy", "eval_macro_f1", "eval_ece")
+AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+logger = logging.getLogger(__name__)
 
 
-class StagedTrainer(ContrastiveTrainer):
+@dataclass
+class Checkpoint:
+    """A whole checkpoint of a stage."""
+
+    path: Path
+    state: TrainerState
+
+
+class StagedTrainer:
     """Fine-tunes a CLIPModel stage by stage.
 
-    A stage is one `Trainer.train` that resumes from the last checkpoint of the stage before it, so
-    that steps, epochs, the log and the best checkpoint run on, while frozen parameters, optimiser
-    and schedule are its own. It begins with the best weights so far, and ends early where
-    validation does not get better. Everything random depends on seed, epoch, step and sample alone,
-    so a resumed training gives the same weights, bit by bit on CPU.
+    A stage begins with the best weights so far, ends early where validation does not get better,
+    and keeps its checkpoints in a folder of its own. Everything random depends on seed, epoch, step
+    and sample alone, so a resumed training gives the same weights, bit by bit on CPU.
 
     Args:
+        model: is trained in place.
         domain: whose stages, prompts and clusters are trained.
         train_dataset: samples of the train split.
         eval_dataset: the validation split.
+
+    Attributes:
+        epochs: one row each, over all stages.
+        best_epoch: the one that is kept, counted from 1.
 
     Raises:
         ValueError: if a stage names parameters that the model does not have, or one process sees
@@ -62,181 +77,203 @@ class StagedTrainer(ContrastiveTrainer):
         train_dataset: TrainingSamples,
         eval_dataset: Views,
     ):
-        self._vision, self._text = begin_later(model)
-        if args.bf16 and args.device.type == "cpu":
-            model.set_attn_implementation("eager")  # torch's own has a slow backward pass there
-        ignored = {*(model._keys_to_ignore_on_save or ()), "text_model.used_embeddings"}
-        model._keys_to_ignore_on_save = ignored
-        names = [name for name, _ in model.named_parameters()]
-        trained = [trainable_names(names, stage) for stage in domain.stages]
-        self.cuts = [cut_before(self._vision, of_stage) for of_stage in trained]
         if args.n_gpu > 1:
             raise ValueError(
                 f"one process sees {args.n_gpu} GPUs; start one a GPU: accelerate launch "
                 f"--num_processes {args.n_gpu}"
             )
+        self.model, self.args, self.domain, self.processor = model, args, domain, processor
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        if args.bf16 and args.device.type == "cpu":
+            model.set_attn_implementation("eager")  # torch's own has a slow backward pass there
+        if args.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
         if args.initial_logit_scale is not None:
-            with torch.no_grad():
-                model.logit_scale.fill_(math.log(args.initial_logit_scale))
-        self.stage = domain.stages[0]
-        self._running: tuple[Stage, int] | None = None  # the stage, and the epochs before it
-        self.encoding_seconds = 0.0
-        self._stage_start = 0  # the global step at which the stage begins
-        self.feature_cache = Path(args.feature_cache or Path(args.output_dir) / "features")
-        self._interruption = StopOnSignal()
-        end = EndOfStage(lambda: self._position() != self._running)
-        callbacks = [end, self._interruption]
-        super().__init__(model, args, domain, processor, train_dataset, eval_dataset, callbacks)
+            model.logit_scale.data.fill_(math.log(args.initial_logit_scale))
+        names = [name for name, _ in model.named_parameters()]
+        trained = [trainable_names(names, stage) for stage in domain.stages]
+        self.first_cut = min(cut_before(model.vision_model, of_stage) for of_stage in trained)
+        prompts = token_lists(processor, domain.prompt_bank[0])
+        self.tokens = torch.tensor([token for prompt in prompts for token in prompt]).unique()
+        self.sampler = ClusterBatchSampler(
+            train_dataset.labels,
+            domain.class_clusters,
+            args.train_batch_size * args.world_size,
+            args.cluster_share,
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+            num_processes=args.world_size,
+            process_index=args.process_index,
+        )
         self.steps_per_epoch = math.ceil(len(self.sampler) / args.gradient_accumulation_steps)
-        end.steps_per_epoch = self.steps_per_epoch
-        prompts = [*domain.prompt_bank[0], *domain.canonical_prompts]
-        self._used_tokens = tokenize(processor, prompts)["input_ids"].unique()  # (U,)
-        if self.pop_callback(ProgressCallback):
-            self.add_callback(EpochLines())
+        self.folders = [
+            Path(args.output_dir) / f"{number}-{stage.name.replace('/', '_')}"
+            for number, stage in enumerate(domain.stages, 1)
+        ]
+        self.feature_cache = Path(args.feature_cache or Path(args.output_dir) / "features")
+        self.encoding_seconds = 0.0
+        self.signals = StopOnSignal()
+        self.epochs: list[dict[str, Any]] = []
+        self.best_epoch = 0
+        self.best: Checkpoint | None = None
 
-    def train(  # type: ignore[override]  # a search over hyperparameters has no stages
-        self, resume_from_checkpoint: str | bool | None = None
-    ) -> TrainOutput | None:
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> None:
         """Runs the stages in turn; resumes in any of them.
 
         Args:
-            resume_from_checkpoint: a folder, or True for the last whole checkpoint.
-
-        Returns:
-            what `Trainer.train` says of the last stage, or None if the checkpoint was the last one.
+            resume_from_checkpoint: True for the last whole checkpoint, or its folder.
 
         Raises:
             TrainingInterrupted: after SIGINT or SIGTERM, when the checkpoint is written.
             FloatingPointError: if the loss is not finite.
+            ValueError: if a training can't go on from the checkpoint that was asked for.
         """
-        output = None
-        checkpoint = find_checkpoint(self.args.output_dir, resume_from_checkpoint)
-        self.state = read_state(checkpoint) if checkpoint else TrainerState()
-        while (position := self._position()) is not None:
-            try:
-                self._enter(*position, checkpoint)
-            except KeyboardInterrupt as interrupt:  # while encoding: what is done of it is kept
-                raise TrainingInterrupted(signal.SIGINT, checkpoint) from interrupt
-            with self._interruption:
-                output = super().train(
-                    resume_from_checkpoint=str(checkpoint) if checkpoint else None
-                )
-            checkpoint = checkpoint_at(self.args.output_dir, self.state.global_step)
-            if received := self._interruption.agree(self.args):
-                raise TrainingInterrupted(received, checkpoint)
-        self._text.train_all()
-        super()._load_from_checkpoint(str(best_checkpoint(self.args.output_dir, self.state)))
-        return output
+        found: list[Checkpoint | None] = [None] * len(self.folders)
+        if resume_from_checkpoint:
+            found = [last_checkpoint(folder) for folder in self.folders]
+            self._check_asked(resume_from_checkpoint, [each.path for each in found if each])
+        for stage, folder, checkpoint in zip(self.domain.stages, self.folders, found, strict=True):
+            state = checkpoint.state if checkpoint else None
+            if not state or not is_over(state, *self._patience):
+                state = self._run(stage, folder, checkpoint)
+            self._note(stage, folder, state)
+        self._load(self.best)
 
-    def _position(self) -> tuple[Stage, int] | None:
-        """The stage to run, and the epochs before it; None after the last."""
-        sign, name = 1 if self.args.greater_is_better else -1, self.args.metric_for_best_model
-        log = (entry for entry in self.state.log_history if f"eval_{name}" in entry)
-        scores = {round(entry["epoch"]): sign * entry[f"eval_{name}"] for entry in log}
-        patience = self.args.early_stopping_patience
-        return current_stage(self.domain.stages, list(scores.values()), patience)
+    @property
+    def _patience(self) -> tuple[int, int]:
+        return self.steps_per_epoch, self.args.early_stopping_patience
 
-    def _enter(self, stage: Stage, epochs_before: int, checkpoint: Path | None) -> None:
-        self.stage = stage
-        self._running = (stage, epochs_before)
-        self._stage_start = epochs_before * self.steps_per_epoch
-        self._text.train_all()
+    def _check_asked(self, asked: str | bool, found: list[Path]) -> None:
+        if old := sort_checkpoints(self.args.output_dir):
+            raise ValueError(
+                f"'{old[-1]}' is of an older version, which alone can go on from it; remove "
+                f"'{self.args.output_dir}' and train afresh"
+            )
+        if asked is not True and Path(str(asked)).resolve() not in [
+            p.resolve() for p in found[-1:]
+        ]:
+            raise ValueError(
+                f"'{asked}' is not the last whole checkpoint; remove the later ones first, such as "
+                f"{found[-1] if found else 'unfinished ones'}"
+            )
+
+    def _run(self, stage: Stage, folder: Path, checkpoint: Checkpoint | None) -> TrainerState:
+        trainer = self.begin_stage(stage, folder, checkpoint)
+        with self.signals:
+            trainer.train(str(checkpoint.path) if checkpoint else None)
+        processes().wait_for_everyone()  # the main process has written the checkpoints
+        if received := self.signals.agree(self.args):
+            raise TrainingInterrupted(received, folder / f"checkpoint-{trainer.state.global_step}")
+        return trainer.state
+
+    def begin_stage(
+        self, stage: Stage, folder: Path, checkpoint: Checkpoint | None = None
+    ) -> ContrastiveTrainer:
+        """The Trainer of a stage, with what is frozen in it encoded.
+
+        Args:
+            checkpoint: of the stage, to go on from; None: it begins with the best weights so far.
+        """
+        self._load(checkpoint or self.best)
         set_trainable(self.model, stage)
-        if self._text.embeddings.token_embedding.weight.requires_grad:
-            self._text.train_only(self._used_tokens)
-        self.args.num_train_epochs = epochs_before + stage.epochs
-        self.args.learning_rate = stage.learning_rate
-        self.args.warmup_steps = stage.warmup
-        # wrapped anew: DDP only reduces what trained when it wrapped the model
-        self.model_wrapped = self.model
-        self.optimizer = None  # created anew: it only holds what trained when it was created
-        self.lr_scheduler = None
-        if checkpoint:
-            self._load_from_checkpoint(str(checkpoint))  # what is encoded beforehand depends on it
-        self._encode_frozen()
+        model = StageTowers(self.model, self.tokens)
+        self._encode_views(model.cut)
+        before = len(self.epochs)
+        self.sampler.epochs_before = self.train_dataset.epochs_before = before
+        args = copy.copy(self.args)
+        args.output_dir = str(folder)
+        args.num_train_epochs = stage.epochs
+        args.learning_rate, args.warmup_steps = stage.learning_rate, stage.warmup
+        args.gradient_checkpointing = args.activation_checkpointing = False  # it is on already
+        best = self.best.state.best_metric if self.best else None
+        return ContrastiveTrainer(
+            self.domain,
+            stage,
+            self.sampler,
+            before * self.steps_per_epoch,
+            model=model,
+            args=args,
+            train_dataset=self.train_dataset,
+            eval_dataset=self.eval_dataset,
+            processing_class=self.processor,
+            callbacks=[self.signals, StageEpochs(best, *self._patience)],
+        )
 
-    def _encode_frozen(self) -> None:
-        """Encodes beforehand what no longer changes: the views up to the cut, and all prompts."""
+    def _load(self, checkpoint: Checkpoint | None) -> None:
+        if checkpoint:
+            self.model.load_state_dict(load_file(checkpoint.path / "model.safetensors"))
+
+    def _encode_views(self, cut: int) -> None:
+        """Encodes the views up to the cut; what no stage trains, for all stages at once."""
         started = time.perf_counter()
         self.model.eval()  # what is kept must not depend on a draw of dropout
-        self._frozen_texts = None
-        if not any(parameter.requires_grad for parameter in self._text.parameters()):
-            bank = torch.arange(len(self._bank["input_ids"]))
-            with torch.no_grad():
-                self._frozen_texts = self._text(**self._texts(bank)).pooler_output  # (P, D)
-        self._vision.cut = cut = self.cuts[self.domain.stages.index(self.stage)]
-        # What no stage trains is encoded for all of them; where this stage's cut is later, from
-        # there on.
-        cuts = sorted({min(self.cuts), cut} - {PIXELS}) if self.args.cached_views else []
+        cuts = sorted({self.first_cut, cut} - {PIXELS}) if self.args.cached_views else []
         self.train_dataset.views = self.args.cached_views if cuts else 0
-        precision = (
-            torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
-        )
+        tower, autocast = self.model.vision_model, AUTOCAST[self._precision]
         for name, views, count in (
             ("train", self.train_dataset, self.train_dataset.views),
             ("validation", self.eval_dataset, 1),
         ):
-            folder = self.feature_cache / name
-            views.features = encode_views(self._vision, views, count, cuts, folder, precision)
+            cache = self.feature_cache / name
+            views.features = encode_views(tower, views, count, cuts, cache, autocast)
         self.encoding_seconds += time.perf_counter() - started
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # the state, which comes next, says that the files of all are there
-        self.accelerator.wait_for_everyone()
-
-    def _save_checkpoint(self, model, trial) -> None:
-        """The state goes first and comes last, so that a checkpoint that has one is whole."""
-        if self.args.should_save:
-            checkpoint = checkpoint_at(self.args.output_dir, self.state.global_step)
-            (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Model and processor; not the arguments, which the Trainer would pickle."""
-        if self.args.should_save:
-            self._text.store_embeddings()
-            self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
-            self.processing_class.save_pretrained(output_dir or self.args.output_dir)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        """A stage begins with the best weights of those before it."""
-        state = read_state(Path(resume_from_checkpoint))
-        if state.global_step == self._stage_start:
-            resume_from_checkpoint = str(best_checkpoint(self.args.output_dir, state))
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._text.read_embeddings()
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """At the very start of a stage the optimiser is that of the stage before it: not loaded."""
-        if self.state.global_step > self._stage_start:
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The Trainer's log, with the stage."""
-        super().log(logs, start_time)
-        # After the trackers, which take numbers only.
-        self.state.log_history[-1]["stage"] = self.stage.name  # type: ignore[assignment]
-
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ):
-        """The schedule of this stage alone: warm-up and decay over its own steps."""
-        return super().create_scheduler(num_training_steps - self._stage_start, optimizer)
+    def _note(self, stage: Stage, folder: Path, state: TrainerState) -> None:
+        """Takes down a stage's epochs, and its best one if it is the best so far."""
+        before = len(self.epochs)
+        rows: dict[int, dict[str, Any]] = {}
+        for entry in state.log_history:
+            epoch = before + round(entry["epoch"])
+            row = rows.setdefault(epoch, {"epoch": epoch, "stage": stage.name})
+            row |= {name: entry[name] for name in LOGGED if name in entry}
+        self.epochs += [row for row in rows.values() if "eval_accuracy" in row]
+        if state.best_global_step:
+            self.best = Checkpoint(folder / f"checkpoint-{state.best_global_step}", state)
+            self.best_epoch = before + state.best_global_step // self.steps_per_epoch
 
     @property
-    def best_epoch(self) -> int:
-        """The epoch that is kept, counted from 1."""
-        return (self.state.best_global_step or 0) // self.steps_per_epoch
+    def _precision(self) -> str:
+        return "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "float32"
 
     def settings(self) -> dict[str, Any]:
         """What decides the weights, beside model and data."""
-        names = ("seed", "data_seed", "loss", "cluster_share", "weight_decay")
+        names = ("seed", "data_seed", "loss", "cluster_share", "weight_decay", "cached_views")
         return {name: getattr(self.args, name) for name in names} | {
             "batch_size": self.args.train_batch_size * self.args.world_size,
             "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
             "label_smoothing": self.args.label_smoothing_factor,
-            "cached_views": self.args.cached_views,
-            "precision": "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "float32",
+            "precision": self._precision,
             "stages": [stage.model_dump(mode="json") for stage in self.domain.stages],
         }
+
+    def record(self) -> dict[str, Any]:
+        """For training.json: epochs, how batches are composed, what was encoded, settings."""
+        args, labels, classes = self.args, self.train_dataset.labels, len(self.domain.classes)
+        self.sampler.epochs_before = 0
+        self.sampler.set_epoch(0)
+        floors = [
+            loss_floor(labels[batch], args.loss, args.label_smoothing_factor, classes)
+            for batch in self.sampler.global_batches()
+        ]
+        return {
+            "epochs": self.epochs,
+            "best_epoch": self.best_epoch,
+            "batches": self.sampler.composition() | {"loss_floor": float(np.mean(floors))},
+            "features": {
+                "views": self.train_dataset.views,
+                "encoded": self.train_dataset.views * len(self.train_dataset.rows),
+                "bytes": sum(path.stat().st_size for path in self.feature_cache.rglob("*.arrow")),
+                "seconds": round(self.encoding_seconds, 1),
+            },
+            "processes": args.world_size,
+            "settings": self.settings(),
+        }
+
+
+def last_checkpoint(folder: Path) -> Checkpoint | None:
+    """The last whole checkpoint of a stage; one that a kill has left unfinished has no state."""
+    for path in map(Path, reversed(sort_checkpoints(str(folder)))):
+        try:
+            return Checkpoint(path, TrainerState.load_from_json(str(path / TRAINER_STATE_NAME)))
+        except (OSError, ValueError):
+            logger.warning(f"'{path}' is unfinished; going on from the one before it")
+    return None

@@ -7,7 +7,7 @@ the domain and has forgotten less; which alpha that is, validation says.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from PIL import Image
 from tqdm.auto import tqdm
 from transformers import CLIPModel, CLIPProcessor
 
@@ -25,7 +24,6 @@ from nicheclip.evaluation.calibration import nll
 from nicheclip.evaluation.intervals import Measure, proportion
 from nicheclip.evaluation.metrics import correct
 from nicheclip.evaluation.robustness import retention_accuracy
-from nicheclip.images import to_rgb
 from nicheclip.run import load_retention
 
 ALPHAS = tuple(step / 10 for step in range(11))
@@ -42,12 +40,9 @@ class Interpolation:
 
     def to_dict(self) -> dict[str, Any]:
         """As training.json has it."""
-        return {
-            "alpha": self.alpha,
-            "accuracy": self.accuracy.to_dict(),
-            "nll": self.nll,
-            "retention": self.retention and self.retention.to_dict(),
-        }
+        measures = {"accuracy": self.accuracy.to_dict(), "nll": self.nll}
+        kept = self.retention and self.retention.to_dict()
+        return {"alpha": self.alpha, **measures, "retention": kept}
 
 
 def interpolate(
@@ -77,19 +72,15 @@ def interpolate(
             "that was fine-tuned"
         )
     mixed = {}
-    for name, tensor in base.items():
-        if not tensor.is_floating_point():
-            mixed[name] = tensor.detach().clone()
+    for name, start in base.items():
+        if not start.is_floating_point():
+            mixed[name] = start.clone()
             continue
-        start, end = tensor.detach().float(), tuned[name].detach().to(tensor.device, torch.float32)
-        # at the ends no arithmetic: it would turn -0.0 to 0.0, and 0 times infinity to NaN
-        mixed[name] = (
-            start.clone()
-            if alpha == 0
-            else end.clone()
-            if alpha == 1
-            else (1 - alpha) * start + alpha * end
-        )
+        first, last = start.float(), tuned[name].to(start.device, torch.float32)
+        if alpha in (0, 1):  # no arithmetic: it would turn -0.0 to 0.0, and 0 times infinity to NaN
+            mixed[name] = (last if alpha else first).clone()
+        else:
+            mixed[name] = (1 - alpha) * first + alpha * last
     return mixed
 
 
@@ -105,14 +96,11 @@ def choose_alpha(
 ) -> tuple[float, list[Interpolation]]:
     """Tries each alpha as the zero-shot classifier of the domain; neither model is changed.
 
-    Images are decoded, resized and cropped once, and kept: 3 bytes a pixel of the side that the
-    model sees.
-
     Args:
         validation: the prepared split: image, label, group_id.
         canonical_prompts: one of each class (C,).
-        retention: rows of image and label, and the canonical prompts, of the task outside of the
-            domain. It is measured and does not choose.
+        retention: rows of image and label, and the canonical prompts, of the retention task. It is
+            measured and does not choose.
 
     Returns:
         the alpha of the best accuracy on validation, of several the smallest, which keeps most of
@@ -122,23 +110,21 @@ def choose_alpha(
     Raises:
         ValueError: as `interpolate`.
     """
-    images = _as_the_model_sees(processor, validation)
     labels, groups = np.array(validation["label"]), np.array(validation["group_id"])
-    if retention is not None:
-        rows, asked = retention
-        retained, retained_labels = _as_the_model_sees(processor, rows), np.array(rows["label"])
     start, end, model = base.state_dict(), tuned.state_dict(), copy.deepcopy(base).float().eval()
     table = []
     for alpha in tqdm(alphas, desc="WiSE-FT", unit="alpha", leave=False, disable=not progress):
         model.load_state_dict(interpolate(start, end, alpha))
+        pictures = (row["image"] for row in validation)
+        embeds = encode_images(model, processor, pictures, len(labels), progress=False)
         prototypes = encode_texts(model, processor, canonical_prompts)
-        embeds = encode_images(model, processor, images, len(images), progress=False)
         logits = zero_shot_logits(model, embeds, prototypes)  # (N, C)
         accuracy, kept = proportion(correct(logits, labels), groups, "validation"), None
         if retention is not None:
-            kept = retention_accuracy(
-                model, processor, retained, retained_labels, asked, progress=False
-            )
+            rows, prompts = retention
+            retained = (row["image"] for row in rows)
+            asked = np.array(rows["label"])
+            kept = retention_accuracy(model, processor, retained, asked, prompts, progress=False)
         table.append(Interpolation(alpha, accuracy, nll(logits, labels), kept))
     best = max(table, key=lambda row: (row.accuracy.value, -row.alpha))
     return best.alpha, table
@@ -167,16 +153,3 @@ def mix_with_base(
     alpha = best if asked == "auto" else float(asked)
     tuned.load_state_dict(interpolate(start.state_dict(), tuned.state_dict(), alpha))
     return {"alpha": alpha, "asked": asked, "mixtures": [row.to_dict() for row in table]}
-
-
-def _as_the_model_sees(
-    processor: CLIPProcessor, rows: Iterable[dict[str, Any]]
-) -> list[Image.Image]:
-    """The images resized and cropped; the processor then finds nothing to do but to normalise."""
-    views = []
-    for row in rows:
-        pixels = processor.image_processor(
-            to_rgb(row["image"]), do_rescale=False, do_normalize=False, return_tensors="pt"
-        )["pixel_values"][0]  # (3, S, S), 0 to 255
-        views.append(Image.fromarray(pixels.permute(1, 2, 0).byte().numpy()))
-    return views
