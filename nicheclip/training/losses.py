@@ -51,8 +51,8 @@ def class_prompts(
 ) -> torch.Tensor:
     """Cross-entropy over one prompt of every class: the zero-shot classifier is trained.
 
-    Goyal et al. 2023 (FLYP, arXiv:2212.00638) compare it with keeping the contrastive loss. No image
-    depends on another here, so processes need not `gather`.
+    Goyal et al. 2023 (FLYP, arXiv:2212.00638) compare it with keeping the contrastive loss. No
+    image depends on another here, so processes need not `gather`.
 
     Args:
         logits_per_image: (B, C) scaled cosines, column c is a prompt of class c.
