@@ -325,12 +325,18 @@ def test_a_class_takes_from_its_categories_in_turn(commons, tmp_path):
 
 
 def test_a_class_that_has_enough_is_not_walked_further(commons, tmp_path):
-    download(commons, tmp_path, images_per_class=3)
-    assert not [
-        request
-        for request in commons.to("generator")
-        if "Gothic in France" in request.parameters["gcmtitle"]
-    ]
+    """One that asks for more than its own categories hold is."""
+
+    def walked() -> set[str]:
+        return {request.parameters["gcmtitle"] for request in commons.to("generator")}
+
+    folder = download(commons, tmp_path / "few", images_per_class=3)
+    assert {name: len(titles) for name, titles in kept(folder).items()} == dict.fromkeys(CLASSES, 3)
+    assert "Category:Gothic architecture" in walked()
+    assert "Category:Gothic in France" not in walked()
+    folder = download(commons, tmp_path / "many", images_per_class=8)
+    assert "Category:Gothic in France" in walked()
+    assert "Category:Portals" in walked() and "Deep.jpg" in kept(folder)["Gothic"]
 
 
 def test_a_file_that_cannot_be_scaled_spoils_its_category_only(commons, tmp_path):

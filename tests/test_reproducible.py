@@ -68,25 +68,25 @@ def results(run: Path) -> dict[str, Any]:
     }
 
 
-def differences(expected: Any, found: Any, where: str = "") -> list[str]:
-    """The places where two JSON trees differ; numbers may by what another processor's sums may."""
+def differences(expected: Any, found: Any, tolerance: float, where: str = "") -> list[str]:
+    """The places where two JSON trees differ; numbers may by as much as `tolerance`."""
     if isinstance(expected, dict) and isinstance(found, dict):
         keys = list(dict.fromkeys([*expected, *found]))
         return [
             d
             for key in keys
-            for d in differences(expected.get(key), found.get(key), f"{where}/{key}")
+            for d in differences(expected.get(key), found.get(key), tolerance, f"{where}/{key}")
         ]
     if isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
         return [
             d
             for i, pair in enumerate(zip(expected, found, strict=True))
-            for d in differences(*pair, f"{where}/{i}")
+            for d in differences(*pair, tolerance, f"{where}/{i}")
         ]
     if isinstance(expected, float) and isinstance(found, float):
         return (
             []
-            if math.isclose(expected, found, rel_tol=1e-4, abs_tol=1e-5)
+            if math.isclose(expected, found, rel_tol=tolerance, abs_tol=tolerance)
             else [f"{where}: {expected} -> {found}"]
         )
     return [] if expected == found else [f"{where}: {expected} -> {found}"]
@@ -96,10 +96,12 @@ def test_the_tiny_run_gives_what_it_always_gave(run):
     golden, found = json.loads(GOLDEN.read_text()), results(run)
     if golden.pop("encoding") != encoding():
         pytest.skip("golden.json was recorded where data_prep encodes in another precision")
+    tolerance = 1e-5
     if golden.pop("machine") != machine():
+        tolerance = 0.01  # other last bits, and one picture in a hundred may change sides
         for name in ("weights", "last_weights"):
             del golden[name], found[name]
-    assert differences(golden, found) == []
+    assert differences(golden, found, tolerance) == []
 
 
 def made(folder: Path, seed: int) -> tuple[str, str, dict]:

@@ -106,7 +106,10 @@ def test_each_alpha_is_measured_as_the_model_it_gives(base, prepared, facades, c
         model, tuned, processor, validation, prompts, retention, (0, 0.5, 1), progress=False
     )
     assert [row.alpha for row in table] == [0, 0.5, 1]
-    for row, same in ((table[0], model), (table[2], tuned)):
+    middle = copy.deepcopy(model)
+    middle.load_state_dict(interpolate(model.state_dict(), tuned.state_dict(), 0.5))
+    assert len({row.nll for row in table}) == 3
+    for row, same in zip(table, (model, middle, tuned), strict=True):
         assert row.accuracy.value == asked(same, processor, validation, prompts)
         assert row.retention.value == asked(same, processor, *retention)
     assert (table[0].accuracy.n, table[0].retention.n) == (len(validation), len(colours))
