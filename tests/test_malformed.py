@@ -24,7 +24,8 @@ from domains.facades.painter import STYLES, draw
 from nicheclip import NicheClassifier
 from nicheclip.domain import Domain
 from nicheclip.run import load_prepared
-from space.app import LAUNCH, UNREADABLE, build_app
+from space.app import LAUNCH, build_app
+from space.photo import UNREADABLE
 from tests.conftest import ROOT
 
 FORMATS = {
