@@ -26,7 +26,6 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-import transformers
 from PIL import Image
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, RandomSampler
@@ -40,6 +39,7 @@ from nicheclip.files import quiet_datasets, write_json
 from nicheclip.processes import keep_freed_memory
 from nicheclip.run import features
 from nicheclip.training.arguments import StagedTrainingArguments
+from nicheclip.training.contrastive import ContrastiveTrainer
 from nicheclip.training.data import TrainingSamples, Views, augment
 from nicheclip.training.feature_cache import encode_views
 from nicheclip.training.stages import set_trainable, trainable_names
@@ -183,7 +183,7 @@ def ours(setting: Setting) -> Iterator[Side]:
         of_stage.model.store()
 
 
-def _of_trainer(trainer: transformers.Trainer, max_steps: int) -> Side:
+def _of_trainer(trainer: ContrastiveTrainer, max_steps: int) -> Side:
     model, loader = trainer._prepare_for_training(max_steps, trainer.get_train_dataloader(), None)
     trainer.current_gradient_accumulation_steps = 1
 
@@ -194,7 +194,7 @@ def _of_trainer(trainer: transformers.Trainer, max_steps: int) -> Side:
         model.zero_grad()
 
     return Side(
-        trainer.model,
+        trainer.model.clip,
         _endless(loader),
         lambda batch: trainer.training_step(model, batch),
         update,

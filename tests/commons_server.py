@@ -99,9 +99,7 @@ class CommonsServer(ThreadingHTTPServer):
         self.lock = threading.Lock()
 
     def __enter__(self) -> CommonsServer:
-        threading.Thread(
-            target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
-        ).start()
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:
@@ -185,9 +183,8 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         _, _, width, title = path.split("/")
         with server.lock:
-            hold = server.hold_after is not None and sum(server.served.values()) + server.active[
-                "thumb"
-            ] > (server.hold_after)
+            begun = sum(server.served.values()) + server.active["thumb"]
+            hold = server.hold_after is not None and begun > server.hold_after
             server.held += hold
         if hold:
             server.release.wait()
@@ -203,26 +200,14 @@ class Handler(BaseHTTPRequestHandler):
                 server.served[title] += 1
 
     def query(self, parameters: dict[str, str]) -> dict[str, Any]:
-        if (
-            parameters.get("action"),
-            parameters.get("format"),
-            parameters.get("formatversion"),
-        ) != (
-            "query",
-            "json",
-            "2",
+        if not {"action": "query", "format": "json", "formatversion": "2"}.items() <= (
+            parameters.items()
         ):
-            return {
-                "error": {
-                    "code": "badvalue",
-                    "info": "this server only knows queries, as JSON, version 2",
-                }
-            }
+            only = "this server only knows queries, as JSON, version 2"
+            return {"error": {"code": "badvalue", "info": only}}
         if parameters.get("prop") == "categoryinfo":
-            return {
-                "batchcomplete": True,
-                "query": {"pages": [self.category(t) for t in parameters["titles"].split("|")]},
-            }
+            pages = [self.category(title) for title in parameters["titles"].split("|")]
+            return {"batchcomplete": True, "query": {"pages": pages}}
         if parameters.get("list") == "categorymembers":
             return self.subcategories(parameters)
         return self.members(parameters)
@@ -233,19 +218,11 @@ class Handler(BaseHTTPRequestHandler):
         subcategories = len(self.server.subcategories.get(name, []))
         if name not in self.server.categories:
             return {"ns": 14, "title": title, "missing": True}
-        size = {
-            "size": files + subcategories,
-            "pages": 0,
-            "files": files,
-            "subcats": subcategories,
-            "hidden": False,
-        }
-        return {
-            "pageid": 1,
-            "ns": 14,
-            "title": title,
-            **({"categoryinfo": size} if size["size"] else {}),
-        }
+        page: dict[str, Any] = {"pageid": 1, "ns": 14, "title": title}
+        if files or subcategories:
+            size = {"size": files + subcategories, "files": files, "subcats": subcategories}
+            page["categoryinfo"] = {**size, "pages": 0, "hidden": False}
+        return page
 
     def subcategories(self, parameters: dict[str, str]) -> dict[str, Any]:
         names = self.server.subcategories.get(parameters["cmtitle"].removeprefix("Category:"), [])
@@ -272,18 +249,17 @@ class Handler(BaseHTTPRequestHandler):
                 page["imageinfo"] = [self.image_info(title, int(parameters["iiurlwidth"]))]
             pages.append(page)
         answer: dict[str, Any] = {"query": {"pages": pages}}
-        here = {"gcmcontinue": str(start)} if start else {}
+        going_on = {}
         if first + DESCRIBED < len(at):
-            answer["continue"] = {
-                **here,
-                "iicontinue": at[first + DESCRIBED],
-                "continue": "gcmcontinue||",
-            }
-            return answer
-        answer["batchcomplete"] = True
-        if start + BATCH < len(titles):
-            answer["continue"] = {"gcmcontinue": str(start + BATCH), "continue": "gcmcontinue||"}
-        return answer
+            going_on = {"gcmcontinue": str(start)} if start else {}
+            going_on["iicontinue"] = at[first + DESCRIBED]
+        else:
+            answer["batchcomplete"] = True
+            if start + BATCH < len(titles):
+                going_on = {"gcmcontinue": str(start + BATCH)}
+        return answer | (
+            {"continue": {**going_on, "continue": "gcmcontinue||"}} if going_on else {}
+        )
 
     def image_info(self, title: str, width: int) -> dict[str, Any]:
         photo = self.server.files[title]
@@ -303,10 +279,7 @@ class Handler(BaseHTTPRequestHandler):
             "descriptionurl": f"https://commons.wikimedia.org/wiki/{page}",
             "sha1": hashlib.sha1(title.encode()).hexdigest(),
             "mime": photo.mime,
-            "extmetadata": {
-                name: {"value": text, "source": "x"} for name, text in texts.items() if text
-            }
-            or [],
+            "extmetadata": {n: {"value": t, "source": "x"} for n, t in texts.items() if t} or [],
         }
 
 

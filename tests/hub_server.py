@@ -47,9 +47,8 @@ class Commit:
     files: dict[str, File]
 
 
-FIRST = Commit(
-    "0" * 40, "initial commit", {".gitattributes": File(b"*.safetensors filter=lfs\n", lfs=False)}
-)
+ATTRIBUTES = File(b"*.safetensors filter=lfs\n", lfs=False)
+FIRST = Commit("0" * 40, "initial commit", {".gitattributes": ATTRIBUTES})
 
 
 @dataclass
@@ -94,9 +93,7 @@ class HubServer(ThreadingHTTPServer):
         self.lock = threading.Lock()
 
     def __enter__(self) -> HubServer:
-        threading.Thread(
-            target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
-        ).start()
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:
@@ -112,14 +109,11 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path).replace("/api/models/", "/api/", 1)
         length = int(self.headers.get("Content-Length", 0))
         with self.server.lock:
-            faults = [
-                each
-                for each in self.server.fail_next
-                if each[0] == self.command and each[1] in path
-            ]
-            if faults:
-                self.server.fail_next.remove(faults[0])
-        if faults and faults[0][2] is None:
+            waiting = self.server.fail_next
+            fault = next((f for f in waiting if f[0] == self.command and f[1] in path), None)
+            if fault:
+                waiting.remove(fault)
+        if fault and fault[2] is None:
             self.rfile.read(length // 2)
             self.close_connection = True
             return
@@ -127,17 +121,16 @@ class Handler(BaseHTTPRequestHandler):
         # next request.
         self.body = self.rfile.read(length)
         try:
-            if faults:
-                raise Refusal(faults[0][2], SERVER_ERROR)
+            if fault:
+                raise Refusal(fault[2], SERVER_ERROR)
             for method, pattern, answer in ROUTES:
                 if self.command in method and (match := re.fullmatch(pattern, path)):
                     return answer(self, *match.groups())
             raise Refusal(404, f"Sorry, we can't find {self.command} {path}")
         except Refusal as refusal:
-            code = {"X-Error-Code": refusal.code} if refusal.code else {}
-            self.send(
-                {"error": str(refusal)}, refusal.status, {"X-Error-Message": str(refusal), **code}
-            )
+            headers = {"X-Error-Message": str(refusal)}
+            headers |= {"X-Error-Code": refusal.code} if refusal.code else {}
+            self.send({"error": str(refusal)}, refusal.status, headers)
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_any
 
@@ -163,11 +156,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def demand_write(self) -> None:
         right = self.right()
+        if right is None:
+            raise Refusal(401, "Invalid credentials")
         if right != "write":
-            raise Refusal(
-                403 if right else 401,
-                "pass a token with write access" if right else "Invalid credentials",
-            )
+            raise Refusal(403, "pass a token with write access")
 
     def repository(self, repo_id: str) -> Repository:
         right, repository = self.right(), self.server.repositories.get(repo_id)
@@ -243,55 +235,32 @@ class Handler(BaseHTTPRequestHandler):
                     raise Refusal(400, f"Cannot commit {key} {value['path']}")
             oid = hashlib.sha1(b"%d" % len(repository.commits) + self.body).hexdigest()
             repository.commits.append(Commit(oid, header["value"]["summary"], files))
-        self.send(
-            {
-                "success": True,
-                "commitOid": oid,
-                "commitUrl": f"{self.server.url}/{repo_id}/commit/{oid}",
-            }
-        )
+        url = f"{self.server.url}/{repo_id}/commit/{oid}"
+        self.send({"success": True, "commitOid": oid, "commitUrl": url})
 
     def info(self, repo_id: str, revision: str | None) -> None:
         repository = self.repository(repo_id)
         commit = repository.at(revision or "main")
         siblings = [{"rfilename": path} for path in commit.files]
-        repo_id = repo_id.removeprefix("datasets/").removeprefix("spaces/")
-        self.send(
-            {
-                "id": repo_id,
-                "sha": commit.oid,
-                "private": repository.private,
-                "tags": [],
-                "siblings": siblings,
-            }
-        )
+        own_id = repo_id.removeprefix("datasets/").removeprefix("spaces/")
+        told = {"id": own_id, "sha": commit.oid, "private": repository.private, "tags": []}
+        self.send(told | {"siblings": siblings})
 
     def commits(self, repo_id: str, revision: str) -> None:
         self.repository(repo_id).at(revision)
         log = reversed(self.repository(repo_id).commits)
-        date, authors = "2026-01-01T00:00:00.000Z", [{"user": USER, "avatar": ""}]
-        self.send(
-            [
-                {
-                    "id": each.oid,
-                    "title": each.summary,
-                    "message": "",
-                    "date": date,
-                    "authors": authors,
-                }
-                for each in log
-            ]
-        )
+        same = {"message": "", "date": "2026-01-01T00:00:00.000Z"}
+        same["authors"] = [{"user": USER, "avatar": ""}]
+        self.send([same | {"id": each.oid, "title": each.summary} for each in log])
 
     def tree(self, repo_id: str, revision: str, folder: str | None) -> None:
         entries = []
         for path, file in self.repository(repo_id).at(revision).files.items():
             if folder is None or path.startswith(f"{folder}/"):
-                size = len(file.content)
-                lfs = (
-                    {"lfs": {"oid": file.oid, "size": size, "pointerSize": 134}} if file.lfs else {}
-                )
-                entries.append({"type": "file", "path": path, "size": size, "oid": file.oid, **lfs})
+                known = {"size": len(file.content), "oid": file.oid}
+                entries.append({"type": "file", "path": path, **known})
+                if file.lfs:
+                    entries[-1]["lfs"] = known | {"pointerSize": 134}
         if folder is not None and not entries:
             raise Refusal(404, f"{folder} does not exist on {revision}", "EntryNotFound")
         self.send(entries)

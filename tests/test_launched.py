@@ -47,29 +47,20 @@ def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_weights(prep
     expected = (whole / "model" / "model.safetensors").read_bytes()
     rng = np.random.default_rng(0)
     for kill in range(KILLS):
-        run, step = (
-            fresh(prepared, tmp_path / f"killed-{kill}"),
-            rng.integers(2 * kill, 2 * kill + 2),
-        )
-        process = subprocess.Popen(
-            [*command, str(run), *EVERY_STEP],
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        run = fresh(prepared, tmp_path / f"killed-{kill}")
+        step, quiet = rng.integers(2 * kill, 2 * kill + 2), subprocess.DEVNULL
+        arguments = [*command, str(run), *EVERY_STEP]
+        process = subprocess.Popen(arguments, cwd=ROOT, stdout=quiet, stderr=quiet)
         while last_step(run) < step or not (run / "checkpoints" / "begun.json").exists():
             assert process.poll() is None, "it ended before it could be killed"
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.1))
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-        subprocess.run(
-            [*command, str(run), *EVERY_STEP, "--resume_from_checkpoint", "True"],
-            cwd=ROOT, check=True, capture_output=True,
-        )  # fmt: skip
-        assert (run / "model" / "model.safetensors").read_bytes() == expected, (
-            f"killed after step {step}"
-        )
+        arguments += ["--resume_from_checkpoint", "True"]
+        subprocess.run(arguments, cwd=ROOT, check=True, capture_output=True)
+        found = (run / "model" / "model.safetensors").read_bytes()
+        assert found == expected, f"killed after step {step}"
         shutil.rmtree(run)
 
 

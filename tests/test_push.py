@@ -28,30 +28,17 @@ from tests.hub_server import READER, WRITER, Commit, File, HubServer, Repository
 
 ROOT = Path(__file__).parents[1]
 REPO_ID = "you/model"
+EVERYWHERE = f"--push-to-hub {REPO_ID} --push-space you/demo --push-dataset you/data".split()
 
 
 def client(
-    hub: HubServer,
-    home: Path,
-    *arguments: object,
-    xet: bool,
-    folder: Path = ROOT,
-    path: Path | None = None,
+    hub: HubServer, home: Path, *arguments: object, xet: bool = False, folder: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
     """Runs Python with a client of huggingface_hub that has the server's address and a token."""
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("HF_", "TRANSFORMERS_"))
-    }
-    environment |= {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(home),
-        "HF_TOKEN": WRITER,
-        "NO_PROXY": "127.0.0.1",
-    }
-    environment |= {} if xet else {"HF_HUB_DISABLE_XET": "1"}
-    environment |= {"PYTHONPATH": str(path)} if path else {}
+    ours = ("HF_", "TRANSFORMERS_")
+    environment = {name: v for name, v in os.environ.items() if not name.startswith(ours)}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": WRITER}
+    environment |= {"NO_PROXY": "127.0.0.1"} | ({} if xet else {"HF_HUB_DISABLE_XET": "1"})
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
@@ -65,7 +52,7 @@ def call(hub: HubServer, home: Path, function: str, *arguments: object) -> list:
     """
     code = "import json, sys; from tests import test_push; "
     code += f"print(json.dumps(test_push.{function}(*sys.argv[1:])))"
-    process = client(hub, home, "-c", code, *arguments, xet=False)
+    process = client(hub, home, "-c", code, *arguments)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout.splitlines()[-1])
 
@@ -111,6 +98,14 @@ def linked(run: Path, tmp_path: Path) -> Path:
     return own_run
 
 
+def publish(
+    hub: HubServer, run: Path, tmp_path: Path, *arguments: str, xet: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """`python -m model_card` on a run of its own."""
+    command = ("-m", "model_card", linked(run, tmp_path), *arguments)
+    return client(hub, tmp_path, *command, xet=xet)
+
+
 @pytest.fixture
 def hub() -> Iterator[HubServer]:
     with HubServer() as server:
@@ -118,23 +113,16 @@ def hub() -> Iterator[HubServer]:
 
 
 @pytest.fixture(scope="module")
-def pushed(
-    run: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[HubServer, list[str]]]:
+def pushed(run: Path, tmp_path_factory) -> Iterator[tuple[HubServer, list[str]]]:
     """A server that was pushed to many times, and what each push gave."""
+    home = tmp_path_factory.mktemp("home")
     with HubServer() as server:
-        # A lost file, an upload cut off in the middle, a lost connection, too many requests, a
-        # fault of the Hub.
-        server.fail_next = [
-            ("PUT", "/lfs/", 403), ("POST", "/commit/", None), ("POST", "/commit/", 429), ("POST",
-            "/commit/", 500),
-        ]  # fmt: skip
+        # A lost file, a lost connection, too many requests, a fault of the Hub.
+        server.fail_next = [("POST", "/commit/", status) for status in (None, 429, 500)]
+        server.fail_next.append(("PUT", "/lfs/", 403))
         attempts = ["hf_unknown", READER, *[WRITER] * 5]
-        home = tmp_path_factory.mktemp("home")
-        yield (
-            server,
-            call(server, home, "push_with_each", run / "hub", home / "pushed.json", *attempts),
-        )
+        arguments = (run / "hub", home / "pushed.json", *attempts)
+        yield server, call(server, home, "push_with_each", *arguments)
 
 
 def test_a_refused_token_is_an_error_that_says_to_log_in(pushed):
@@ -144,9 +132,8 @@ def test_a_refused_token_is_an_error_that_says_to_log_in(pushed):
 
 def test_each_fault_is_an_error_with_its_remedy(pushed):
     assert pushed[0].fail_next == []
-    for message, remedy in zip(
-        pushed[1][2:6], ["try again", "try again", "wait some minutes", "try again"], strict=True
-    ):
+    remedies = ["try again", "try again", "wait some minutes", "try again"]
+    for message, remedy in zip(pushed[1][2:6], remedies, strict=True):
         assert REPO_ID in message and remedy in message and "hf auth login" not in message
 
 
@@ -155,15 +142,11 @@ def test_a_push_is_one_commit_with_the_files_of_the_folder(pushed, run):
     repository = server.repositories[REPO_ID]
     assert repository.private
     # One, although pushes failed before: those left nothing.
-    assert [
-        f"{server.url}/{REPO_ID}/commit/{commit.oid}" for commit in repository.commits[1:]
-    ] == results[6:]
+    commits = [f"{server.url}/{REPO_ID}/commit/{each.oid}" for each in repository.commits[1:]]
+    assert commits == results[6:]
     folder = run / "hub"
-    files = {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
     published = {path: file.content for path, file in repository.at("main").files.items()}
     assert published.pop(".gitattributes")
     assert published == files
@@ -199,14 +182,10 @@ def test_someone_elses_commit_is_not_overwritten_unless_told(hub, run, tmp_path)
     newer = {**repository.at("main").files, "README.md": File(b"mended by hand", lfs=False)}
     repository.commits.append(Commit("f" * 40, "A better card", newer))
 
-    refused, told = call(
-        hub, tmp_path, "push_with_each", folder, record, WRITER, f"{WRITER} overwrite"
-    )
-    assert (
-        refused.startswith("FileExistsError")
-        and "A better card" in refused
-        and "--overwrite" in refused
-    )
+    attempts = (WRITER, f"{WRITER} overwrite")
+    refused, told = call(hub, tmp_path, "push_with_each", folder, record, *attempts)
+    assert refused.startswith("FileExistsError")
+    assert "A better card" in refused and "--overwrite" in refused
     assert told.startswith(hub.url)
     assert len(repository.commits) == 5
     assert repository.at("main").files["README.md"].content == (folder / "README.md").read_bytes()
@@ -214,75 +193,39 @@ def test_someone_elses_commit_is_not_overwritten_unless_told(hub, run, tmp_path)
 
 def test_a_commit_that_comes_between_is_a_conflict(hub, run, tmp_path):
     hub.fail_next = [("POST", "/commit/", 412)]
-    (message,) = call(
-        hub, tmp_path, "push_with_each", run / "hub", tmp_path / "pushed.json", WRITER
-    )
+    arguments = (run / "hub", tmp_path / "pushed.json", WRITER)
+    (message,) = call(hub, tmp_path, "push_with_each", *arguments)
     assert "meanwhile" in message
     assert len(hub.repositories[REPO_ID].commits) == 1
 
 
 def test_a_public_repository_gets_nothing_private(hub, run, tmp_path):
     hub.repositories[REPO_ID] = Repository(private=False)
-    ended = client(
-        hub,
-        tmp_path,
-        "-m",
-        "model_card",
-        linked(run, tmp_path),
-        "--push-to-hub",
-        REPO_ID,
-        xet=False,
-    )
+    ended = publish(hub, run, tmp_path, "--push-to-hub", REPO_ID)
     assert ended.returncode == 1
     assert "is a public repository; say --public" in ended.stderr
     assert len(hub.repositories[REPO_ID].commits) == 1
 
 
 def test_a_dry_run_lists_what_would_be_pushed_and_asks_nobody(hub, run, tmp_path):
-    arguments = (
-        "--push-to-hub",
-        REPO_ID,
-        "--push-space",
-        "you/demo",
-        "--push-dataset",
-        "you/data",
-        "--dry-run",
-    )
-    ended = client(hub, tmp_path, "-m", "model_card", linked(run, tmp_path), *arguments, xet=False)
+    ended = publish(hub, run, tmp_path, *EVERYWHERE, "--dry-run")
     assert ended.returncode == 0, ended.stderr
     assert hub.repositories == {}
-    for name in (
-        "model.safetensors",
-        "space/app.py",
-        "requirements.txt",
-        "data/train.parquet",
-        "nothing was pushed",
-    ):
-        assert name in ended.stdout
+    files = ("model.safetensors", "space/app.py", "requirements.txt", "data/train.parquet")
+    for told in (*files, "nothing was pushed"):
+        assert told in ended.stdout
 
 
 @pytest.mark.slow
 def test_space_and_dataset_have_repositories_the_cards_usage_works_and_the_space_boots(
     hub, run, tmp_path
 ):
-    arguments = (
-        "--push-to-hub",
-        REPO_ID,
-        "--push-space",
-        "you/demo",
-        "--push-dataset",
-        "you/data",
-        "--index",
-        "test",
-    )
-    ended = client(hub, tmp_path, "-m", "model_card", linked(run, tmp_path), *arguments, xet=False)
+    ended = publish(hub, run, tmp_path, *EVERYWHERE, "--index", "test")
     assert ended.returncode == 0, ended.stderr
     assert hub.repositories.keys() == {REPO_ID, "spaces/you/demo", "datasets/you/data"}
 
-    table = tmp_path / "test.parquet"
-    table.write_bytes(
-        hub.repositories["datasets/you/data"].at("main").files["data/test.parquet"].content
-    )
+    table, data = tmp_path / "test.parquet", hub.repositories["datasets/you/data"].at("main")
+    table.write_bytes(data.files["data/test.parquet"].content)
     rows = Dataset.from_parquet(str(table), cache_dir=str(tmp_path / "cache"))
     assert rows["source_id"][:] == load_prepared(run)["test"]["source_id"][:]
 
@@ -296,14 +239,13 @@ def test_space_and_dataset_have_repositories_the_cards_usage_works_and_the_space
     assert len(usages) == 2
     # as printed; the client's working directory is not the project's, so it is on the path
     for usage in usages:
-        used = client(hub, tmp_path / "fresh", "-c",
-        f"import sys; sys.path.append({str(ROOT)!r})\n{usage}", xet=False,
-                      folder=tmp_path)  # fmt: skip
+        code = f"import sys; sys.path.append({str(ROOT)!r})\n{usage}"
+        used = client(hub, tmp_path / "fresh", "-c", code, folder=tmp_path)
         assert used.returncode == 0, used.stderr
         assert used.stdout.strip()
 
     boot = "from space.app import build_app; print(len(build_app('you/model').blocks))"
-    booted = client(hub, tmp_path / "fresh", "-c", boot, xet=False, folder=space)
+    booted = client(hub, tmp_path / "fresh", "-c", boot, folder=space)
     assert booted.returncode == 0, booted.stderr
     assert int(booted.stdout) > 10
 
@@ -311,9 +253,8 @@ def test_space_and_dataset_have_repositories_the_cards_usage_works_and_the_space
 def test_what_is_loaded_from_the_hub_gives_the_scorecards_probabilities_for_a_hundred_images(
     pushed, run, tmp_path
 ):
-    measured = Dataset.from_parquet(
-        str(run / "predictions.parquet"), cache_dir=str(tmp_path / "cache")
-    )
+    table, cache = str(run / "predictions.parquet"), str(tmp_path / "cache")
+    measured = Dataset.from_parquet(table, cache_dir=cache)
     from_hub = np.array(call(pushed[0], tmp_path, "probabilities", REPO_ID, run / "data"))
     assert len(measured) >= 100
     for given in from_hub:
@@ -325,9 +266,7 @@ def test_a_failed_commit_publishes_nothing_and_ends_the_command_plainly(hub, run
     # them; push must not. No file is announced as large, so the client asks for no Xet storage.
     hub.lfs_suffixes = ()
     hub.fail_next = [("POST", "/commit/", 500)]
-    ended = client(
-        hub, tmp_path, "-m", "model_card", linked(run, tmp_path), "--push-to-hub", REPO_ID, xet=True
-    )
+    ended = publish(hub, run, tmp_path, "--push-to-hub", REPO_ID, xet=True)
     assert ended.returncode == 1
     assert hub.fail_next == []
     assert len(hub.repositories[REPO_ID].commits) == 1

@@ -17,22 +17,14 @@ from transformers import CLIPConfig, CLIPModel
 from nicheclip.training.losses import LOSSES, gather
 
 BATCH, CLASSES = 8, 5
-TOWER = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
+TOWER = {"hidden_size": 16, "intermediate_size": 32}
+TOWER |= {"num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 def tiny_model() -> CLIPModel:
     torch.manual_seed(0)
-    text = TOWER | {
-        "vocab_size": 32,
-        "max_position_embeddings": 8,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
+    text = TOWER | {"vocab_size": 32, "max_position_embeddings": 8}
+    text |= {"bos_token_id": 1, "eos_token_id": 2}
     vision = TOWER | {"image_size": 16, "patch_size": 8}
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
 
@@ -57,11 +49,8 @@ def gradients(
     outputs = forward(input_ids=prompts, pixel_values=batch["pixel_values"])
     image_embeds, text_embeds, labels = outputs.image_embeds, outputs.text_embeds, batch["labels"]
     if loss != "class_prompts":
-        image_embeds, text_embeds, labels = (
-            gather(image_embeds),
-            gather(text_embeds),
-            gather(labels),
-        )
+        image_embeds, text_embeds = gather(image_embeds), gather(text_embeds)
+        labels = gather(labels)
     logits_per_image = model.logit_scale.exp() * image_embeds @ text_embeds.T
     LOSSES[loss](logits_per_image, labels, 0.1).backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
