@@ -103,9 +103,7 @@ def test_a_model_is_published_and_used_as_the_documents_say(run, tmp_path):
         (commands,) = blocks("docs/publishing.md", "bash")
         for command in commands.splitlines():
             _, *arguments = shlex.split(command)
-            ended = client(
-                hub, tmp_path / "home", *arguments, xet=False, folder=tmp_path, path=ROOT
-            )
+            ended = client(hub, tmp_path / "home", *arguments, folder=tmp_path, path=ROOT)
             assert ended.returncode == 0, f"{command}\n{ended.stderr[-3000:]}"
         assert hub.repositories.keys() == {
             "you/your-model",
@@ -115,9 +113,7 @@ def test_a_model_is_published_and_used_as_the_documents_say(run, tmp_path):
         usages = blocks("README.md", "python")
         assert len(usages) == 2
         for usage in usages:
-            used = client(
-                hub, tmp_path / "fresh", "-c", usage, xet=False, folder=tmp_path, path=ROOT
-            )
+            used = client(hub, tmp_path / "fresh", "-c", usage, folder=tmp_path, path=ROOT)
             assert used.returncode == 0, used.stderr
             assert used.stdout.strip()
 

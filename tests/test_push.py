@@ -32,13 +32,19 @@ EVERYWHERE = f"--push-to-hub {REPO_ID} --push-space you/demo --push-dataset you/
 
 
 def client(
-    hub: HubServer, home: Path, *arguments: object, xet: bool = False, folder: Path = ROOT
+    hub: HubServer,
+    home: Path,
+    *arguments: object,
+    xet: bool = False,
+    folder: Path = ROOT,
+    path: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Runs Python with a client of huggingface_hub that has the server's address and a token."""
     ours = ("HF_", "TRANSFORMERS_")
     environment = {name: v for name, v in os.environ.items() if not name.startswith(ours)}
     environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": WRITER}
     environment |= {"NO_PROXY": "127.0.0.1"} | ({} if xet else {"HF_HUB_DISABLE_XET": "1"})
+    environment |= {"PYTHONPATH": str(path)} if path else {}
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
