@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
+import struct
+import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
-os.environ.setdefault(
-    "HF_HUB_OFFLINE", "1"
-)  # nothing here needs the network; the push tests start clients of their own
+# nothing here needs the network; the push tests start clients of their own
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import calibrate  # noqa: E402
 import train  # noqa: E402
@@ -68,6 +72,23 @@ CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+
+
+def encoded(picture: Image.Image, format: str, **options: Any) -> bytes:
+    """The content of a file."""
+    file = io.BytesIO()
+    picture.save(file, format, **options)
+    return file.getvalue()
+
+
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    checksum = struct.pack(">I", zlib.crc32(kind + content))
+    return struct.pack(">I", len(content)) + kind + content + checksum
+
+
+def png(width: int, height: int, *chunks: bytes, depth: int = 8, colour: int = 2) -> bytes:
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + png_chunk(b"IEND", b"")
 
 
 def shared(name: str) -> Path:

@@ -31,18 +31,16 @@ BENCHMARKS = {
 
 
 def blocks(name: str, language: str) -> list[str]:
-    return re.findall(
-        rf"```{language}\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL
-    )
+    text = (ROOT / name).read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_and_files_of_the_project_exist(document):
     text = document.read_text(encoding="utf-8")
-    links = [
-        link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link
-    ]
-    assert [link for link in links if link and not (document.parent / link).exists()] == []
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text)]
+    own = [link for link in links if link and "://" not in link]
+    assert [link for link in own if not (document.parent / link).exists()] == []
     rooms = "nicheclip|data_prep|model_card|space|benchmarks|tests|domains|docs"
     files = re.findall(rf"\b(?:{rooms})/[\w/.]+\.\w+", text)
     own = [file for file in files if not file.startswith("domains/birds")]
@@ -68,18 +66,15 @@ def known_options() -> set[str]:
     """The options of all commands: ours, and those of the launchers."""
     said = [*launch_command_parser()._option_string_actions, get_args_parser().format_help()]
     mains = [calibrate.main, clusters.main, new_domain.main]
-    mains += [
-        import_module(f"{name}.__main__").main for name in ("data_prep", "model_card", "space")
-    ]
-    mains += [import_module(f"benchmarks.{name}").main for name in BENCHMARKS]
-    mains.append(
-        lambda: train.parse_arguments(Domain.load(train.DEFAULT_DOMAIN), Path("run"), ["--help"])
-    )
+    modules = [f"{name}.__main__" for name in ("data_prep", "model_card", "space")]
+    modules += [f"benchmarks.{name}" for name in BENCHMARKS]
+    mains += [import_module(name).main for name in modules]
+    domain = Domain.load(train.DEFAULT_DOMAIN)
+    mains.append(lambda: train.parse_arguments(domain, Path("run"), ["--help"]))
+    printed = "argparse.ArgumentParser._print_message"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["command", "--help"])
-        patch.setattr(
-            "argparse.ArgumentParser._print_message", lambda _, text, file=None: said.append(text)
-        )
+        patch.setattr(printed, lambda _, text, file=None: said.append(text))
         for main in mains:
             with pytest.raises(SystemExit):
                 main()
@@ -105,11 +100,8 @@ def test_a_model_is_published_and_used_as_the_documents_say(run, tmp_path):
             _, *arguments = shlex.split(command)
             ended = client(hub, tmp_path / "home", *arguments, folder=tmp_path, path=ROOT)
             assert ended.returncode == 0, f"{command}\n{ended.stderr[-3000:]}"
-        assert hub.repositories.keys() == {
-            "you/your-model",
-            "spaces/you/your-demo",
-            "datasets/you/your-data",
-        }
+        expected = {"you/your-model", "spaces/you/your-demo", "datasets/you/your-data"}
+        assert hub.repositories.keys() == expected
         usages = blocks("README.md", "python")
         assert len(usages) == 2
         for usage in usages:
@@ -123,10 +115,9 @@ def test_training_is_launched_as_the_documents_say(prepared, tmp_path):
     (commands,) = blocks("docs/scaling.md", "bash")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     (tmp_path / "train.py").symlink_to(ROOT / "train.py")
-    modules = {
-        "accelerate": "accelerate.commands.accelerate_cli",
-        "torchrun": "torch.distributed.run",
-    }
+    modules = {"accelerate": "accelerate.commands.accelerate_cli"}
+    modules["torchrun"] = "torch.distributed.run"
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     for command in commands.splitlines():
         shutil.rmtree(tmp_path / "runs", ignore_errors=True)
         shutil.copytree(prepared, tmp_path / "runs" / "birds")
@@ -134,25 +125,16 @@ def test_training_is_launched_as_the_documents_say(prepared, tmp_path):
         ranks = ["0", "1"] if "--node_rank" in arguments else ["0"]
         launched = []
         for rank in ranks:
-            own = [
-                rank if option == "--node_rank" else word
-                for option, word in pairwise(["", *arguments])
-            ]
-            launched.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", modules[launcher], *own],
-                    cwd=tmp_path, env=environment, stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT, text=True,
-                )
-            )  # fmt: skip
+            pairs = pairwise(["", *arguments])
+            own = [rank if option == "--node_rank" else word for option, word in pairs]
+            started = [sys.executable, "-m", modules[launcher], *own]
+            launched.append(subprocess.Popen(started, cwd=tmp_path, env=environment, **piped))
         for process in launched:
             said, _ = process.communicate(timeout=240)
             assert process.returncode == 0, f"{command}\n{said[-3000:]}"
         processes = 2 if len(ranks) == 2 or "2" in arguments else 1
-        assert (
-            f'"processes": {processes}'
-            in (tmp_path / "runs" / "birds" / "training.json").read_text()
-        )
+        training = (tmp_path / "runs" / "birds" / "training.json").read_text()
+        assert f'"processes": {processes}' in training
 
 
 @pytest.mark.slow
@@ -167,10 +149,10 @@ def test_the_benchmarks_of_the_documents_run(command, tmp_path):
     tiny_facades(tmp_path)
     (tmp_path / "docs" / "images").mkdir(parents=True)
     name, *options = command.split()
+    command, environment = [sys.executable, "-m", f"benchmarks.{name}", *options], os.environ
     ran = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", *options],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-        timeout=400,
+        command, cwd=tmp_path, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+        text=True, timeout=400,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert ran.stdout.strip()

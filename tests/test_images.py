@@ -10,6 +10,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from data_prep.verify import verify_image
 from nicheclip.images import UnusableImageError, open_image, to_rgb
+from tests.conftest import encoded
 
 SIDE = 64
 
@@ -26,12 +27,6 @@ def with_alpha() -> Image.Image:
     return Image.fromarray(np.dstack([np.array(picture()) * (alpha[..., None] > 0), alpha]))
 
 
-def encoded(image: Image.Image, kind: str, **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
 def grey(bits: int) -> Image.Image:
     """16-bit pixels of which a camera has used `bits`."""
     values = np.asarray(picture().convert("L")).astype(np.uint16)
@@ -43,6 +38,8 @@ def lab() -> Image.Image:
     return ImageCms.profileToProfile(picture(), *profiles, outputMode="LAB")
 
 
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
 FILES = {
     "1": encoded(picture().convert("1"), "PNG"),
     "L": encoded(picture().convert("L"), "PNG"),
@@ -59,9 +56,8 @@ FILES = {
     "16 bits TIFF": encoded(grey(16), "TIFF"),
     "12 bits": encoded(grey(12), "PNG"),
     "10 bits": encoded(grey(10), "TIFF"),
-    "turned": encoded(picture(), "JPEG", quality=95, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01"
-                      b"\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"),
-}  # fmt: skip
+    "turned": encoded(picture(), "JPEG", quality=95, exif=TURNED),
+}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -111,8 +107,7 @@ def test_every_mode_in_memory_becomes_rgb(mode):
 
 
 def test_orientation_is_applied():
-    wide = encoded(picture().resize((30, 10)), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01"
-                   b"\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0")  # fmt: skip
+    wide = encoded(picture().resize((30, 10)), "JPEG", exif=TURNED)
     upright = open_image(wide)
     assert upright.size == (10, 30)
     assert open_image(upright).size == (10, 30)  # not turned a second time

@@ -26,7 +26,7 @@ from nicheclip.domain import Domain
 from nicheclip.run import load_prepared
 from space.app import LAUNCH, build_app
 from space.photo import UNREADABLE
-from tests.conftest import ROOT
+from tests.conftest import ROOT, encoded, png, png_chunk
 
 FORMATS = {
     "JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif",
@@ -37,26 +37,6 @@ AT_LEAST = 300
 SECONDS = 30  # for one file; a hundred times what the slowest takes
 # What Pillow raises for a broken file depends on its format; the app turns these into a sentence.
 REFUSALS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-
-
-def encoded(image: Image.Image, format: str, **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
-
-
-def chunk(kind: bytes, content: bytes) -> bytes:
-    return (
-        struct.pack(">I", len(content))
-        + kind
-        + content
-        + struct.pack(">I", zlib.crc32(kind + content))
-    )
-
-
-def png(width: int, height: int, *chunks: bytes, depth: int = 8, colour: int = 2) -> bytes:
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + chunk(b"IEND", b"")
 
 
 def damaged(rng: random.Random, content: bytes, bytes_changed: int) -> bytes:
@@ -81,41 +61,40 @@ def corpus(seed: int = 0) -> dict[str, bytes]:
             content = encoded(next(pictures), format)
             files[f"flipped-{n}{suffix}"] = damaged(rng, content, rng.choice([1, 3, 20, 200]))
         content = encoded(next(pictures), format)
+        kind, wrong = suffix[1:], rng.choice(list(FORMATS.values()))
         files |= {
-            f"head-{suffix[1:]}{suffix}": damaged(rng, content[:64], 16) + content[64:],
-            f"tail-{suffix[1:]}{suffix}": content + rng.randbytes(5000),
-            f"magic-{suffix[1:]}{suffix}": content[:12],
-            f"wrong-{suffix[1:]}{rng.choice(list(FORMATS.values()))}": encoded(
-                next(pictures), format
-            ),
-            f"noname-{suffix[1:]}": encoded(next(pictures), format),
+            f"head-{kind}{suffix}": damaged(rng, content[:64], 16) + content[64:],
+            f"tail-{kind}{suffix}": content + rng.randbytes(5000),
+            f"magic-{kind}{suffix}": content[:12],
+            f"wrong-{kind}{wrong}": encoded(next(pictures), format),
+            f"noname-{kind}": encoded(next(pictures), format),
         }
     return files | {name: content for name, content in odd(rng, pictures)}
 
 
 def odd(rng: random.Random, pictures: Iterator[Image.Image]) -> Iterator[tuple[str, bytes]]:
-    noise = zlib.compress(rng.randbytes(3 * 96 * 97))
+    pixels = png_chunk(b"IDAT", zlib.compress(rng.randbytes(3 * 96 * 97)))
     # Bombs: by their header, just below the limit, and hidden in what is no pixel.
     for side in (65535, 2**31 - 1, 20000, 9000):
-        yield f"bomb-{side}.png", png(side, side, chunk(b"IDAT", noise))
-    yield (
-        "bomb.gif",
-        b"GIF89a"
-        + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0)
-        + b",\0\0\0\0\xff\xff\xff\xff\0\x08\x01\0\0;",
-    )
-    yield (
-        "bomb.bmp",
-        (bmp := encoded(next(pictures), "BMP"))[:18] + struct.pack("<ii", 60000, 60000) + bmp[26:],
-    )
-    yield "negative.bmp", bmp[:18] + struct.pack("<ii", -96, -96) + bmp[26:]
+        yield f"bomb-{side}.png", png(side, side, pixels)
+    sides = struct.pack("<HHBBB", 65535, 65535, 0, 0, 0)
+    yield "bomb.gif", b"GIF89a" + sides + b",\0\0\0\0\xff\xff\xff\xff\0\x08\x01\0\0;"
+    bmp = encoded(next(pictures), "BMP")
+    for name, side in (("bomb.bmp", 60000), ("negative.bmp", -96)):
+        yield name, bmp[:18] + struct.pack("<ii", side, side) + bmp[26:]
     yield "bomb.ppm", b"P6 60000 60000 255\n" + rng.randbytes(100)
     zeros = zlib.compress(bytes(64 * 2**20), 9)
-    yield "text-bomb.png", png(96, 96, chunk(b"zTXt", b"a\0\0" + zeros), chunk(b"IDAT", noise))
-    yield "profile-bomb.png", png(96, 96, chunk(b"iCCP", b"a\0\0" + zeros), chunk(b"IDAT", noise))
+    yield (
+        "text-bomb.png",
+        png(96, 96, png_chunk(b"zTXt", b"a\0\0" + zeros), pixels),
+    )
+    yield (
+        "profile-bomb.png",
+        png(96, 96, png_chunk(b"iCCP", b"a\0\0" + zeros), pixels),
+    )
     # No sides, or hardly any.
     for width, height in ((0, 0), (0, 96), (96, 0)):
-        yield f"side-{width}-{height}.png", png(width, height, chunk(b"IDAT", noise))
+        yield f"side-{width}-{height}.png", png(width, height, pixels)
         yield f"side-{width}-{height}.ppm", f"P6 {width} {height} 255\n".encode()
     for size in ((1, 1), (1, 500), (500, 1), (2, 40000)):
         yield f"thin-{size[0]}-{size[1]}.png", encoded(next(pictures).resize(size), "PNG")
@@ -142,41 +121,29 @@ def odd(rng: random.Random, pictures: Iterator[Image.Image]) -> Iterator[tuple[s
         exif[0x0112] = orientation
         yield f"orientation-{orientation}.jpg", encoded(next(pictures), "JPEG", exif=exif)
     jpeg = encoded(next(pictures), "JPEG")
-    segment = b"\xff\xe1" + struct.pack(">H", 65535) + b"Exif\0\0" + rng.randbytes(65527)
-    yield "exif-huge.jpg", jpeg[:2] + 50 * segment + jpeg[2:]
-    yield (
-        "exif-noise.jpg",
-        jpeg[:2]
-        + b"\xff\xe1"
-        + struct.pack(">H", 108)
-        + b"Exif\0\0"
-        + rng.randbytes(100)
-        + jpeg[2:],
-    )
-    yield (
-        "exif-endless.jpg",
-        jpeg[:2] + b"\xff\xe1\xff\xff" + b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + jpeg[2:],
-    )
+    for name, length, content in (
+        ("exif-huge.jpg", 65535, 50 * [rng.randbytes(65527)]),
+        ("exif-noise.jpg", 108, [rng.randbytes(100)]),
+        ("exif-endless.jpg", 65535, [b"MM\0*\0\0\0\x08\xff\xff"]),
+    ):
+        head = b"\xff\xe1" + struct.pack(">H", length) + b"Exif\0\0"
+        yield name, jpeg[:2] + b"".join(head + each for each in content) + jpeg[2:]
     yield "profile-noise.jpg", encoded(next(pictures), "JPEG", icc_profile=rng.randbytes(3000))
     text = PngImagePlugin.PngInfo()
     text.add_text("comment", "x" * 10**6)
     yield "comment.png", encoded(next(pictures), "PNG", pnginfo=text)
     for mode, format in (
-        ("CMYK", "JPEG"), ("CMYK", "TIFF"), ("P", "PNG"), ("P", "GIF"), ("1", "PNG"), ("1",
-        "TIFF"), ("L", "JPEG"),
-        ("LA", "PNG"), ("RGBA", "PNG"), ("RGBA", "WEBP"), ("I;16", "PNG"), ("I", "TIFF"), ("F",
-        "TIFF"),
-        ("YCbCr", "TIFF"),
+        ("CMYK", "JPEG"), ("CMYK", "TIFF"), ("P", "PNG"), ("P", "GIF"), ("1", "PNG"),
+        ("1", "TIFF"), ("L", "JPEG"), ("LA", "PNG"), ("RGBA", "PNG"), ("RGBA", "WEBP"),
+        ("I;16", "PNG"), ("I", "TIFF"), ("F", "TIFF"), ("YCbCr", "TIFF"),
     ):  # fmt: skip
         name = f"mode-{mode.replace(';', '-')}{FORMATS[format]}"
         image = next(pictures)
         if mode == "I;16":
             image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
         yield name, encoded(image if mode == "I;16" else image.convert(mode), format)
-    yield (
-        "palette-alpha.png",
-        encoded(next(pictures).convert("P"), "PNG", transparency=bytes(range(256))),
-    )
+    palette = next(pictures).convert("P")
+    yield "palette-alpha.png", encoded(palette, "PNG", transparency=bytes(range(256)))
     for format in ("GIF", "PNG", "WEBP", "TIFF"):
         frames = [next(pictures) for _ in range(3)]
         content = encoded(frames[0], format, save_all=True, append_images=frames[1:])
@@ -193,9 +160,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, style in enumerate(STYLES[:2]):
         (folder / style).mkdir()
         for index in range(16):
-            draw(style, np.random.default_rng([7, number, index]), 96).save(
-                folder / style / f"sound-{index}.png"
-            )
+            picture = draw(style, np.random.default_rng([7, number, index]), 96)
+            picture.save(folder / style / f"sound-{index}.png")
     for number, (name, content) in enumerate(corpus().items()):
         (folder / STYLES[number % 2] / name).write_bytes(content)
     return folder
@@ -215,31 +181,21 @@ def test_data_prep_keeps_each_file_or_says_why_not(folder, malformed, domain: Do
         "source": {"kind": "folder", "path": str(folder)},
         "retention": None,
     }
-    (tmp_path / "odd.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "data_prep",
-        str(tmp_path / "odd.yaml"),
-        "--run",
-        str(tmp_path / "run"),
-    ]
+    odd, run = tmp_path / "odd.yaml", tmp_path / "run"
+    odd.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    command = [sys.executable, "-m", "data_prep", str(odd), "--run", str(run)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10 * SECONDS)
     assert done.returncode == 0, done.stderr[-2000:]
 
-    report = json.loads((tmp_path / "run" / "data" / "report.json").read_text())
+    report = json.loads((run / "data" / "report.json").read_text())
     reasons = {entry["source_id"]: entry["detail"] for entry in report["quarantined"]}
-    kept = {
-        source_id
-        for split in load_prepared(tmp_path / "run").values()
-        for source_id in split["source_id"]
-    }
+    kept = {name for split in load_prepared(run).values() for name in split["source_id"]}
     dropped = {entry["source_id"] for entry in report["suspects"] if entry["outcome"] == "dropped"}
     files = {path.relative_to(folder).as_posix() for path in folder.glob("*/*")}
     assert report["counts"]["read"] == len(files) == len(reasons) + len(kept) + len(dropped)
     assert set(reasons) | kept | dropped == files
     assert all(reasons.values()), "a reason says what is wrong"
-    for split in load_prepared(tmp_path / "run").values():
+    for split in load_prepared(run).values():
         for row in split:
             assert row["image"].mode == "RGB" and min(row["image"].size) >= domain.smallest_side
 
@@ -250,12 +206,9 @@ def test_the_classifier_refuses_a_file_or_gives_probabilities(malformed, run: Pa
     with ThreadPoolExecutor(1) as pool:
         for path in malformed:
             try:
-                probabilities = pool.submit(classifier.probabilities, [path]).result(
-                    timeout=SECONDS
-                )
-                assert np.isfinite(probabilities).all() and probabilities.sum() == pytest.approx(
-                    1, abs=1e-4
-                )
+                answer = pool.submit(classifier.probabilities, [path]).result(timeout=SECONDS)
+                assert np.isfinite(answer).all()
+                assert answer.sum() == pytest.approx(1, abs=1e-4)
             except REFUSALS:
                 refused.append(path)
             except Exception as error:
@@ -272,9 +225,8 @@ def test_the_app_has_an_answer_to_every_file(malformed, run: Path):
     surprises, unread = {}, 0
     for path in malformed:
         try:
-            sentence, bars, _ = client.submit(handle_file(path), api_name="/classify").result(
-                timeout=SECONDS
-            )
+            job = client.submit(handle_file(path), api_name="/classify")
+            sentence, bars, _ = job.result(timeout=SECONDS)
         except Exception as error:
             surprises[path.name] = repr(error)
             continue

@@ -67,6 +67,17 @@ def domains(draw: st.DrawFn) -> dict:
         },
         optional={"warmup": st.floats(0, 0.99), "last_visual_blocks": st.integers(0, 12)},
     )
+    gated = st.sampled_from(["accuracy", "macro_f1", "ece", "nll"])
+    shares = {name: st.floats(0.01, 0.3) for name in HELD_OUT}
+    values = st.one_of(st.integers(), SHARES, WORDS)
+    optional = {
+        "clusters": st.just(dict(clusters)),
+        "splits": st.fixed_dictionaries({}, optional=shares),
+        "samples_per_class": st.integers(1, 500),
+        "selective_accuracy": st.floats(0.01, 0.99),
+        "quality_filter": st.sampled_from([{"mode": "linear_probe"}, {"mode": "none"}]),
+        "training": st.dictionaries(WORDS, values, max_size=3),
+    }
     return {
         "name": draw(st.from_regex(r"[a-z0-9][a-z0-9._-]{0,10}", fullmatch=True)),
         "title": draw(WORDS),
@@ -74,28 +85,8 @@ def domains(draw: st.DrawFn) -> dict:
         "base": draw(st.sampled_from(["openai/clip-vit-base-patch32", "a-model"])),
         "classes": classes,
         "stages": draw(st.lists(stage, min_size=1, max_size=3)),
-        "gates": draw(
-            st.dictionaries(st.sampled_from(["accuracy", "macro_f1", "ece", "nll"]), SHARES)
-        ),
-        **draw(
-            st.fixed_dictionaries(
-                {},
-                optional={
-                    "clusters": st.just(dict(clusters)),
-                    "splits": st.fixed_dictionaries(
-                        {}, optional={name: st.floats(0.01, 0.3) for name in HELD_OUT}
-                    ),
-                    "samples_per_class": st.integers(1, 500),
-                    "selective_accuracy": st.floats(0.01, 0.99),
-                    "quality_filter": st.fixed_dictionaries(
-                        {"mode": st.sampled_from(["linear_probe", "none"])}
-                    ),
-                    "training": st.dictionaries(
-                        WORDS, st.one_of(st.integers(), SHARES, WORDS), max_size=3
-                    ),
-                },
-            )
-        ),
+        "gates": draw(st.dictionaries(gated, SHARES)),
+        **draw(st.fixed_dictionaries({}, optional=optional)),
     }
 
 
@@ -105,9 +96,8 @@ def test_any_valid_domain_survives_being_written(raw, tmp_path):
     path.write_text(yaml.safe_dump(raw, sort_keys=False, allow_unicode=True), encoding="utf-8")
     domain = Domain.load(path)
     assert domain.class_names == list(raw["classes"])
-    assert sorted(name for members in domain.clusters.values() for name in members) == sorted(
-        raw["classes"]
-    )
+    members = [name for names in domain.clusters.values() for name in names]
+    assert sorted(members) == sorted(raw["classes"])
     domain.save(tmp_path / "copy.yaml")
     assert Domain.load(tmp_path / "copy.yaml") == domain
 
@@ -140,7 +130,7 @@ def test_wrong_values_give_a_domain_error_and_no_other(changes, tmp_path):
 
 @settings(max_examples=250)
 @given(
-    damage=st.lists(
+    st.lists(
         st.tuples(st.integers(0, 600), st.binary(max_size=3), st.integers(0, 5)),
         min_size=1,
         max_size=4,
@@ -226,9 +216,8 @@ def collections(draw: st.DrawFn) -> tuple[list[int], list[str]]:
 @given(images=collections(), shares=st.tuples(*[st.floats(0.02, 0.32)] * 3))
 def test_a_group_is_in_one_split_and_every_class_in_every_one(images, shares):
     labels, groups = images
-    assigned = assign_splits(
-        np.array(labels), groups, Splits(**dict(zip(HELD_OUT, shares, strict=True)))
-    )
+    splits = Splits(**dict(zip(HELD_OUT, shares, strict=True)))
+    assigned = assign_splits(np.array(labels), groups, splits)
     homes = defaultdict(set)
     for group, split in zip(groups, assigned, strict=True):
         homes[group].add(split)
@@ -241,37 +230,32 @@ def test_a_group_is_in_one_split_and_every_class_in_every_one(images, shares):
         assert own == {"train", *HELD_OUT} or not enough, "of four groups, one goes to each split"
 
 
-@given(
-    counts=st.tuples(*[st.integers(1, 12)] * 3),
-    per_class=st.integers(40, 90),
-    added=st.integers(0, 20),
-)
+@given(st.tuples(*[st.integers(1, 12)] * 3), st.integers(40, 90), st.integers(0, 20))
 def test_counts_are_met_and_shares_do_not_move_earlier_images(counts, per_class, added):
     groups = [f"image {number}" for number in range(2 * (per_class + added))]
     labels = np.arange(len(groups)) % 2
-    by_count = np.array(
-        assign_splits(labels, groups, Splits(**dict(zip(HELD_OUT, counts, strict=True))))
-    )
+    splits = Splits(**dict(zip(HELD_OUT, counts, strict=True)))
+    by_count = np.array(assign_splits(labels, groups, splits))
     for label in (0, 1):
         for name, count in zip(HELD_OUT, counts, strict=True):
             assert (by_count[labels == label] == name).sum() == count
-    earlier = 2 * per_class
-    assert (
-        assign_splits(labels[:earlier], groups[:earlier], Splits())
-        == assign_splits(labels, groups, Splits())[:earlier]
-    )
+    earlier = slice(2 * per_class)
+    by_share = assign_splits(labels, groups, Splits())
+    assert assign_splits(labels[earlier], groups[earlier], Splits()) == by_share[earlier]
 
 
 @st.composite
 def answers(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
     """Logits (N, C) whose softmax tells the truth about labels (N,) that are drawn from it."""
-    rng = np.random.default_rng(draw(st.integers(0, 10**6)))
-    logits = rng.normal(
-        0, draw(st.floats(0.5, 4)), (draw(st.integers(30, 300)), draw(st.integers(2, 8)))
-    )
+    size = draw(st.integers(30, 300)), draw(st.integers(2, 8))
+    return truthful(draw(st.integers(0, 10**6)), draw(st.floats(0.5, 4)), size)
+
+
+def truthful(seed: int, spread: float, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, spread, size)
     falling = softmax(logits, axis=1).cumsum(axis=1)
-    labels = (rng.random((len(logits), 1)) > falling).sum(axis=1).clip(max=logits.shape[1] - 1)
-    return logits, labels
+    return logits, (rng.random((len(logits), 1)) > falling).sum(axis=1).clip(max=size[1] - 1)
 
 
 @given(answer=answers(), factor=st.floats(0.3, 4))
@@ -293,10 +277,7 @@ def test_the_temperature_follows_the_logits_and_is_the_best(answer, factor):
 
 
 def test_a_known_temperature_is_recovered():
-    rng = np.random.default_rng(0)
-    logits = rng.normal(0, 2, (20_000, 6))
-    falling = softmax(logits, axis=1).cumsum(axis=1)
-    labels = (rng.random((20_000, 1)) > falling).sum(axis=1).clip(max=5)
+    logits, labels = truthful(0, 2, (20_000, 6))
     for temperature in (0.3, 1.0, 5.0):
         assert fit_temperature(temperature * logits, labels) == pytest.approx(temperature, rel=0.03)
 
