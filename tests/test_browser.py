@@ -56,9 +56,8 @@ def test_an_uploaded_photo_gets_its_answer_its_bars_and_pictures_like_it(page: P
     bars = page.locator("[data-testid$='confidence-set']")
     expect(bars.first).to_be_visible()
     assert words(page) == re.sub(r"\*\*", "", answer(expected)).replace("\N{NO-BREAK SPACE}", " ")
-    assert [bar.inner_text().split("\n")[0] for bar in bars.all()] == list(expected.probabilities)[
-        :5
-    ]
+    shown = [bar.inner_text().split("\n")[0] for bar in bars.all()]
+    assert shown == list(expected.probabilities)[:5]
     expect(page.locator(".found .thumbnail-item").filter(visible=True)).to_have_count(6)
 
 
@@ -93,11 +92,8 @@ def test_nothing_is_wider_than_the_page(page: Page):
 
 
 def test_controls_have_names_for_a_screen_reader(page: Page):
-    for control in (
-        page.locator("button, input:not([type=file]), textarea").filter(visible=True).all()
-    ):
-        name = control.evaluate(
-            "e => e.ariaLabel || e.title || e.innerText || (e.labels && e.labels[0]?.innerText) "
-            "|| ''"
-        )
+    controls = page.locator("button, input:not([type=file]), textarea")
+    named = "e => e.ariaLabel || e.title || e.innerText || e.labels?.[0]?.innerText || ''"
+    for control in controls.filter(visible=True).all():
+        name = control.evaluate(named)
         assert name.strip(), control.evaluate("e => e.outerHTML")

@@ -26,25 +26,21 @@ def page(run: Path) -> str:
 
 def articles(page: str) -> list[tuple[str, str, str]]:
     """Cell, kind and source_id of each image on the page."""
-    found = re.findall(
-        r'<article data-cell="([\d-]+)" data-kind="([^"]*)".*?<code>(.*?)</code>', page, re.DOTALL
-    )
+    one = r'<article data-cell="([\d-]+)" data-kind="([^"]*)".*?<code>(.*?)</code>'
+    found = re.findall(one, page, re.DOTALL)
     return [(cell, kind, unescape(source_id)) for cell, kind, source_id in found]
 
 
 def test_every_error_is_on_the_page_in_its_cell_the_most_confident_first(run: Path, page: str):
-    rows = Dataset.from_parquet(
-        str(run / "predictions.parquet"), cache_dir=str(run.parent / "cache")
-    )
+    table, cache = str(run / "predictions.parquet"), str(run.parent / "cache")
+    rows = Dataset.from_parquet(table, cache_dir=cache)
     names = Domain.load(run).class_names
     expected = []
     for row in rows:
         label, predicted = names.index(row["label"]), int(np.argmax(row["probabilities"]))
         if label != predicted:
             expected.append((-max(row["probabilities"]), f"{label}-{predicted}", row["source_id"]))
-    shown = [
-        (cell, source_id) for cell, kind, source_id in articles(page) if "wrong" in kind.split()
-    ]
+    shown = [(cell, own) for cell, kind, own in articles(page) if "wrong" in kind.split()]
     assert shown == [(cell, source_id) for _, cell, source_id in sorted(expected)]
     for count, cell in re.findall(r'data-cell="([\d-]+)" aria-label="(\d+) ', page):
         assert sum(shown_cell == count for shown_cell, _ in shown) == int(cell)
@@ -64,9 +60,7 @@ def test_the_nearest_are_the_nearest_and_a_wrong_label_is_doubted():
     labels[:20] = (truth[:20] + 1) % 3  # wrong labels
     calibrated = rng.dirichlet(np.ones(3), 700)
     readings = read_errors(calibrated, calibrated[::-1], embeds, labels, train_embeds, train_labels)
-    assert [each.best for each in readings] == sorted(
-        (max(row) for row in calibrated), reverse=True
-    )
+    assert [each.best for each in readings] == sorted(map(max, calibrated), reverse=True)
     for reading in readings:
         cosines = train_embeds @ embeds[reading.row]
         for label in {reading.label, reading.predicted}:
@@ -79,19 +73,15 @@ def test_the_nearest_are_the_nearest_and_a_wrong_label_is_doubted():
 
 def test_a_class_without_training_images_has_no_nearest():
     certain = np.array([[0.0, 1.0]])
-    reading = read_errors(
-        certain, certain, np.eye(1, 4), np.array([1]), np.eye(2, 4), np.array([0, 0])
-    )[0]
+    train = np.eye(2, 4), np.array([0, 0])
+    (reading,) = read_errors(certain, certain, np.eye(1, 4), np.array([1]), *train)
     assert reading.nearest == {}
     assert (reading.doubt, reading.other) == (1, 0)
 
 
-def test_names_are_escaped_and_nothing_is_loaded_from_elsewhere(
-    run: Path, page: str, tmp_path: Path
-):
-    assert not re.search(
-        r"""(?:src|href)=["'](?!data:|#p)|url\(|@import|https?://(?!www\.w3\.org)""", page
-    )
+def test_names_are_escaped_and_nothing_is_loaded_from_elsewhere(run, page, tmp_path):
+    elsewhere = r"""(?:src|href)=["'](?!data:|#p)|url\(|@import|https?://(?!www\.w3\.org)"""
+    assert not re.search(elsewhere, page)
     domain, splits = Domain.load(run), load_prepared(run)
     rogue = "</script><script>alert('gothic & \"more\"')"
     renamed = {
@@ -106,9 +96,8 @@ def test_names_are_escaped_and_nothing_is_loaded_from_elsewhere(
     calibrated = np.eye(count)[(np.array(test["label"]) + 1) % count]
     labels, train = np.array(test["label"]), splits["train"]
     embeds, train_embeds = np.eye(len(test), 4), np.eye(len(train), 4)
-    readings = read_errors(
-        calibrated, calibrated, embeds, labels, train_embeds, np.array(train["label"])
-    )
+    of_train = train_embeds, np.array(train["label"])
+    readings = read_errors(calibrated, calibrated, embeds, labels, *of_train)
     assert write_errors(tmp_path / "errors.html", domain, test, readings, train) == len(test)
     written = (tmp_path / "errors.html").read_text(encoding="utf-8")
     assert rogue not in written
@@ -125,9 +114,8 @@ def test_what_is_ticked_goes_back_to_data_prep(run: Path, tmp_path: Path):
         cell.click()
         visible = page.locator("article").filter(visible=True)
         assert visible.count() == int(cell.inner_text())
-        assert set(each.get_attribute("data-cell") for each in visible.all()) == {
-            cell.get_attribute("data-cell")
-        }
+        shown = {each.get_attribute("data-cell") for each in visible.all()}
+        assert shown == {cell.get_attribute("data-cell")}
         visible.first.get_by_role("checkbox").check()
         ticked = visible.first.locator("code").first.inner_text()
         with page.expect_download() as download:
@@ -143,6 +131,5 @@ def test_what_is_ticked_goes_back_to_data_prep(run: Path, tmp_path: Path):
     report = prepare(Domain.load(run), again)
     assert ticked in load_prepared(run)["test"]["source_id"]
     assert ticked not in load_prepared(again)["test"]["source_id"]
-    assert [
-        each["source_id"] for each in report["quarantined"] if each["kind"] == "dropped by hand"
-    ] == [ticked]
+    kinds = {each["source_id"]: each["kind"] for each in report["quarantined"]}
+    assert [name for name, kind in kinds.items() if kind == "dropped by hand"] == [ticked]

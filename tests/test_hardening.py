@@ -35,21 +35,16 @@ KILLS = 6
 @pytest.fixture
 def copy(prepared: Path, tmp_path: Path) -> Path:
     """A prepared run directory that may be damaged."""
-    return shutil.copytree(
-        prepared, tmp_path / "copy", ignore=shutil.ignore_patterns("images", "checkpoints", "model")
-    )
+    unneeded = shutil.ignore_patterns("images", "checkpoints", "model")
+    return shutil.copytree(prepared, tmp_path / "copy", ignore=unneeded)
 
 
 def limited(arguments: list[str], limit: Callable[[], None]) -> subprocess.CompletedProcess[str]:
     """A command of the project under a limit that is set in its process before it starts."""
     return subprocess.run(
         [sys.executable, *arguments],
-        cwd=ROOT,
-        preexec_fn=limit,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+        cwd=ROOT, preexec_fn=limit, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
 
 
 def last_line(done: subprocess.CompletedProcess[str]) -> str:
@@ -68,16 +63,13 @@ def test_a_second_command_is_told_who_is_at_work_and_a_dead_one_is_not_in_the_wa
         "    print(flush=True)\n"
         "    time.sleep(99)\n"
     )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", script, str(copy)], cwd=ROOT, stdout=subprocess.PIPE
-    )
+    held = [sys.executable, "-c", script, str(copy)]
+    holder = subprocess.Popen(held, cwd=ROOT, stdout=subprocess.PIPE)
     holder.stdout.readline()
     before = contents(copy)
+    told = rf"(?s)process {holder.pid} \(python -c .* is at work on '.*copy'; wait"
     for attempt in (lambda: prepare(domain, copy), lambda: train.train([str(copy)])):
-        with pytest.raises(
-            BlockingIOError,
-            match=rf"(?s)process {holder.pid} \(python -c .* is at work on '.*copy'; wait",
-        ):
+        with pytest.raises(BlockingIOError, match=told):
             attempt()
     assert contents(copy) == before
     holder.kill()
@@ -127,15 +119,11 @@ def test_without_room_training_leaves_the_earlier_model_and_is_not_taken_for_it(
 @pytest.mark.slow
 def test_killed_at_random_moments_data_prep_ends_with_the_same_result(prepared, tmp_path):
     """Six moments, one in each sixth of the time from the lock to the end."""
-    whole, killed = tmp_path / "whole", 0
+    whole, killed, quiet = tmp_path / "whole", 0, subprocess.DEVNULL
 
     def start(run: Path) -> subprocess.Popen:
-        process = subprocess.Popen(
-            [sys.executable, *command(prepared, run)],
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        arguments = [sys.executable, *command(prepared, run)]
+        process = subprocess.Popen(arguments, cwd=ROOT, stdout=quiet, stderr=quiet)
         while not (run / LOCK).exists():
             assert process.poll() is None
             time.sleep(0.002)
@@ -152,9 +140,7 @@ def test_killed_at_random_moments_data_prep_ends_with_the_same_result(prepared, 
         killed += process.wait() == -signal.SIGKILL
         if (run / "data").exists():
             load_prepared(run)
-        subprocess.run(
-            [sys.executable, *command(prepared, run)], cwd=ROOT, check=True, capture_output=True
-        )
+        assert start(run).wait() == 0
         assert contents(run) == contents(whole), f"kill {kill}"
         assert not list(run.rglob(".*nicheclip-unfinished")), f"kill {kill}"
     assert killed >= KILLS - 2, "the others had ended before"
@@ -201,9 +187,8 @@ def test_training_says_what_is_wrong_with_the_run_files(copy, name, how, remedy)
     ],
 )
 def test_calibration_says_what_is_wrong_with_the_run_files(run, tmp_path, name, how, remedy):
-    copy = shutil.copytree(
-        run, tmp_path / "copy", ignore=shutil.ignore_patterns("images", "cache", "checkpoints")
-    )
+    unneeded = shutil.ignore_patterns("images", "cache", "checkpoints")
+    copy = shutil.copytree(run, tmp_path / "copy", ignore=unneeded)
     damage(copy / name, how)
     with pytest.raises((ValueError, OSError), match=f"(?s){remedy}"):
         calibrate(copy)
@@ -213,26 +198,21 @@ def test_a_model_that_an_older_version_has_published_is_refused(run, tmp_path):
     hub = shutil.copytree(run / "hub", tmp_path / "hub")
     settings = read_json(hub / "nicheclip.json", "") | {"format_version": 1}
     (hub / "nicheclip.json").write_text(json.dumps(settings), encoding="utf-8")
-    with pytest.raises(
-        ValueError, match="is of format 1, this NicheCLIP reads .*publish the model anew"
-    ):
+    told = "is of format 1, this NicheCLIP reads .*publish the model anew"
+    with pytest.raises(ValueError, match=told):
         NicheClassifier.from_pretrained(hub)
 
 
 def test_a_class_added_after_data_prep_is_told(copy, monkeypatch, tmp_path):
     raw = yaml.safe_load((copy / "domain.yaml").read_text(encoding="utf-8"))
-    raw["classes"]["brutalism"], raw["clusters"]["late"] = (
-        ["a drawing of a brutalist building"],
-        ["brutalism"],
-    )
+    raw["classes"]["brutalism"] = ["a drawing of a brutalist building"]
+    raw["clusters"]["late"] = ["brutalism"]
     (tmp_path / "more.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
     (tmp_path / "runs").mkdir()
     copy.rename(tmp_path / "runs" / "facades")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        DomainError,
-        match="prepared for 12 classes .* has 13 classes .* run `python -m data_prep` again",
-    ):
+    told = "prepared for 12 classes .* has 13 classes .* run `python -m data_prep` again"
+    with pytest.raises(DomainError, match=told):
         train.train(["more.yaml"])
 
 
@@ -264,14 +244,13 @@ def report_of_seed_0(prepared: Path) -> dict:
 @pytest.fixture
 def two_classes(domain: Domain) -> Domain:
     names = domain.class_names[:2]
-    return domain.model_copy(
-        update={
-            "classes": {name: domain.classes[name] for name in names},
-            "clusters": {"arches": names},
-            "samples_per_class": 33,
-            "quality_filter": QualityFilter(mode="none"),
-        }
-    )
+    changes = {
+        "classes": {name: domain.classes[name] for name in names},
+        "clusters": {"arches": names},
+        "samples_per_class": 33,
+        "quality_filter": QualityFilter(mode="none"),
+    }
+    return domain.model_copy(update=changes)
 
 
 def test_a_run_says_what_it_was_made_with(run):

@@ -37,31 +37,27 @@ def images(run: Path) -> list[Image.Image]:
     return [row["image"] for row in load_prepared(run)["test"].select(range(7))]
 
 
+def both(published: Path, backend: str) -> list[NicheClassifier]:
+    names = ("torch", backend)
+    return [NicheClassifier.from_pretrained(published, backend=name) for name in names]
+
+
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_onnx_gives_what_torch_gives_for_any_number_of_images(published, images, count):
-    exact, onnx = (
-        NicheClassifier.from_pretrained(published, backend=name) for name in ("torch", "onnx")
-    )
-    np.testing.assert_allclose(
-        onnx.image_embeds(images[:count]),
-        exact.image_embeds(images[:count]),
-        atol=MAX_FP32_DIFFERENCE,
-    )
-    for one, other in zip(onnx(images[:count]), exact(images[:count]), strict=True):
-        assert (one.label, one.prediction_set, one.outside) == (
-            other.label,
-            other.prediction_set,
-            other.outside,
-        )
+    images = images[:count]
+    exact, onnx = both(published, "onnx")
+    embeds = onnx.image_embeds(images), exact.image_embeds(images)
+    np.testing.assert_allclose(*embeds, atol=MAX_FP32_DIFFERENCE)
+    for one, other in zip(onnx(images), exact(images), strict=True):
+        for name in ("label", "prediction_set", "outside"):
+            assert getattr(one, name) == getattr(other, name)
         assert one.probabilities == pytest.approx(other.probabilities, abs=1e-4)
     with pytest.raises(ValueError, match="no text tower"):
         onnx.text_embeds(["a house"])
 
 
 def test_int8_is_smaller_and_nearly_the_same(run, published, images):
-    exact, int8 = (
-        NicheClassifier.from_pretrained(published, backend=name) for name in ("torch", "onnx-int8")
-    )
+    exact, int8 = both(published, "onnx-int8")
     sizes = {name: (published / file).stat().st_size for name, file in ONNX_FILES.items()}
     assert sizes["onnx-int8"] < 0.5 * sizes["onnx"]
     cosine = (exact.image_embeds(images) * int8.image_embeds(images)).sum(dim=1)
@@ -78,9 +74,8 @@ def test_an_int8_tower_that_drifts_is_left_out_with_the_reason(run, tmp_path):
     weights = load_file(folder / "model.safetensors")
     # One channel a thousand times larger than the others, taken back in the next layer: eight bits
     # hold nothing else.
-    for name in [
-        name for name in weights if name.startswith("vision_model") and "layer_norm2.weight" in name
-    ]:
+    norms = [name for name in weights if "layer_norm2.weight" in name]
+    for name in [name for name in norms if name.startswith("vision_model")]:
         weights[name][0] *= 1000
         weights[name.replace("weight", "bias")][0] *= 1000
         weights[name.replace("layer_norm2", "mlp.fc1")][:, 0] /= 1000
@@ -89,10 +84,8 @@ def test_an_int8_tower_that_drifts_is_left_out_with_the_reason(run, tmp_path):
     assert not report["int8"]["published"]
     assert "mean cosine" in " ".join(report["int8"]["reasons"])
     assert report["fp32"]["max_difference"] <= MAX_FP32_DIFFERENCE
-    assert [path.name for path in sorted((folder / "onnx").iterdir())] == [
-        "report.json",
-        "vision_model.onnx",
-    ]
+    files = sorted(path.name for path in (folder / "onnx").iterdir())
+    assert files == ["report.json", "vision_model.onnx"]
     with pytest.raises(FileNotFoundError, match="leaves INT8 out where that costs too much"):
         NicheClassifier.from_pretrained(folder, backend="onnx-int8")
 
@@ -113,9 +106,8 @@ def test_paths_pictures_arrays_and_bytes_are_the_same_image(run, tmp_path):
     embeds = classifier.image_embeds(kinds)
     torch.testing.assert_close(embeds, embeds[:1].expand_as(embeds))
     grey = np.asarray(picture.convert("L"))
-    torch.testing.assert_close(
-        classifier.image_embeds([grey]), classifier.image_embeds([Image.fromarray(grey)])
-    )
+    same = [classifier.image_embeds([kind]) for kind in (grey, Image.fromarray(grey))]
+    torch.testing.assert_close(*same)
     for one in kinds:
         with pytest.raises(TypeError, match=r"classifier\(\[image\]\)"):
             classifier(one)
@@ -151,9 +143,8 @@ def test_what_is_no_image_is_refused(run, image, error, words):
     ],
 )
 def test_settings_that_do_not_fit_are_named(run, tmp_path, change, words):
-    shutil.copytree(
-        run / "hub", tmp_path / "hub", ignore=shutil.ignore_patterns("index", "figures")
-    )
+    unneeded = shutil.ignore_patterns("index", "figures")
+    shutil.copytree(run / "hub", tmp_path / "hub", ignore=unneeded)
     path = tmp_path / "hub" / "nicheclip.json"
     settings = json.loads(path.read_text())
     path.write_text("{" if change is None else json.dumps(settings | change))

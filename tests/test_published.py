@@ -43,9 +43,8 @@ with torch.inference_mode():
 
 @pytest.fixture(scope="module")
 def predictions(run: Path) -> Dataset:
-    return Dataset.from_parquet(
-        str(run / "predictions.parquet"), cache_dir=str(run.parent / "cache")
-    )
+    table, cache = str(run / "predictions.parquet"), str(run.parent / "cache")
+    return Dataset.from_parquet(table, cache_dir=cache)
 
 
 @pytest.fixture(scope="module")
@@ -60,48 +59,35 @@ def test_stock_clip_in_a_new_process_gives_the_scorecards_probabilities(run, pre
 
 
 def test_the_classifier_gives_the_scorecards_probabilities(run, predictions, test_images):
-    classifier = NicheClassifier.from_pretrained(run / "hub")
-    assert classifier.probabilities(test_images) == pytest.approx(
-        np.array(predictions["probabilities"]), abs=1e-5
-    )
+    found = NicheClassifier.from_pretrained(run / "hub").probabilities(test_images)
+    assert found == pytest.approx(np.array(predictions["probabilities"]), abs=1e-5)
 
 
 def test_the_classifier_abstains_below_its_threshold(run, test_images):
     classifier = NicheClassifier.from_pretrained(run / "hub")
     for prediction in classifier(test_images):
-        assert sum(prediction.probabilities.values()) == pytest.approx(1, abs=1e-5)
-        assert list(prediction.probabilities.values()) == sorted(
-            prediction.probabilities.values(), reverse=True
-        )
-        assert (prediction.label is None) == (
-            prediction.outside or prediction.confidence < classifier.threshold
-        )
+        probabilities = list(prediction.probabilities.values())
+        assert sum(probabilities) == pytest.approx(1, abs=1e-5)
+        assert probabilities == sorted(probabilities, reverse=True)
+        unsure = prediction.confidence < classifier.threshold
+        assert (prediction.label is None) == (prediction.outside or unsure)
         assert prediction.best in prediction.prediction_set
     with pytest.raises(TypeError, match=r"classifier\(\[image\]\)"):
         classifier(test_images[0])
 
 
-def test_the_classifier_gives_the_scorecards_prediction_sets_and_border(
-    run, predictions, test_images
-):
+def test_the_classifier_gives_the_scorecards_sets_and_ood_threshold(run, predictions, test_images):
     classifier = NicheClassifier.from_pretrained(run / "hub")
     measured = json.loads((run / "scorecard.json").read_text())["metrics"]
     given = classifier(test_images)
-    assert [set(each.prediction_set) for each in given] == [
-        set(names) for names in predictions["prediction_set"]
-    ]
-    covered = [
-        label in each.prediction_set
-        for label, each in zip(predictions["label"], given, strict=True)
-    ]
+    sets = [set(each.prediction_set) for each in given]
+    assert sets == [set(names) for names in predictions["prediction_set"]]
+    covered = [label in own for label, own in zip(predictions["label"], sets, strict=True)]
     assert measured["conformal_coverage"]["value"] == pytest.approx(np.mean(covered))
     threshold = classifier.settings["ood"]["threshold"]
-    assert [each.outside for each in given] == [
-        score < threshold for score in predictions["domain_score"]
-    ]
-    assert measured["in_domain_accepted"]["value"] == pytest.approx(
-        1 - np.mean([each.outside for each in given])
-    )
+    outside = [each.outside for each in given]
+    assert outside == [score < threshold for score in predictions["domain_score"]]
+    assert measured["in_domain_accepted"]["value"] == pytest.approx(1 - np.mean(outside))
 
 
 def test_the_prompt_bank_is_published_with_its_embeddings(run, predictions):
@@ -186,10 +172,8 @@ def test_the_cards_numbers_are_the_scorecards(run):
     scorecard = json.loads((run / "scorecard.json").read_text())
     for result in card.data.eval_results:
         assert result.metric_value == scorecard["metrics"][result.metric_type]["value"]
-    for measure in scorecard["metrics"].values():
-        assert (
-            f"**{measure['value']:.3f} [{measure['low']:.3f}, {measure['high']:.3f}]**" in card.text
-        )
+    for each in scorecard["metrics"].values():
+        assert f"**{each['value']:.3f} [{each['low']:.3f}, {each['high']:.3f}]**" in card.text
     assert "{{" not in card.text
     assert "{%" not in card.text
 
@@ -218,9 +202,8 @@ def test_an_image_that_was_seen_before_is_found(run, split, column, donor, where
     splits = DatasetDict(load_prepared(run))
     rows, copied = splits[split], splits[donor][3][column]
     splits[split] = rows.remove_columns(column).add_column(column, [copied, *rows[column][1:]])
-    with pytest.raises(
-        ValueError, match=rf"1 images .* {re.escape(rows[0]['source_id'])} \({split}; .*{where}"
-    ):
+    told = rf"1 images .* {re.escape(rows[0]['source_id'])} \({split}; .*{where}"
+    with pytest.raises(ValueError, match=told):
         check_exam(run, splits)
 
 
@@ -255,9 +238,8 @@ def test_a_stock_clip_folder_is_no_published_model():
 
 @pytest.mark.parametrize("file", ["scorecard.json", "calibration.json"])
 def test_a_run_of_an_older_version_is_refused_with_the_remedy(run, tmp_path, file):
-    old = shutil.copytree(
-        run, tmp_path / "old", ignore=shutil.ignore_patterns("hub", "checkpoints")
-    )
+    unneeded = shutil.ignore_patterns("hub", "checkpoints")
+    old = shutil.copytree(run, tmp_path / "old", ignore=unneeded)
     content = json.loads((old / file).read_text())
     content["border"] = content.pop("ood")
     (old / file).write_text(json.dumps(content))

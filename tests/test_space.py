@@ -32,6 +32,8 @@ from space.publish import write_space
 from space.scorecard import score_table
 from space.search import FOUND, NOTHING_ASKED
 
+UNSURE = "**Not sure.** The best guess is art deco"
+
 
 @pytest.fixture(scope="module")
 def client(run: Path) -> Iterator[Client]:
@@ -47,9 +49,7 @@ def classify(client: Client, path: Path) -> tuple[str, dict[str, float]]:
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
-def test_the_app_says_what_the_classifier_says(
-    client: Client, run: Path, tmp_path: Path, suffix: str
-):
+def test_the_app_says_what_the_classifier_says(client, run, tmp_path, suffix):
     """Also for a photo that its camera held upright (EXIF orientation 6)."""
     photo, exif = tmp_path / f"photo{suffix}", Image.Exif()
     exif[0x0112] = 6
@@ -64,9 +64,7 @@ def test_the_app_says_what_the_classifier_says(
 
 
 @pytest.mark.parametrize("kind", ["transparent", "16 bits"])
-def test_a_photo_is_shown_to_the_model_as_in_training(
-    client: Client, run: Path, tmp_path: Path, kind: str
-):
+def test_a_photo_is_shown_to_the_model_as_in_training(client, run, tmp_path, kind):
     picture = Image.open(next((run / "hub" / "examples").iterdir()))
     if kind == "transparent":
         picture.putalpha(Image.linear_gradient("L").resize(picture.size))
@@ -79,9 +77,7 @@ def test_a_photo_is_shown_to_the_model_as_in_training(
 
 
 @pytest.mark.parametrize("content", [b"I am a text.", b"", b"half"])
-def test_a_file_that_is_no_picture_gets_a_sentence(
-    client: Client, run: Path, tmp_path: Path, content: bytes
-):
+def test_a_file_that_is_no_picture_gets_a_sentence(client, run, tmp_path, content):
     photo = next((run / "hub" / "examples").iterdir())
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(photo.read_bytes()[:800] if content == b"half" else content)
@@ -91,9 +87,8 @@ def test_a_file_that_is_no_picture_gets_a_sentence(
 
 
 def test_examples_and_search_are_there_where_they_were_published(run: Path, tmp_path: Path):
-    shutil.copytree(
-        run / "hub", tmp_path / "hub", ignore=shutil.ignore_patterns("examples", "index")
-    )
+    unneeded = shutil.ignore_patterns("examples", "index")
+    shutil.copytree(run / "hub", tmp_path / "hub", ignore=unneeded)
     for folder, examples, search in ((run / "hub", 1, 1), (tmp_path / "hub", 0, 0)):
         blocks = list(build_app(folder).blocks.values())
         assert sum(block.elem_classes == ["examples"] for block in blocks) == examples
@@ -103,9 +98,8 @@ def test_examples_and_search_are_there_where_they_were_published(run: Path, tmp_
 def test_a_space_holds_the_code_that_it_needs_and_no_other(tmp_path: Path):
     write_space(tmp_path, "you/model", "Title", "other")
     code = "import nicheclip, space.app; print(nicheclip.__file__, space.app.__file__)"
-    started = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", code]
+    started = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert started.stdout.count(str(tmp_path)) == 2, started.stderr
     assert not list(tmp_path.rglob("training")) and not list(tmp_path.rglob("publish.py"))
     pinned = dict(line.split("==") for line in (tmp_path / "requirements.txt").read_text().split())
@@ -163,18 +157,13 @@ def test_no_photo_no_answer(client: Client):
         (0.831, 0.46, "**Art deco**, 83 %"),
         (0.46, 0.46, "**Art deco**, 46 %"),
         (0.9999, 0.46, "**Art deco**, over 99 %"),
-        (0.31, 0.46, "**Not sure.** The best guess is art deco (31 %), below the 46 % under which"),
-        (
-            0.4581,
-            0.4612,
-            "**Not sure.** The best guess is art deco (45.8 %), below the 46.1 % under which",
-        ),
+        (0.31, 0.46, f"{UNSURE} (31 %), below the 46 % under which"),
+        (0.4581, 0.4612, f"{UNSURE} (45.8 %), below the 46.1 % under which"),
     ],
 )
 def test_the_answer_in_words(confidence: float, threshold: float, words: str):
-    prediction = Prediction(
-        {"art deco": confidence, "gothic": 1 - confidence}, ["art deco"], False, threshold
-    )
+    probabilities = {"art deco": confidence, "gothic": 1 - confidence}
+    prediction = Prediction(probabilities, ["art deco"], False, threshold)
     assert answer(prediction).replace("\N{NO-BREAK SPACE}", " ").startswith(words)
 
 
@@ -222,13 +211,11 @@ def test_a_folder_of_an_older_version_is_refused(run: Path, tmp_path: Path):
 
 
 def test_wrong_sources_end_with_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    command, unfetched = f"python -m model_card {re.escape(str(tmp_path))}", "can't be fetched from"
     for source, remedy in (
-        (
-            str(tmp_path),
-            rf"holds no published model.*python -m model_card {re.escape(str(tmp_path))}",
-        ),
-        ("runs/no-such-run", "no folder here and can't be fetched from the Hub"),
-        ("not a repo id", "no folder here and can't be fetched from the Hub"),
+        (str(tmp_path), f"holds no published model.*{command}"),
+        ("runs/no-such-run", f"no folder here and {unfetched} the Hub"),
+        ("not a repo id", f"no folder here and {unfetched} the Hub"),
     ):
         monkeypatch.setattr("sys.argv", ["space", source])
         with pytest.raises(SystemExit, match=f"^space: .*{remedy}"):
