@@ -17,19 +17,15 @@ PER_CLASS = 50
 
 @pytest.fixture(scope="module")
 def drawings() -> list:
-    return [
-        draw(style, np.random.default_rng([77, index]), 96)
-        for style in STYLES
-        for index in range(PER_CLASS)
-    ]
+    seeds = [[77, index] for index in range(PER_CLASS)]
+    return [draw(style, np.random.default_rng(seed), 96) for style in STYLES for seed in seeds]
 
 
 def test_zero_shot_accuracy_lies_in_its_band(drawings):
     model, processor = load_clip(FACADES / "base")
     prototypes = encode_texts(model, processor, Domain.load(FACADES).canonical_prompts).numpy()
-    predicted = (encode_images(model, processor, drawings, len(drawings)) @ prototypes.T).argmax(
-        axis=1
-    )
+    image_embeds = encode_images(model, processor, drawings, len(drawings))
+    predicted = (image_embeds @ prototypes.T).argmax(axis=1)
     accuracy = (predicted == np.repeat(np.arange(len(STYLES)), PER_CLASS)).mean()
     assert 0.45 <= accuracy <= 0.70
 
@@ -45,32 +41,24 @@ def test_styles_and_domain_agree():
 
 
 def test_padding_does_not_change_a_prompt():
-    model, processor = (
-        CLIPModel.from_pretrained(FACADES / "base"),
-        CLIPProcessor.from_pretrained(FACADES / "base"),
-    )
-    model = model.float().eval()
-    prompts = [
-        "a drawing of a gothic building",
-        "something soaring, narrow and pointed, quite unlike ANY café №7",
-    ]
+    model = CLIPModel.from_pretrained(FACADES / "base").float().eval()
+    processor = CLIPProcessor.from_pretrained(FACADES / "base")
+    prompts = ["a drawing of a gothic building"]
+    prompts += ["something soaring, narrow and pointed, quite unlike ANY café №7"]
+
+    def features(prompts: list[str], **padding) -> torch.Tensor:
+        tokens = processor.tokenizer(prompts, return_tensors="pt", **padding)
+        return model.get_text_features(**tokens).pooler_output
+
     with torch.inference_mode():
-        together = model.get_text_features(
-            **processor.tokenizer(prompts, padding=True, return_tensors="pt")
-        )
-        alone = model.get_text_features(**processor.tokenizer(prompts[:1], return_tensors="pt"))
-        full = model.get_text_features(
-            **processor.tokenizer(prompts, padding="max_length", max_length=77, return_tensors="pt")
-        )
-    torch.testing.assert_close(
-        together.pooler_output[:1], alone.pooler_output, atol=1e-5, rtol=1e-4
-    )
-    torch.testing.assert_close(together.pooler_output, full.pooler_output, atol=1e-5, rtol=1e-4)
+        alone, together = features(prompts[:1]), features(prompts, padding=True)
+        full = features(prompts, padding="max_length", max_length=77)
+    torch.testing.assert_close(together[:1], alone, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(together, full, atol=1e-5, rtol=1e-4)
 
 
 def test_the_stock_pipeline_takes_it(drawings):
     classify = pipeline("zero-shot-image-classification", model=str(FACADES / "base"))
-    answer = classify(
-        drawings[0], candidate_labels=list(STYLES), hypothesis_template="a drawing of a {} building"
-    )
+    template = "a drawing of a {} building"
+    answer = classify(drawings[0], candidate_labels=list(STYLES), hypothesis_template=template)
     assert sum(entry["score"] for entry in answer) == pytest.approx(1, abs=1e-3)

@@ -69,9 +69,8 @@ def test_confusions_are_measured_on_what_trains_and_on_validation_alone(domain):
     zero_shot[(labels == 2), 3] += 1
     names = [f"{part}/{index}" for index, part in enumerate(parts)]
     dropped = {name for name in names if name.startswith("train/1")}
-    catalogue = Catalogue(
-        names, [domain.class_names[i] for i in labels], labels, names, [None] * 400
-    )
+    class_names = [domain.class_names[i] for i in labels]
+    catalogue = Catalogue(names, class_names, labels, names, [None] * 400)
     arguments = domain, catalogue, Division(parts, np.array(names), {}), dropped
     found = measure(*arguments, image_embeds, zero_shot)
 
@@ -82,9 +81,8 @@ def test_confusions_are_measured_on_what_trains_and_on_validation_alone(domain):
     assert (there["label"], there["other"]) == tuple(domain.class_names[2:4])
     assert (back["label"], back["other"]) == tuple(domain.class_names[3:1:-1])
     assert there["zero_shot"] == pytest.approx(zero_shot[used & (labels == 2), 3].mean(), abs=1e-4)
-    assert max(found["affinity"]) == pytest.approx(
-        np.mean([way[name] for way in (there, back) for name in ("probe", "zero_shot")]), abs=1e-4
-    )
+    both = np.mean([way[name] for way in (there, back) for name in ("probe", "zero_shot")])
+    assert max(found["affinity"]) == pytest.approx(both, abs=1e-4)
     for way in found["pairs"]:
         own = train & (labels == domain.class_names.index(way["label"]))
         surest = [each["source_id"] for each in way["surest"]]
@@ -142,10 +140,7 @@ def test_confusion_does_not_depend_on_class_sizes():
 def test_agreement_counts_pairs(domain):
     arches, classical, *others = domain.clusters.values()
     proposed = {"c1": [*arches, classical[0]], "c2": classical[1:], "c3": sum(others, [])}
-    assert "10 of the domain file's 12 pairs are among the proposal's 22" in agreement(
-        domain, proposed
-    )
-    reversed_names = dict(
-        reversed([(f"c{n}", own) for n, own in enumerate(domain.clusters.values())])
-    )
-    assert "index 1.00" in agreement(domain, reversed_names)
+    told = "10 of the domain file's 12 pairs are among the proposal's 22"
+    assert told in agreement(domain, proposed)
+    reversed_names = [(f"c{n}", own) for n, own in enumerate(domain.clusters.values())][::-1]
+    assert "index 1.00" in agreement(domain, dict(reversed_names))

@@ -17,9 +17,8 @@ class World:
 
     def __init__(self, domain: Domain, per_split: int = 3):
         names = domain.class_names[:2]
-        self.domain = domain.model_copy(
-            update={"classes": {name: domain.classes[name] for name in names}}
-        )
+        classes = {name: domain.classes[name] for name in names}
+        self.domain = domain.model_copy(update={"classes": classes})
         self.rng = np.random.default_rng(0)
         self.rows: list[tuple[str, str, str, str | None]] = []
         self.bits: list[np.ndarray] = []
@@ -28,14 +27,7 @@ class World:
                 for _ in range(per_split):
                     self.add(name, split)
 
-    def add(
-        self,
-        class_name: str,
-        split: str | None,
-        near: int | None = None,
-        distance: int = 0,
-        same_file=False,
-    ):
+    def add(self, class_name, split, near: int | None = None, distance=0, same_file=False) -> int:
         """A picture, or a copy of picture number `near`; gives its number."""
         bits = self.rng.integers(0, 2, 144, dtype=np.uint8)
         if near is not None:
@@ -50,17 +42,12 @@ class World:
     def prints(self, cosine: float = 1.0) -> Fingerprints:
         plain = np.packbits(np.array(self.bits), axis=1)
         mirrored = self.rng.integers(0, 256, plain.shape, dtype=np.uint8)
-        return Fingerprints(
-            np.stack([plain, mirrored]), np.full((len(plain), 1), cosine), (0.5, 0.5, 2.0)
-        )
+        bits, embeds = np.stack([plain, mirrored]), np.full((len(plain), 1), cosine)
+        return Fingerprints(bits, embeds, (0.5, 0.5, 2.0))
 
     def divide(self, decisions=None):
-        source_ids, class_names, sha256, given = (
-            list(column) for column in zip(*self.rows, strict=True)
-        )
-        catalogue = Catalogue(
-            source_ids, class_names, self.domain.indices(class_names), sha256, given
-        )
+        source_ids, names, sha256, given = map(list, zip(*self.rows, strict=True))
+        catalogue = Catalogue(source_ids, names, self.domain.indices(names), sha256, given)
         return divide(catalogue, self.prints(), self.domain, decisions or {})
 
 
@@ -83,13 +70,8 @@ def test_a_train_copy_of_an_exam_picture_is_a_leak_and_names_it(world):
 def test_the_test_split_loses_nothing_to_the_others(world, split, same_file, other_label):
     """Whatever lies elsewhere and looks like a test image goes, and the exam stays whole."""
     own, other = world.domain.class_names
-    copy = world.add(
-        other if other_label else own,
-        split,
-        near=0,
-        distance=0 if same_file else 8,
-        same_file=same_file,
-    )
+    name, distance = other if other_label else own, 0 if same_file else 8
+    copy = world.add(name, split, near=0, distance=distance, same_file=same_file)
     found = world.divide()
     if same_file and other_label:  # one file under two labels tells nothing, not even in an exam
         assert {0, copy} == set(found.reasons)

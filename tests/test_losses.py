@@ -34,12 +34,10 @@ def test_losses_by_hand_where_both_images_are_of_one_class():
     logits = torch.tensor([[1.0, 0.0], [0.0, 1.0]]) * np.log(3)
     labels = torch.tensor([0, 0])
     assert info_nce(logits, labels).item() == pytest.approx(-np.log(3 / 4))
-    assert info_nce(logits, labels, 0.2).item() == pytest.approx(
-        -0.9 * np.log(3 / 4) - 0.1 * np.log(1 / 4)
-    )
-    assert multi_positive(logits, labels).item() == pytest.approx(
-        -(np.log(3 / 4) + np.log(1 / 4)) / 2
-    )
+    smoothed = -0.9 * np.log(3 / 4) - 0.1 * np.log(1 / 4)
+    assert info_nce(logits, labels, 0.2).item() == pytest.approx(smoothed)
+    both = -(np.log(3 / 4) + np.log(1 / 4)) / 2
+    assert multi_positive(logits, labels).item() == pytest.approx(both)
 
 
 def test_info_nce_and_multi_positive_agree_when_no_class_comes_twice_and_differ_when_one_does():
@@ -86,9 +84,8 @@ def lowest(loss: str, labels: np.ndarray, label_smoothing: float, num_classes: i
     """What descent reaches on logits that are free, but the same for all prompts of a class."""
     free = torch.zeros(len(labels), num_classes, dtype=torch.float64, requires_grad=True)
     labels = torch.from_numpy(labels)
-    optimizer = torch.optim.LBFGS(
-        [free], max_iter=300, line_search_fn="strong_wolfe", tolerance_grad=1e-9
-    )
+    options = {"max_iter": 300, "line_search_fn": "strong_wolfe", "tolerance_grad": 1e-9}
+    optimizer = torch.optim.LBFGS([free], **options)
 
     def step() -> torch.Tensor:
         optimizer.zero_grad()
@@ -115,12 +112,10 @@ def test_descent_reaches_the_floor_and_no_lower(loss, label_smoothing, labels):
 def test_floors_by_hand():
     assert loss_floor(np.arange(4), "info_nce", 0.0, 4) == 0
     assert loss_floor(np.zeros(4), "info_nce", 0.1, 4) == pytest.approx(np.log(4))
-    assert loss_floor(np.array([0, 0, 1]), "multi_positive", 0.0, 2) == pytest.approx(
-        2 / 3 * np.log(2)
-    )
-    assert loss_floor(np.array([0, 1]), "class_prompts", 0.2, 2) == pytest.approx(
-        -0.9 * np.log(0.9) - 0.1 * np.log(0.1)
-    )
+    shared = loss_floor(np.array([0, 0, 1]), "multi_positive", 0.0, 2)
+    assert shared == pytest.approx(2 / 3 * np.log(2))
+    smoothed = loss_floor(np.array([0, 1]), "class_prompts", 0.2, 2)
+    assert smoothed == pytest.approx(-0.9 * np.log(0.9) - 0.1 * np.log(0.1))
 
 
 def test_half_a_batch_from_one_cluster_puts_the_floor_far_above_zero():
@@ -142,20 +137,10 @@ def test_a_single_process_gathers_nothing():
 def of_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     out = tmp_path_factory.mktemp("two") / "gradients.safetensors"
     script = Path(__file__).with_name("two_processes.py")
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        script,
-        out,
-    ]
+    launch = f"-m torch.distributed.run --standalone --nproc_per_node 2 {script} {out}".split()
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [str(part) for part in launch], env=env, stderr=subprocess.PIPE, text=True
-    ) as launched:
+    command, piped = [sys.executable, *launch], subprocess.PIPE
+    with subprocess.Popen(command, env=env, stderr=piped, text=True) as launched:
         try:
             _, errors = launched.communicate(timeout=120)
         finally:

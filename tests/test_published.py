@@ -94,9 +94,7 @@ def test_the_prompt_bank_is_published_with_its_embeddings(run, predictions):
     embeds = load_file(run / "hub" / "prototypes.safetensors")
     prompts = json.loads((run / "hub" / "nicheclip.json").read_text())["prompts"]
     counts = [len(of_class) for of_class in prompts.values()]
-    assert embeds["prompt_classes"].tolist() == [
-        index for index, count in enumerate(counts) for _ in range(count)
-    ]
+    assert embeds["prompt_classes"].tolist() == np.repeat(range(len(counts)), counts).tolist()
     classifier = NicheClassifier.from_pretrained(run / "hub")
     texts = [prompt for of_class in prompts.values() for prompt in of_class]
     np.testing.assert_allclose(embeds["prompt_embeds"], classifier.text_embeds(texts), atol=1e-5)
@@ -107,9 +105,8 @@ def test_the_prompt_bank_is_published_with_its_embeddings(run, predictions):
 def test_temperature_is_folded_into_logit_scale(run):
     calibration = json.loads((run / "calibration.json").read_text())
     scale = load_file(run / "hub" / "model.safetensors")["logit_scale"].item()
-    assert scale == pytest.approx(
-        calibration["trained_logit_scale"] - np.log(calibration["temperature"]), abs=1e-5
-    )
+    expected = calibration["trained_logit_scale"] - np.log(calibration["temperature"])
+    assert scale == pytest.approx(expected, abs=1e-5)
     assert calibration["nll_after"] <= calibration["nll_before"]
 
 
@@ -121,9 +118,8 @@ def test_the_scorecard_is_of_one_shape_and_judges_six_gates(run, predictions):
         assert measure["low"] <= measure["value"] <= measure["high"]
         if name != "ece_of_perfect":
             assert measure["base"].keys() == measure["difference"].keys() == plain
-            assert measure["difference"]["value"] == pytest.approx(
-                measure["value"] - measure["base"]["value"]
-            )
+            difference = measure["value"] - measure["base"]["value"]
+            assert measure["difference"]["value"] == pytest.approx(difference)
     assert scorecard["metrics"]["accuracy"]["probe"].keys() == plain
     assert len(scorecard["gates"]) == 6
     for gate in scorecard["gates"].values():
@@ -131,25 +127,18 @@ def test_the_scorecard_is_of_one_shape_and_judges_six_gates(run, predictions):
         assert (gate["more"] is not None) == (gate["verdict"] == "undecided")
     names = list(json.loads((run / "hub" / "nicheclip.json").read_text())["class_names"])
     probabilities = np.array(predictions["probabilities"])
-    right = [
-        names[best] == label
-        for best, label in zip(probabilities.argmax(1), predictions["label"], strict=True)
-    ]
+    labels = np.array([names.index(label) for label in predictions["label"]])
+    right = probabilities.argmax(axis=1) == labels
     assert scorecard["metrics"]["accuracy"]["value"] == pytest.approx(np.mean(right))
     assert scorecard["metrics"]["accuracy"]["n"] == len(right)
-    own = probabilities[
-        np.arange(len(right)), [names.index(label) for label in predictions["label"]]
-    ]
+    own = probabilities[np.arange(len(right)), labels]
     assert scorecard["metrics"]["nll"]["value"] == pytest.approx(-np.log(own).mean(), abs=1e-5)
     assert logsumexp(np.log(probabilities), axis=1) == pytest.approx(0, abs=1e-5)
 
 
 def test_the_folder_holds_what_it_should_and_no_pickle(run):
-    files = {
-        path.relative_to(run / "hub").as_posix()
-        for path in (run / "hub").rglob("*")
-        if path.is_file()
-    }
+    paths = [path for path in (run / "hub").rglob("*") if path.is_file()]
+    files = {path.relative_to(run / "hub").as_posix() for path in paths}
     assert {
         "README.md", "config.json", "model.safetensors", "nicheclip.json",
         "prototypes.safetensors", "scorecard.json",

@@ -62,15 +62,11 @@ def test_classes_that_the_base_does_not_know_survive_the_filter(tmp_path):
     article = architecture.model_copy(update={"quality_filter": QualityFilter(mode="zero_shot")})
     report = prepare(article, tmp_path / "run", images=photos)
     filtered = {entry["name"]: entry["filter"] for entry in report["classes"]}
-    unknown = [
-        name for name, counts in filtered.items() if counts["wanted"] > 0.6 * counts["images"]
-    ]
+    unknown = [name for name, n in filtered.items() if n["wanted"] > 0.6 * n["images"]]
     assert unknown, "the small base is blind to some classes"
     for name in unknown:
         assert filtered[name]["dropped"] <= 0.3 * filtered[name]["images"]
-        assert any(
-            warning.startswith(f"{name}: the filter wanted") for warning in report["warnings"]
-        )
+        assert any(told.startswith(f"{name}: the filter wanted") for told in report["warnings"])
 
     report = prepare(architecture, tmp_path / "run", images=photos)
     for entry in report["classes"]:

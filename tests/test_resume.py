@@ -22,15 +22,13 @@ from tests.conftest import ROOT
 
 
 def command(prepared: Path, run: Path) -> list[str]:
-    return [
-        "-m",
-        "data_prep",
-        str(prepared),
-        "--images",
-        str(prepared / "images"),
-        "--run",
-        str(run),
-    ]
+    options = ["--images", str(prepared / "images"), "--run", str(run)]
+    return ["-m", "data_prep", str(prepared), *options]
+
+
+def prepare_alone(prepared: Path, run: Path) -> None:
+    arguments = [sys.executable, *command(prepared, run)]
+    subprocess.run(arguments, cwd=ROOT, check=True, capture_output=True)
 
 
 def contents(run: Path) -> dict[str, Any]:
@@ -38,37 +36,26 @@ def contents(run: Path) -> dict[str, Any]:
     files = [*(run / "data").rglob("*.arrow"), run / "data" / "report.html", run / "review.csv"]
     report = json.loads((run / "data" / "report.json").read_text())
     del report["provenance"]["command"]
-    return {path.relative_to(run).as_posix(): path.read_bytes() for path in files} | {
-        "report": report
-    }
+    found = {path.relative_to(run).as_posix(): path.read_bytes() for path in files}
+    return found | {"report": report}
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(prepared: Path, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("uninterrupted") / "run"
-    subprocess.run(
-        [sys.executable, *command(prepared, run)], cwd=ROOT, check=True, capture_output=True
-    )
+    prepare_alone(prepared, run)
     return run
 
 
 @pytest.mark.parametrize("step", [pytest.param("verified", marks=pytest.mark.slow), "encoded"])
 def test_a_killed_run_ends_with_the_same_bytes(prepared, uninterrupted, tmp_path, step):
-    run = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, *command(prepared, run)],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    run, quiet = tmp_path / "run", subprocess.DEVNULL
+    arguments = [sys.executable, *command(prepared, run)]
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=quiet, stderr=quiet)
 
     def finished_shards() -> dict[str, int]:
-        cache = run / "cache" / step
-        return {
-            path.name: path.stat().st_mtime_ns
-            for path in cache.glob("*")
-            if not path.name.startswith(".")
-        }
+        found = (run / "cache" / step).glob("[!.]*")
+        return {path.name: path.stat().st_mtime_ns for path in found}
 
     while not finished_shards():
         assert process.poll() is None, "it ended before it could be killed"
@@ -77,13 +64,10 @@ def test_a_killed_run_ends_with_the_same_bytes(prepared, uninterrupted, tmp_path
     process.wait()
     assert not (run / "data").exists()
     done = finished_shards()
-    subprocess.run(
-        [sys.executable, *command(prepared, run)], cwd=ROOT, check=True, capture_output=True
-    )
+    prepare_alone(prepared, run)
     assert contents(run) == contents(uninterrupted)
-    assert {name: finished_shards()[name] for name in done} == done, (
-        "finished shards are not made again"
-    )
+    # finished shards are not made again
+    assert {name: finished_shards()[name] for name in done} == done
 
 
 @pytest.mark.slow
@@ -96,36 +80,22 @@ def test_two_processes_make_the_same_dataset(prepared, uninterrupted, tmp_path):
         "    assert processes().num_processes == 2\n"
         "    main()\n"
     )
-    launch = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        "29541",
-        "--",
-    ]
+    launch = "-m torch.distributed.run --nproc_per_node 2 --master_port 29541 --".split()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run(
         [sys.executable, *launch, str(script), *command(prepared, run)[2:]],
         cwd=ROOT, check=True, capture_output=True, timeout=240, env=environment,
     )  # fmt: skip
-    alone, together = (
-        json.loads((folder / "data" / "report.json").read_text()) for folder in (uninterrupted, run)
-    )
+    alone, together = (contents(folder)["report"] for folder in (uninterrupted, run))
     assert together["fingerprint"] == alone["fingerprint"]
     assert together["counts"] == alone["counts"]
 
 
 def test_a_run_directory_takes_one_data_prep_at_a_time(prepared, tmp_path):
     (tmp_path / "run").mkdir()
+    arguments = [sys.executable, *command(prepared, tmp_path / "run")]
     with FileLock(tmp_path / "run" / LOCK):
-        done = subprocess.run(
-            [sys.executable, *command(prepared, tmp_path / "run")],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
+        done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "another command is at work on" in done.stderr
 
@@ -141,7 +111,5 @@ def test_the_cache_knows_what_its_contents_depend_on(prepared, domain, tmp_path)
     again = prepare(smaller, tmp_path / "run", images=images)
     fresh = prepare(smaller, tmp_path / "fresh", images=images)
     assert again == fresh != first
-    scores = [
-        load_prepared(tmp_path / run)["train"]["zero_shot_score"][:] for run in ("run", "fresh")
-    ]
-    assert scores[0] == scores[1]
+    one, other = (load_prepared(tmp_path / run)["train"] for run in ("run", "fresh"))
+    assert one["zero_shot_score"][:] == other["zero_shot_score"][:]

@@ -25,9 +25,8 @@ def photos(tmp_path_factory) -> Path:
     for number, style in enumerate(CLASSES):
         (folder / style).mkdir()
         for index in range(30):
-            draw(style, np.random.default_rng([number, index]), 96).save(
-                folder / style / f"{index:02d}.png"
-            )
+            picture = draw(style, np.random.default_rng([number, index]), 96)
+            picture.save(folder / style / f"{index:02d}.png")
     draw(CLASSES[0], np.random.default_rng(999), 96).save(folder / CLASSES[1] / "wrong.png")
     twice = draw(CLASSES[2], np.random.default_rng(998), 96)
     twice.save(folder / CLASSES[2] / "twice.png")
@@ -38,15 +37,14 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def three_styles(domain: Domain) -> Domain:
-    return domain.model_copy(
-        update={
-            "classes": {style: domain.classes[style] for style in CLASSES},
-            "clusters": {"all": CLASSES},
-            "source": Source(),
-            "splits": Splits(validation=3, calibration=3, test=5),
-            "quality_filter": QualityFilter(mode="zero_shot", threshold=0.5),
-        }
-    )
+    changes = {
+        "classes": {style: domain.classes[style] for style in CLASSES},
+        "clusters": {"all": CLASSES},
+        "source": Source(),
+        "splits": Splits(validation=3, calibration=3, test=5),
+        "quality_filter": QualityFilter(mode="zero_shot", threshold=0.5),
+    }
+    return domain.model_copy(update=changes)
 
 
 def lines(run: Path) -> dict[str, dict[str, str]]:
@@ -72,9 +70,8 @@ def test_decisions_hold_for_the_next_runs(photos, three_styles, tmp_path):
     run = tmp_path / "run"
     report = prepare(three_styles, run, images=photos)
     conflict = {f"{CLASSES[2]}/twice.png", f"{CLASSES[0]}/twice.jpg"}
-    assert {entry["source_id"] for entry in report["quarantined"]} == conflict, (
-        "the same picture under two labels"
-    )
+    # the same picture under two labels
+    assert {entry["source_id"] for entry in report["quarantined"]} == conflict
     suspects = [entry["source_id"] for entry in report["suspects"]]
     assert set(lines(run)) == conflict | set(suspects)
     assert len(suspects) >= 2
@@ -94,9 +91,8 @@ def test_decisions_hold_for_the_next_runs(photos, three_styles, tmp_path):
 
 def test_suspects_can_be_flagged_only(photos, three_styles, tmp_path):
     flag = three_styles.quality_filter.model_copy(update={"action": "flag"})
-    report = prepare(
-        three_styles.model_copy(update={"quality_filter": flag}), tmp_path / "run", images=photos
-    )
+    flagging = three_styles.model_copy(update={"quality_filter": flag})
+    report = prepare(flagging, tmp_path / "run", images=photos)
     suspects = {entry["source_id"] for entry in report["suspects"]}
     assert suspects
     assert suspects <= kept(tmp_path / "run")
@@ -108,14 +104,12 @@ def test_suspects_can_be_flagged_only(photos, three_styles, tmp_path):
 def test_a_wrong_decision_is_explained(tmp_path):
     path = tmp_path / "review.csv"
     path.write_text("source_id,label,sha256,decision\na.jpg,gothic,ff,maybe\n")
-    with pytest.raises(
-        ValueError, match=r"line 2: decision 'maybe'; expected keep, drop or nothing"
-    ):
+    told = r"line 2: decision 'maybe'; expected keep, drop or nothing"
+    with pytest.raises(ValueError, match=told):
         read_decisions(path)
     path.write_text("source_id,decision\na.jpg,keep\n")
-    with pytest.raises(
-        ValueError, match="lacks the column label, sha256; its first line should be"
-    ):
+    told = "lacks the column label, sha256; its first line should be"
+    with pytest.raises(ValueError, match=told):
         read_decisions(path)
     assert read_decisions(tmp_path / "none.csv") == {}
 
@@ -126,11 +120,8 @@ def test_a_wrong_decision_is_explained(tmp_path):
 )
 def test_what_spreadsheets_make_of_it_is_read(tmp_path, delimiter, encoding):
     path = tmp_path / "review.csv"
-    table = [
-        ["source_id", "label", "sha256", "decision"],
-        ["été.jpg", "façade", "ff", "KEEP"],
-        ["b", "c", "d", ""],
-    ]
+    table = [["source_id", "label", "sha256", "decision"], ["été.jpg", "façade", "ff", "KEEP"]]
+    table.append(["b", "c", "d", ""])
     path.write_bytes("\r\n".join(delimiter.join(line) for line in table).encode(encoding))
     decided = read_decisions(path)
     assert [(line.source_id, line.decision) for line in decided.values()] == [("été.jpg", "keep")]
@@ -138,10 +129,9 @@ def test_what_spreadsheets_make_of_it_is_read(tmp_path, delimiter, encoding):
 
 
 def test_a_decision_is_about_the_picture_and_not_its_place(tmp_path):
-    line = Suspicion("table/0000003", "gothic", "ff", "wrong label?", decision="drop")
-    write_review(tmp_path / "review.csv", [line])
-    write_review(
-        tmp_path / "review.csv", [Suspicion("table/0000003", "gothic", "ee", "wrong label?")]
-    )
-    assert set(read_decisions(tmp_path / "review.csv")) == {("ff", "gothic")}
-    assert len((tmp_path / "review.csv").read_text(encoding="utf-8-sig").splitlines()) == 3
+    path = tmp_path / "review.csv"
+    for sha256, decision in (("ff", "drop"), ("ee", "")):
+        line = Suspicion("table/0000003", "gothic", sha256, "wrong label?", decision=decision)
+        write_review(path, [line])
+    assert set(read_decisions(path)) == {("ff", "gothic")}
+    assert len(path.read_text(encoding="utf-8-sig").splitlines()) == 3

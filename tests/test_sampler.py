@@ -64,9 +64,8 @@ def test_every_cluster_leads_batches():
     labels = SHAPES["uneven"]
     leads = Counter()
     for batch in ClusterBatchSampler(labels, CLASS_CLUSTERS, 16):
-        leads[
-            Counter(CLASS_CLUSTERS[labels[index]] for index in batch[:8]).most_common(1)[0][0]
-        ] += 1
+        of_batch = Counter(CLASS_CLUSTERS[labels[index]] for index in batch[:8])
+        leads[of_batch.most_common(1)[0][0]] += 1
     assert set(leads) == {0, 1, 2, 3}
 
 
@@ -74,15 +73,9 @@ def test_every_cluster_leads_batches():
 def test_the_slices_of_all_processes_make_up_the_batches_of_one(num_processes):
     labels = SHAPES["uneven"]
     one = ClusterBatchSampler(labels, CLASS_CLUSTERS, 16, seed=5)
+    options = {"num_processes": num_processes, "seed": 5}
     many = [
-        ClusterBatchSampler(
-            labels,
-            CLASS_CLUSTERS,
-            16,
-            num_processes=num_processes,
-            process_index=rank,
-            seed=5,
-        )
+        ClusterBatchSampler(labels, CLASS_CLUSTERS, 16, process_index=rank, **options)
         for rank in range(num_processes)
     ]
     for sampler in (one, *many):
@@ -121,10 +114,8 @@ def test_composition_by_counting_every_pair():
             one_class, other_class = labels[batch[one]], labels[batch[other]]
             pairs += 1
             same_class += one_class == other_class
-            hard += (
-                one_class != other_class
-                and CLASS_CLUSTERS[one_class] == CLASS_CLUSTERS[other_class]
-            )
+            alike = CLASS_CLUSTERS[one_class] == CLASS_CLUSTERS[other_class]
+            hard += one_class != other_class and alike
     found = sampler.composition()
     assert found["batches"] == len(sampler)
     assert found["samples"] == 7 * len(sampler)
@@ -135,9 +126,8 @@ def test_composition_by_counting_every_pair():
 
 def test_a_larger_cluster_share_makes_more_hard_pairs():
     def hard_pairs(share: float) -> float:
-        return ClusterBatchSampler(SHAPES["even"], CLASS_CLUSTERS, 16, share).composition()[
-            "hard_pairs"
-        ]
+        sampler = ClusterBatchSampler(SHAPES["even"], CLASS_CLUSTERS, 16, share)
+        return sampler.composition()["hard_pairs"]
 
     assert hard_pairs(0.0) < hard_pairs(0.5) < hard_pairs(1.0)
 
