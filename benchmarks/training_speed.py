@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import multiprocessing
 import resource
 import tempfile
@@ -19,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from domains.facades.painter import STYLES, draw
 from nicheclip.domain import Domain
 from nicheclip.evaluation.intervals import format_table
 from nicheclip.files import quiet_datasets, write_json
+from nicheclip.images import encode_jpeg
 from nicheclip.processes import keep_freed_memory
 from nicheclip.run import features
 from nicheclip.training.arguments import StagedTrainingArguments
@@ -52,17 +53,13 @@ ARTICLE_BATCH = 16
 VISITS, IMAGES = 7018, 4060  # samples an epoch of the article, of so many images
 WARM_UP = 6  # steps: until no new memory is asked for
 DRAWN = 64  # images here; two views of each fill a shard of the feature cache
-TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 256,
-    "num_attention_heads": 2,
-    "num_hidden_layers": 3,
-}
+TINY = {"hidden_size": 64, "intermediate_size": 256}
+TINY |= {"num_attention_heads": 2, "num_hidden_layers": 3}
 SIZES = {  # of the model, and the side of its images
     "vit-b-32": (CLIPConfig(), 224),
     "small": (CLIPConfig(text_config=TINY, vision_config=TINY | {"image_size": 64}), 64),
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -98,16 +95,13 @@ class Setting:
 
     def visits(self, seed: int) -> TrainingSamples:
         """The visits of our side."""
-        return TrainingSamples(
-            self.rows, self.domain.prompt_bank[1], self.domain.augmentation, self.processor, seed
-        )
+        domain = self.domain
+        prompts = domain.prompt_bank[1]
+        return TrainingSamples(self.rows, prompts, domain.augmentation, self.processor, seed)
 
 
 class Samples(torch.utils.data.Dataset):
-    """Pixels and prompt of a sample, as a plain loop makes them.
-
-    The prompts padded to 77 tokens.
-    """
+    """Pixels and prompt of a sample, as a plain loop makes them; prompts of 77 tokens."""
 
     def __init__(self, setting: Setting):
         self.rows, self.domain, self.processor = setting.rows, setting.domain, setting.processor
@@ -121,16 +115,14 @@ class Samples(torch.utils.data.Dataset):
         row = self.rows[index]
         view = augment(row["image"].convert("RGB"), self.side, self.domain.augmentation, self.rng)
         prompts = self.domain.classes[self.domain.class_names[row["label"]]]
-        return self.processor.image_processor(view, return_tensors="pt")["pixel_values"][
-            0
-        ], self.rng.choice(prompts)
+        pixels = self.processor.image_processor(view, return_tensors="pt")["pixel_values"][0]
+        return pixels, self.rng.choice(prompts)
 
     def collate(self, samples: list[tuple[torch.Tensor, str]]) -> dict[str, torch.Tensor]:
         """A batch of them."""
         pixels, prompts = zip(*samples, strict=True)
-        tokens = self.processor.tokenizer(
-            list(prompts), padding="max_length", max_length=77, return_tensors="pt"
-        )
+        options = {"padding": "max_length", "max_length": 77, "return_tensors": "pt"}
+        tokens = self.processor.tokenizer(list(prompts), **options)
         return {**tokens, "pixel_values": torch.stack(pixels)}
 
 
@@ -149,14 +141,11 @@ def article(setting: Setting) -> Iterator[Side]:
         )
 
         def train(batch: dict[str, torch.Tensor]) -> None:
-            # (B, B)
-            logits = model(
-                **{name: tensor.to(DEVICE) for name, tensor in batch.items()}
-            ).logits_per_image
+            inputs = {name: tensor.to(DEVICE) for name, tensor in batch.items()}
+            logits = model(**inputs).logits_per_image  # (B, B)
             own = torch.arange(len(logits), device=DEVICE)
-            of_images = cross_entropy(logits, own, label_smoothing=0.1)
-            of_texts = cross_entropy(logits.T, own, label_smoothing=0.1)
-            ((of_images + of_texts) / 2).backward()
+            both = [cross_entropy(each, own, label_smoothing=0.1) for each in (logits, logits.T)]
+            (sum(both) / 2).backward()
 
         def update(optimizer=optimizer, trained=trained) -> None:
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -169,11 +158,9 @@ def article(setting: Setting) -> Iterator[Side]:
 def ours(setting: Setting) -> Iterator[Side]:
     """StagedTrainer, by its own methods: it begins a stage, makes the optimiser, loads, steps."""
     domain, processor, args = setting.domain, setting.processor, setting.args
-    options = domain.training | {
-        "output_dir": str(setting.folder / "ours"),
-        "cached_views": args.views,
-    }
-    options |= {"per_device_train_batch_size": args.batch_size, "bf16": args.precision == "bf16"}
+    options = domain.training | {"output_dir": str(setting.folder / "ours")}
+    options |= {"cached_views": args.views, "bf16": args.precision == "bf16"}
+    options["per_device_train_batch_size"] = args.batch_size
     validation = Views(setting.rows.select(range(8)), processor)
     training_args, model = StagedTrainingArguments(**options), deepcopy(setting.model)
     trainer = StagedTrainer(model, training_args, domain, processor, setting.visits(0), validation)
@@ -193,13 +180,11 @@ def _of_trainer(trainer: ContrastiveTrainer, max_steps: int) -> Side:
         trainer.lr_scheduler.step()
         model.zero_grad()
 
-    return Side(
-        trainer.model.clip,
-        _endless(loader),
-        lambda batch: trainer.training_step(model, batch),
-        update,
-        trainer.args.train_batch_size,
-    )
+    def train(batch: dict[str, torch.Tensor]) -> None:
+        trainer.training_step(model, batch)
+
+    size = trainer.args.train_batch_size
+    return Side(trainer.model.clip, _endless(loader), train, update, size)
 
 
 def _endless(loader: DataLoader) -> Iterator[dict[str, torch.Tensor]]:
@@ -217,7 +202,7 @@ def main() -> None:
     )
     parser.add_argument("--size", choices=SIZES, default="vit-b-32")
     parser.add_argument("--batch-size", type=int, default=16, help="ours; the article's is 16")
-    parser.add_argument("--precision", choices=DTYPES, default="fp32", help="ours")
+    parser.add_argument("--precision", choices=AUTOCAST, default="fp32", help="ours")
     parser.add_argument("--views", type=int, default=4, help="kept of each image; 0: none")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8, help="of each side in a round")
@@ -288,9 +273,8 @@ class Worker:
 
     def __init__(self, name: str, args: argparse.Namespace):
         self._pipe, theirs = multiprocessing.Pipe()
-        multiprocessing.get_context("spawn").Process(
-            target=_work, args=(name, args, theirs), daemon=True
-        ).start()
+        spawn = multiprocessing.get_context("spawn")
+        spawn.Process(target=_work, args=(name, args, theirs), daemon=True).start()
         theirs.close()
 
     def __call__(self, question: str, *arguments: Any) -> Any:
@@ -305,14 +289,10 @@ def _work(name: str, args: argparse.Namespace, pipe: Connection) -> None:
     with tempfile.TemporaryDirectory() as folder, quiet_datasets():
         setting = _setting(args, Path(folder))
         for side in SIDES[name](setting):
+            answers = {"steps": side.steps, "peak": _peak_memory}
+            answers["encoding"] = partial(_encoding, setting, side.model)
             for question, *arguments in iter(pipe.recv, ("next stage",)):
-                pipe.send(
-                    {
-                        "steps": side.steps,
-                        "encoding": lambda seed, side=side: _encoding(setting, side.model, seed),
-                        "peak": _peak_memory,
-                    }[question](*arguments)
-                )
+                pipe.send(answers[question](*arguments))
             pipe.send(None)
 
 
@@ -326,9 +306,8 @@ def _setting(args: argparse.Namespace, folder: Path) -> Setting:
         domain.prompt_bank[0], 1550, show_progress=False
     )
     config.text_config.eos_token_id = tokenizer.eos_token_id
-    images = CLIPImageProcessorPil(
-        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-    )
+    square = {"height": side, "width": side}
+    images = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=square)
     processor = CLIPProcessor(image_processor=images, tokenizer=tokenizer)
     return Setting(domain, _rows(domain), CLIPModel(config).to(DEVICE), processor, folder, args)
 
@@ -339,22 +318,12 @@ def _rows(domain: Domain) -> datasets.Dataset:
     height, width = domain.stored_short_side, domain.stored_short_side * 3 // 2
     unused = dict.fromkeys(("source_id", "group_id", "zero_shot_score", "attribution"))
     for index in range(DRAWN):
-        picture = draw(STYLES[index % len(STYLES)], np.random.default_rng(index), height).resize(
-            (width, height)
-        )
-        pixels = np.asarray(picture) + rng.normal(0, 6, (height, width, 3))
-        encoded = io.BytesIO()
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(
-            encoded, "JPEG", quality=JPEG_QUALITY
-        )
-        row = {
-            "image": {"bytes": encoded.getvalue(), "path": None},
-            "label": index % len(domain.classes),
-        }
-        row |= {
-            "sha256": hashlib.sha256(encoded.getvalue()).hexdigest(),
-            "repeats": round(VISITS / DRAWN),
-        }
+        picture = draw(STYLES[index % len(STYLES)], np.random.default_rng(index), height)
+        pixels = np.asarray(picture.resize((width, height)))
+        grained = (pixels + rng.normal(0, 6, pixels.shape)).clip(0, 255).astype(np.uint8)
+        content = encode_jpeg(Image.fromarray(grained), JPEG_QUALITY)
+        row = {"image": {"bytes": content, "path": None}, "label": index % len(domain.classes)}
+        row |= {"sha256": hashlib.sha256(content).hexdigest(), "repeats": round(VISITS / DRAWN)}
         rows.append(row | unused)
     return datasets.Dataset.from_list(rows, features=features(domain.class_names))
 
@@ -368,17 +337,11 @@ def _now() -> float:
 def _encoding(setting: Setting, model: CLIPModel, seed: int) -> float:
     """Seconds a view to build the features of all stages, at the cuts that StagedTrainer keeps."""
     names = [name for name, _ in model.named_parameters()]
-    cuts = {
-        cut_before(model.vision_model, trainable_names(names, stage))
-        for stage in setting.domain.stages
-    }
-    samples, cache, dtype = (
-        setting.visits(seed),
-        setting.folder / f"round-{seed}",
-        DTYPES[setting.args.precision],
-    )
-    started = _now()
-    encode_views(model.vision_model, samples, 2, sorted(cuts - {PIXELS}), cache, autocast=dtype)
+    trained = [trainable_names(names, stage) for stage in setting.domain.stages]
+    cuts = sorted({cut_before(model.vision_model, of_stage) for of_stage in trained} - {PIXELS})
+    samples, cache = setting.visits(seed), setting.folder / f"round-{seed}"
+    autocast, started = AUTOCAST[setting.args.precision], _now()
+    encode_views(model.vision_model, samples, 2, cuts, cache, autocast)
     return (_now() - started) / (2 * len(setting.rows))
 
 
