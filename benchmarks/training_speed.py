@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, repeat
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -93,11 +94,10 @@ class Setting:
     folder: Path
     args: argparse.Namespace
 
-    def visits(self, seed: int) -> TrainingSamples:
-        """The visits of our side."""
-        domain = self.domain
-        prompts = domain.prompt_bank[1]
-        return TrainingSamples(self.rows, prompts, domain.augmentation, self.processor, seed)
+    def samples(self, seed: int) -> TrainingSamples:
+        """What our side trains on."""
+        prompts, augmentation = self.domain.prompt_bank[1], self.domain.augmentation
+        return TrainingSamples(self.rows, prompts, augmentation, self.processor, seed)
 
 
 class Samples(torch.utils.data.Dataset):
@@ -152,18 +152,18 @@ def article(setting: Setting) -> Iterator[Side]:
             optimizer.step()
             optimizer.zero_grad()
 
-        yield Side(model, _endless(loader), train, update, ARTICLE_BATCH)
+        yield Side(model, chain.from_iterable(repeat(loader)), train, update, ARTICLE_BATCH)
 
 
 def ours(setting: Setting) -> Iterator[Side]:
-    """StagedTrainer, by its own methods: it begins a stage, makes the optimiser, loads, steps."""
+    """StagedTrainer, by its own methods."""
     domain, processor, args = setting.domain, setting.processor, setting.args
     options = domain.training | {"output_dir": str(setting.folder / "ours")}
     options |= {"cached_views": args.views, "bf16": args.precision == "bf16"}
     options["per_device_train_batch_size"] = args.batch_size
     validation = Views(setting.rows.select(range(8)), processor)
     training_args, model = StagedTrainingArguments(**options), deepcopy(setting.model)
-    trainer = StagedTrainer(model, training_args, domain, processor, setting.visits(0), validation)
+    trainer = StagedTrainer(model, training_args, domain, processor, setting.samples(0), validation)
     for stage, folder in zip(domain.stages, trainer.folders, strict=True):
         of_stage = trainer.begin_stage(stage, folder)
         yield _of_trainer(of_stage, stage.epochs * trainer.steps_per_epoch)
@@ -184,12 +184,7 @@ def _of_trainer(trainer: ContrastiveTrainer, max_steps: int) -> Side:
         trainer.training_step(model, batch)
 
     size = trainer.args.train_batch_size
-    return Side(trainer.model.clip, _endless(loader), train, update, size)
-
-
-def _endless(loader: DataLoader) -> Iterator[dict[str, torch.Tensor]]:
-    while True:
-        yield from loader
+    return Side(trainer.model.clip, chain.from_iterable(repeat(loader)), train, update, size)
 
 
 SIDES = {"article": article, "ours": ours}
@@ -197,9 +192,8 @@ SIDES = {"article": article, "ours": ours}
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    as_it_stands = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_stands)
     parser.add_argument("--size", choices=SIZES, default="vit-b-32")
     parser.add_argument("--batch-size", type=int, default=16, help="ours; the article's is 16")
     parser.add_argument("--precision", choices=AUTOCAST, default="fp32", help="ours")
@@ -339,7 +333,7 @@ def _encoding(setting: Setting, model: CLIPModel, seed: int) -> float:
     names = [name for name, _ in model.named_parameters()]
     trained = [trainable_names(names, stage) for stage in setting.domain.stages]
     cuts = sorted({cut_before(model.vision_model, of_stage) for of_stage in trained} - {PIXELS})
-    samples, cache = setting.visits(seed), setting.folder / f"round-{seed}"
+    samples, cache = setting.samples(seed), setting.folder / f"round-{seed}"
     autocast, started = AUTOCAST[setting.args.precision], _now()
     encode_views(model.vision_model, samples, 2, cuts, cache, autocast)
     return (_now() - started) / (2 * len(setting.rows))
