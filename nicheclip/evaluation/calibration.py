@@ -7,7 +7,7 @@ near-duplicate `groups` (N,).
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +16,7 @@ from scipy.special import log_softmax
 
 from nicheclip.domain import Domain
 from nicheclip.evaluation.intervals import resample_groups
-from nicheclip.head import mass_above, softmax
+from nicheclip.head import Head, mass_above, softmax
 
 TEMPERATURE_BOUNDS = (0.02, 50.0)
 FEW_ERRORS = 20  # with fewer, the temperature is hardly known
@@ -160,23 +160,27 @@ def fit_conformal(probabilities: np.ndarray, labels: np.ndarray, coverage: float
 
 
 def fit(
-    logits: np.ndarray,
+    head: Head,
+    image_embeds: np.ndarray,
     labels: np.ndarray,
     groups: np.ndarray,
     domain: Domain,
     reference: bool = False,
-) -> dict[str, Any]:
-    """What the calibration split decides, as calibration.json holds it, from uncalibrated logits.
+) -> tuple[Head, dict[str, Any]]:
+    """The head with its temperature, and what calibration.json says of it.
 
-    Raises:
-        ValueError: if all images are wrong, but for a `reference` (see `calibrate_temperature`).
+    Args:
+        head: not calibrated.
+        image_embeds: (N, D) of the calibration split.
+        reference: as in `calibrate_temperature`.
     """
+    logits = head.logits(image_embeds)
     temperature = calibrate_temperature(logits, labels, groups, reference=reference)
-    calibrated = logits / temperature.value
-    probabilities = softmax(calibrated)
+    head = replace(head, temperature=temperature.value)
+    calibrated = head.logits(image_embeds)
+    probabilities, coverage = softmax(calibrated), domain.conformal_coverage
     aims = domain.selective_accuracy, domain.answered_share
-    coverage = domain.conformal_coverage
-    return {
+    return head, {
         "temperature": temperature.value,
         "temperature_fit": asdict(temperature),
         "abstention": asdict(fit_abstention(probabilities, labels, *aims)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -73,11 +73,7 @@ class Measure:
 
     def to_dict(self) -> dict[str, Any]:
         """As it is written to JSON: what is None is left out."""
-        return {
-            name: value.to_dict() if isinstance(value, Measure) else value
-            for name, value in vars(self).items()
-            if value is not None
-        }
+        return asdict(self, dict_factory=lambda pairs: {k: v for k, v in pairs if v is not None})
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Measure:

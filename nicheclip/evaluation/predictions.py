@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from nicheclip.evaluation.ood import (
     fit_ood_threshold,
     ood_pictures,
 )
+from nicheclip.evaluation.probe import fit_probe
 from nicheclip.evaluation.robustness import CHANGES
 from nicheclip.files import quiet_datasets, replaced_file
 from nicheclip.head import Head, prediction_sets, softmax
@@ -34,57 +34,102 @@ CHANGED_IMAGES = 300  # of a split, on which stability is measured
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a classifier says about the N images of a split.
+    """What a calibrated head says about the N images of the test split.
 
     Attributes:
-        logits: (N, C) calibrated.
-        fitted: what `fit` gave.
+        fitted: what `fit` says of the head.
+        embeds: image_embeds of each split, (N, D).
+        labels, groups: (N,) int, and the near-duplicate groups.
+        logits, calibrated, raw: (N, C), the logits and probabilities; raw: before calibration.
+        predicted, confidence, right: (N,) the most probable class, its probability, and whether it
+            is the label.
+        sets: (N, C) bool, the prediction sets.
     """
 
-    logits: np.ndarray
+    head: Head
     fitted: dict[str, Any]
+    embeds: dict[str, np.ndarray]
+    labels: np.ndarray
+    groups: np.ndarray
+    logits: np.ndarray
+    calibrated: np.ndarray
+    raw: np.ndarray
+    predicted: np.ndarray
+    confidence: np.ndarray
+    right: np.ndarray
+    sets: np.ndarray
 
-    @cached_property
-    def raw(self) -> np.ndarray:
-        """(N, C) probabilities before calibration."""
-        return softmax(self.logits * self.fitted["temperature"])
 
-    @cached_property
-    def calibrated(self) -> np.ndarray:
-        """(N, C) probabilities."""
-        return softmax(self.logits)
+def predict(
+    head: Head,
+    embeds: dict[str, np.ndarray],
+    splits: dict[str, Dataset],
+    domain: Domain,
+    reference: bool = False,
+) -> Predictions:
+    """Fits a head on the calibration split and asks it about the test split.
 
-    @cached_property
-    def sets(self) -> np.ndarray:
-        """(N, C) bool, the prediction sets."""
-        return prediction_sets(self.calibrated, self.fitted["conformal"]["quantile"])
+    Args:
+        embeds: image_embeds (N, D) of each split.
+        reference: as in `calibrate_temperature`.
+
+    Raises:
+        ValueError: if all calibration images are wrong.
+    """
+    known, (labels, groups) = (
+        (np.array(splits[name]["label"]), np.array(splits[name]["group_id"]))
+        for name in ("calibration", "test")
+    )
+    fitted_head, fitted = fit(head, embeds["calibration"], *known, domain, reference)
+    logits, raw = (each.logits(embeds["test"]) for each in (fitted_head, head))
+    calibrated = softmax(logits)
+    predicted = calibrated.argmax(axis=1)
+    return Predictions(
+        head=fitted_head,
+        fitted=fitted,
+        embeds=embeds,
+        labels=labels,
+        groups=groups,
+        logits=logits,
+        calibrated=calibrated,
+        raw=softmax(raw),
+        predicted=predicted,
+        confidence=calibrated.max(axis=1),
+        right=predicted == labels,
+        sets=prediction_sets(calibrated, fitted["conformal"]["quantile"]),
+    )
 
 
 @dataclass(frozen=True)
 class Outputs(Predictions):
-    """What a CLIPModel says about the N images of test, and about pictures that are none of them.
+    """What a CLIPModel says about the images of test, and about pictures that are none of them.
 
     Attributes:
-        embeds: image_embeds of each split, (N, D).
         similarity: (N, P) cosine with every prompt of the bank, of the classes `prompt_classes`.
         own_scores: of the images (N,), by score.
         ood_scores: of OOD pictures (M,), by kind and score.
-        changed: after mild changes, cosine and whether the answer stays, (N,), NaN: not tried.
+        cosine, same: (K, N) after each of `CHANGES`, the cosine to the picture's own image_embeds,
+            and whether the answer stays; NaN where it was not tried.
     """
 
-    head: Head
-    embeds: dict[str, np.ndarray]
     similarity: np.ndarray
     prompt_classes: np.ndarray
     ood: OODThreshold
     own_scores: dict[str, np.ndarray]
     ood_scores: dict[str, dict[str, np.ndarray]]
-    changed: dict[str, tuple[np.ndarray, np.ndarray]]
+    cosine: np.ndarray
+    same: np.ndarray
 
-    @property
-    def image_embeds(self) -> np.ndarray:
-        """(N, D) of the test split."""
-        return self.embeds["test"]
+
+def run_probe(
+    embeds: dict[str, np.ndarray], splits: dict[str, Dataset], domain: Domain
+) -> Predictions:
+    """A probe on the base's image_embeds of each split, calibrated and run as the others are."""
+    train, validation = (
+        (embeds[name], np.array(splits[name]["label"])) for name in ("train", "validation")
+    )
+    probe = fit_probe(train, validation, len(domain.classes))
+    return predict(probe, embeds, splits, domain, reference=True)
 
 
 def fit_and_run(
@@ -95,14 +140,11 @@ def fit_and_run(
     title: str,
     reference: bool = False,
 ) -> Outputs:
-    """Fits the head of a CLIPModel on the calibration split and runs it on the test split.
+    """`predict` of a CLIPModel, also on OOD pictures and after mild changes.
 
     Args:
         title: of the model, for progress bars.
-        reference: as in `fit`; the validation split, by which a probe is chosen, is embedded too.
-
-    Raises:
-        ValueError: if all calibration images are wrong.
+        reference: the validation split, by which a probe is chosen, is embedded too.
     """
 
     def embed(images: Iterable[Image.Image], total: int, what: str) -> np.ndarray:
@@ -114,43 +156,37 @@ def fit_and_run(
         embeds = embed(drawn, PER_KIND * len(KINDS), "OOD pictures")
         return dict(zip(KINDS, np.split(embeds, len(KINDS)), strict=True))
 
-    names = ["train", "calibration", "test", *(["validation"] if reference else [])]
-    embeds = {}
-    for name, rows in ((name, splits[name]) for name in names):
-        embeds[name] = embed((row["image"] for row in rows), len(rows), f"{name} split")
-    train, calibration, test = (splits[name] for name in names[:3])
+    embeds = {
+        name: embed((row["image"] for row in rows), len(rows), f"{name} split")
+        for name, rows in splits.items()
+        if reference or name != "validation"
+    }
     prototypes = encode_texts(model, processor, domain.canonical_prompts).cpu().numpy()  # (C, D)
-    class_means = fit_class_means(embeds["train"], np.array(train["label"]))
-    head = Head(prototypes, class_means, model.logit_scale.item())
-    labels, groups = np.array(calibration["label"]), np.array(calibration["group_id"])
-    fitted = fit(head.logits(embeds["calibration"]), labels, groups, domain, reference)
-    head = replace(head, temperature=fitted["temperature"])
+    class_means = fit_class_means(embeds["train"], np.array(splits["train"]["label"]))
+    unfitted = Head(prototypes, class_means, model.logit_scale.item())
+    found = predict(unfitted, embeds, splits, domain, reference)
+    head, test = found.head, splits["test"]
     # Other OOD pictures choose the score than those that the scorecard is made of.
-    choosing = np.concatenate(list(embed_ood(calibration, seed=1).values()))
-    own, outside = (head.ood_scores(each) for each in (embeds["calibration"], choosing))
+    choosing = np.concatenate(list(embed_ood(splits["calibration"], seed=1).values()))
+    ood = fit_ood_threshold(head.ood_scores(embeds["calibration"]), head.ood_scores(choosing))
 
-    logits = head.logits(embeds["test"])
     tried = np.unique(np.linspace(0, len(test) - 1, CHANGED_IMAGES).astype(int))
     pictures = (change(row["image"]) for change in CHANGES.values() for row in test.select(tried))
     after = embed(pictures, len(CHANGES) * len(tried), "mild changes")
-    changed = {}
-    for name, image_embeds in zip(CHANGES, np.split(after, len(CHANGES)), strict=True):
-        cosine, same = np.full((2, len(test)), np.nan)
-        cosine[tried] = (image_embeds * embeds["test"][tried]).sum(axis=1)
-        same[tried] = head.logits(image_embeds).argmax(axis=1) == logits[tried].argmax(axis=1)
-        changed[name] = cosine, same
+    after = after.reshape(len(CHANGES), len(tried), -1)  # (K, T, D)
+    cosine, same = np.full((2, len(CHANGES), len(test)), np.nan)
+    cosine[:, tried] = (after * embeds["test"][tried]).sum(axis=2)
+    same[:, tried] = head.logits(after).argmax(axis=2) == found.predicted[tried]
     prompts, prompt_classes = domain.prompt_bank
     return Outputs(
-        logits=logits,
-        fitted=fitted,
-        head=head,
-        embeds=embeds,
+        **vars(found),
         similarity=embeds["test"] @ encode_texts(model, processor, prompts).cpu().numpy().T,
         prompt_classes=np.array(prompt_classes),
-        ood=fit_ood_threshold(own, outside),
+        ood=ood,
         own_scores=head.ood_scores(embeds["test"]),
         ood_scores={kind: head.ood_scores(e) for kind, e in embed_ood(test, seed=0).items()},
-        changed=changed,
+        cosine=cosine,
+        same=same,
     )
 
 
