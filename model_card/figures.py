@@ -22,6 +22,7 @@ from nicheclip.evaluation.metrics import (
     confusion_matrix,
     reliability,
 )
+from nicheclip.evaluation.ood import KINDS
 from nicheclip.evaluation.predictions import Outputs
 
 BASE, PROBE, TUNED, GATE, INK = "#9AA0A6", "#009E73", "#0072B2", "#D55E00", "#333333"
@@ -224,9 +225,8 @@ def _reliability(tuned: Outputs, base: Outputs, measures: dict[str, Measure]) ->
 def _outside(tuned: Outputs, measures: dict[str, Measure]) -> Figure:
     """The score that decides, of test images and of each kind of OOD picture."""
     score, threshold = tuned.ood.score, tuned.ood.threshold
-    rows = {"test images": tuned.own_scores[score]} | {
-        kind: each[score] for kind, each in tuned.ood_scores.items()
-    }
+    of_kinds = dict(zip(KINDS, tuned.ood_scores[score], strict=True))
+    rows = {"test images": tuned.own_scores[score], **of_kinds}
     figure, axes = _figure(8, 0.42 * len(rows) + 1.3)
     heights = np.arange(len(rows))[::-1]
     for height, (name, values) in zip(heights, rows.items(), strict=True):

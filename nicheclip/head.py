@@ -64,6 +64,10 @@ class Head:
         scaled = self.logit_scale * image_embeds
         return scaled @ self.prototypes.T + self.bias / self.temperature
 
+    def probabilities(self, image_embeds: np.ndarray) -> np.ndarray:
+        """(N, D) -> calibrated (N, C)."""
+        return softmax(self.logits(image_embeds))
+
     def ood_scores(self, image_embeds: np.ndarray) -> dict[str, np.ndarray]:
         """How much each image looks like one of the domain, higher is more: (N,) by each score.
 

@@ -14,10 +14,10 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from PIL.Image import Image
 
 from nicheclip.classifier import NicheClassifier, Prediction
-from nicheclip.publishing.image_index import ImageIndex
+from nicheclip.publishing.image_index import INDEX_FILE, ImageIndex
 from space.photo import on_photo, photo_input
 from space.scorecard import NBSP, percent, read_scorecard, scorecard_tab
-from space.search import Shown, captioned, open_index, pictures, search_tab
+from space.search import Shown, captioned, pictures, search_tab
 
 TOP_CLASSES = 5
 ALIKE = 6  # pictures shown beside an answer
@@ -66,7 +66,8 @@ def build_app(repo_or_path: str | Path) -> gr.Blocks:
     """
     folder = _fetch(repo_or_path)
     classifier = NicheClassifier.from_pretrained(folder)
-    index, settings = open_index(folder), classifier.settings
+    settings = classifier.settings
+    index = ImageIndex(folder / INDEX_FILE) if (folder / INDEX_FILE).is_file() else None
     measures, gates = read_scorecard(folder)
     unnoticed = measures["ood_accepted"]
     told = (

@@ -6,24 +6,21 @@ import hashlib
 import tempfile
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import gradio as gr
 from PIL.Image import Image
 
 from nicheclip.classifier import NicheClassifier
-from nicheclip.publishing.image_index import INDEX_FILE, ImageIndex
+from nicheclip.publishing.image_index import ImageIndex
 from space.photo import on_photo, photo_input
 
 FOUND = 12
 LONGEST_QUERY = 300  # characters; CLIP reads some 60 words
 NOTHING_ASKED = "Describe in words what you look for, or add a photo."
+WRITING = Lock()
 Shown = list[tuple[Path, str]]
-
-
-def open_index(folder: Path) -> ImageIndex | None:
-    """The index of a published folder; None if it was published without one."""
-    return ImageIndex(folder / INDEX_FILE) if (folder / INDEX_FILE).is_file() else None
 
 
 def search_tab(classifier: NicheClassifier, index: ImageIndex) -> None:
@@ -85,11 +82,9 @@ def captioned(found: list[dict[str, Any]]) -> Shown:
     for row in found:
         jpeg = row["image"]["bytes"]
         path = _folder() / f"{hashlib.sha256(jpeg).hexdigest()[:24]}.jpg"
-        if not path.is_file():
-            # with a name of its own: another visitor may be shown the same picture
-            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as unfinished:
-                unfinished.write(jpeg)
-            Path(unfinished.name).rename(path)
+        with WRITING:  # another visitor may be shown the same picture
+            if not path.is_file():
+                path.write_bytes(jpeg)
         parts = (row["label"], row["split"], f"{row['cosine']:.2f}", row["attribution"])
         shown.append((path, " · ".join(part for part in parts if part)))
     return shown

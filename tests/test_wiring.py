@@ -66,7 +66,7 @@ def test_copies_do_not_make_a_temperature_surer():
     logits, labels = np.tile(logits, (10, 1)), np.tile(labels, 10)
     grouped = calibrate_temperature(logits, labels, np.tile(np.arange(60), 10))
     alone = calibrate_temperature(logits, labels, np.arange(600))
-    assert grouped.high - grouped.low > 2 * (alone.high - alone.low)
+    assert grouped["high"] - grouped["low"] > 2 * (alone["high"] - alone["low"])
 
 
 def test_an_abstention_answers_at_least_half_even_if_few_are_right():
@@ -74,8 +74,8 @@ def test_an_abstention_answers_at_least_half_even_if_few_are_right():
     probabilities = np.stack([confidence, 1 - confidence], axis=1)
     labels = (np.arange(200) >= 10).astype(int)  # only the ten surest are right
     found = fit_abstention(probabilities, labels, 0.95)
-    assert not found.target_reached
-    assert found.coverage >= 0.5
+    assert not found["target_reached"]
+    assert found["coverage"] >= 0.5
 
 
 def test_abstention_and_sets_are_fitted_on_calibrated_probabilities(domain):
@@ -85,7 +85,7 @@ def test_abstention_and_sets_are_fitted_on_calibrated_probabilities(domain):
     assert fitted.temperature == found["temperature"]
     calibrated = softmax(3 * logits / found["temperature"], axis=1)
     expected = fit_abstention(calibrated, labels, domain.selective_accuracy)
-    assert found["abstention"]["threshold"] == pytest.approx(expected.threshold)
+    assert found["abstention"]["threshold"] == pytest.approx(expected["threshold"])
     assert abs(found["temperature"] - 1) > 0.3
     _, grouped = fit(head, logits, labels, np.arange(len(labels)) // 10, domain)
     assert grouped["temperature_fit"]["low"] != found["temperature_fit"]["low"]

@@ -107,7 +107,7 @@ class Outputs(Predictions):
     Attributes:
         similarity: (N, P) cosine with every prompt of the bank, of the classes `prompt_classes`.
         own_scores: of the images (N,), by score.
-        ood_scores: of OOD pictures (M,), by kind and score.
+        ood_scores: of OOD pictures, (kinds, M), by score.
         cosine, same: (K, N) after each of `CHANGES`, the cosine to the picture's own image_embeds,
             and whether the answer stays; NaN where it was not tried.
     """
@@ -116,7 +116,7 @@ class Outputs(Predictions):
     prompt_classes: np.ndarray
     ood: OODThreshold
     own_scores: dict[str, np.ndarray]
-    ood_scores: dict[str, dict[str, np.ndarray]]
+    ood_scores: dict[str, np.ndarray]
     cosine: np.ndarray
     same: np.ndarray
 
@@ -150,11 +150,10 @@ def fit_and_run(
     def embed(images: Iterable[Image.Image], total: int, what: str) -> np.ndarray:
         return encode_images(model, processor, images, total, description=f"{what}, {title}")
 
-    def embed_ood(own: Dataset, seed: int) -> dict[str, np.ndarray]:
+    def embed_ood(own: Dataset, seed: int) -> np.ndarray:
         side, pictures = image_side(processor), own[:PER_KIND]["image"]
         drawn = chain.from_iterable(ood_pictures(kind, side, seed, pictures) for kind in KINDS)
-        embeds = embed(drawn, PER_KIND * len(KINDS), "OOD pictures")
-        return dict(zip(KINDS, np.split(embeds, len(KINDS)), strict=True))
+        return embed(drawn, PER_KIND * len(KINDS), "OOD pictures")
 
     embeds = {
         name: embed((row["image"] for row in rows), len(rows), f"{name} split")
@@ -167,8 +166,9 @@ def fit_and_run(
     found = predict(unfitted, embeds, splits, domain, reference)
     head, test = found.head, splits["test"]
     # Other OOD pictures choose the score than those that the scorecard is made of.
-    choosing = np.concatenate(list(embed_ood(splits["calibration"], seed=1).values()))
-    ood = fit_ood_threshold(head.ood_scores(embeds["calibration"]), head.ood_scores(choosing))
+    own, choosing = embeds["calibration"], embed_ood(splits["calibration"], seed=1)
+    ood = fit_ood_threshold(head.ood_scores(own), head.ood_scores(choosing))
+    ood_scores = head.ood_scores(embed_ood(test, seed=0))
 
     tried = np.unique(np.linspace(0, len(test) - 1, CHANGED_IMAGES).astype(int))
     pictures = (change(row["image"]) for change in CHANGES.values() for row in test.select(tried))
@@ -184,7 +184,7 @@ def fit_and_run(
         prompt_classes=np.array(prompt_classes),
         ood=ood,
         own_scores=head.ood_scores(embeds["test"]),
-        ood_scores={kind: head.ood_scores(e) for kind, e in embed_ood(test, seed=0).items()},
+        ood_scores={name: each.reshape(len(KINDS), -1) for name, each in ood_scores.items()},
         cosine=cosine,
         same=same,
     )

@@ -20,6 +20,7 @@ from nicheclip.evaluation.intervals import (
     format_table,
     proportion,
 )
+from nicheclip.evaluation.ood import KINDS
 from nicheclip.evaluation.predictions import Outputs, Predictions
 from nicheclip.evaluation.robustness import CHANGES, prompt_answers
 
@@ -105,10 +106,9 @@ def clip_statistics(outputs: Outputs, domain: Domain) -> dict[str, Statistic]:
     found_at, precision = metrics.image_retrieval(outputs.embeds["test"], labels, groups)
     first, *others = prompt_answers(*prompts).T
     consistent = np.mean([each == first for each in others] or [np.full(len(labels), np.nan)], 0)
-    noise = outputs.ood_scores["noise"]["confidence"]
+    noise = outputs.ood_scores["confidence"][KINDS.index("noise")]
     score, threshold = outputs.ood.score, outputs.ood.threshold
-    own = outputs.own_scores[score]
-    outside = np.concatenate([scores[score] for scores in outputs.ood_scores.values()])
+    own, outside = outputs.own_scores[score], outputs.ood_scores[score].ravel()
     alone = np.arange(len(outside))
     both = np.append(own, outside), np.repeat([True, False], [len(own), len(outside)])
     groups_of_both = np.append(np.unique(groups, return_inverse=True)[1], len(own) + alone)
@@ -192,7 +192,8 @@ def tables(tuned: Outputs, base: Outputs, domain: Domain) -> dict[str, Any]:
             classes[name][title] = None if np.isnan(column[index]) else float(column[index])
 
     kinds: dict[str, Any] = {}
-    for kind, scores in tuned.ood_scores.items():
+    for index, kind in enumerate(KINDS):
+        scores = {name: each[index] for name, each in tuned.ood_scores.items()}
         accepted = scores[tuned.ood.score] >= tuned.ood.threshold
         kinds[kind] = {
             "n": len(accepted),
