@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -19,7 +17,6 @@ from nicheclip.evaluation.calibration import fit
 from nicheclip.evaluation.ood import (
     KINDS,
     PER_KIND,
-    OODThreshold,
     fit_class_means,
     fit_ood_threshold,
     ood_pictures,
@@ -32,104 +29,88 @@ from nicheclip.head import Head, prediction_sets, softmax
 CHANGED_IMAGES = 300  # of a split, on which stability is measured
 
 
-@dataclass(frozen=True)
 class Predictions:
-    """What a calibrated head says about the N images of the test split.
+    """What a head says about the N images of test, once it is fitted on calibration.
+
+    Args:
+        head: not calibrated.
+        embeds: image_embeds of each split, (N, D).
+        reference: as in `calibrate_temperature`.
 
     Attributes:
-        fitted: what `fit` says of the head.
-        embeds: image_embeds of each split, (N, D).
+        head, fitted: what `fit` gave.
         labels, groups: (N,) int, and the near-duplicate groups.
         logits, calibrated, raw: (N, C), the logits and probabilities; raw: before calibration.
         predicted, confidence, right: (N,) the most probable class, its probability, and whether it
             is the label.
         sets: (N, C) bool, the prediction sets.
-    """
-
-    head: Head
-    fitted: dict[str, Any]
-    embeds: dict[str, np.ndarray]
-    labels: np.ndarray
-    groups: np.ndarray
-    logits: np.ndarray
-    calibrated: np.ndarray
-    raw: np.ndarray
-    predicted: np.ndarray
-    confidence: np.ndarray
-    right: np.ndarray
-    sets: np.ndarray
-
-
-def predict(
-    head: Head,
-    embeds: dict[str, np.ndarray],
-    splits: dict[str, Dataset],
-    domain: Domain,
-    reference: bool = False,
-) -> Predictions:
-    """Fits a head on the calibration split and asks it about the test split.
-
-    Args:
-        embeds: image_embeds (N, D) of each split.
-        reference: as in `calibrate_temperature`.
 
     Raises:
         ValueError: if all calibration images are wrong.
     """
-    known, (labels, groups) = (
-        (np.array(splits[name]["label"]), np.array(splits[name]["group_id"]))
-        for name in ("calibration", "test")
-    )
-    fitted_head, fitted = fit(head, embeds["calibration"], *known, domain, reference)
-    logits, raw = (each.logits(embeds["test"]) for each in (fitted_head, head))
-    calibrated = softmax(logits)
-    predicted = calibrated.argmax(axis=1)
-    return Predictions(
-        head=fitted_head,
-        fitted=fitted,
-        embeds=embeds,
-        labels=labels,
-        groups=groups,
-        logits=logits,
-        calibrated=calibrated,
-        raw=softmax(raw),
-        predicted=predicted,
-        confidence=calibrated.max(axis=1),
-        right=predicted == labels,
-        sets=prediction_sets(calibrated, fitted["conformal"]["quantile"]),
-    )
+
+    def __init__(
+        self,
+        head: Head,
+        embeds: dict[str, np.ndarray],
+        splits: dict[str, Dataset],
+        domain: Domain,
+        reference: bool = False,
+    ):
+        known, (self.labels, self.groups) = (
+            (np.array(splits[name]["label"]), np.array(splits[name]["group_id"]))
+            for name in ("calibration", "test")
+        )
+        self.embeds, test = embeds, embeds["test"]
+        self.head, self.fitted = fit(head, embeds["calibration"], *known, domain, reference)
+        self.logits, self.raw = self.head.logits(test), head.probabilities(test)
+        self.calibrated = softmax(self.logits)
+        self.predicted = self.calibrated.argmax(axis=1)
+        self.confidence = self.calibrated.max(axis=1)
+        self.right = self.predicted == self.labels
+        self.sets = prediction_sets(self.calibrated, self.fitted["conformal"]["quantile"])
 
 
-@dataclass(frozen=True)
 class Outputs(Predictions):
-    """What a CLIPModel says about the images of test, and about pictures that are none of them.
+    """What a CLIPModel says of the images of test, of OOD pictures, and after mild changes.
+
+    Args:
+        embeds: image_embeds of each split, of OOD pictures (kinds * M, D), and after mild changes
+            (K, T, D); text_embeds of "prototypes" (C, D) and "prompts" (P, D).
+        trained_logit_scale: as in `Head`.
 
     Attributes:
         similarity: (N, P) cosine with every prompt of the bank, of the classes `prompt_classes`.
+        ood: the score and threshold that decide.
         own_scores: of the images (N,), by score.
         ood_scores: of OOD pictures, (kinds, M), by score.
         cosine, same: (K, N) after each of `CHANGES`, the cosine to the picture's own image_embeds,
             and whether the answer stays; NaN where it was not tried.
     """
 
-    similarity: np.ndarray
-    prompt_classes: np.ndarray
-    ood: OODThreshold
-    own_scores: dict[str, np.ndarray]
-    ood_scores: dict[str, np.ndarray]
-    cosine: np.ndarray
-    same: np.ndarray
-
-
-def run_probe(
-    embeds: dict[str, np.ndarray], splits: dict[str, Dataset], domain: Domain
-) -> Predictions:
-    """A probe on the base's image_embeds of each split, calibrated and run as the others are."""
-    train, validation = (
-        (embeds[name], np.array(splits[name]["label"])) for name in ("train", "validation")
-    )
-    probe = fit_probe(train, validation, len(domain.classes))
-    return predict(probe, embeds, splits, domain, reference=True)
+    def __init__(
+        self,
+        embeds: dict[str, np.ndarray],
+        trained_logit_scale: float,
+        splits: dict[str, Dataset],
+        domain: Domain,
+        reference: bool = False,
+    ):
+        class_means = fit_class_means(embeds["train"], np.array(splits["train"]["label"]))
+        head = Head(embeds["prototypes"], class_means, trained_logit_scale)
+        super().__init__(head, embeds, splits, domain, reference)
+        self.similarity = embeds["test"] @ embeds["prompts"].T
+        self.prompt_classes = np.array(domain.prompt_bank[1])
+        own, choosing, self.own_scores, ood = (
+            self.head.ood_scores(embeds[name])
+            for name in ("calibration", "OOD, choosing", "test", "OOD")
+        )
+        self.ood = fit_ood_threshold(own, choosing)
+        self.ood_scores = {name: each.reshape(len(KINDS), -1) for name, each in ood.items()}
+        after, tried = embeds["changed"], _tried(len(self.labels))  # (K, T, D), (T,)
+        self.cosine, self.same = np.full((2, len(CHANGES), len(self.labels)), np.nan)
+        self.cosine[:, tried] = (after * embeds["test"][tried]).sum(axis=2)
+        self.same[:, tried] = self.head.logits(after).argmax(axis=2) == self.predicted[tried]
 
 
 def fit_and_run(
@@ -140,11 +121,12 @@ def fit_and_run(
     title: str,
     reference: bool = False,
 ) -> Outputs:
-    """`predict` of a CLIPModel, also on OOD pictures and after mild changes.
+    """Encodes all that `Outputs` needs.
 
     Args:
         title: of the model, for progress bars.
-        reference: the validation split, by which a probe is chosen, is embedded too.
+        reference: as in `Predictions`; the validation split, by which a probe is chosen, is
+            encoded too.
     """
 
     def embed(images: Iterable[Image.Image], total: int, what: str) -> np.ndarray:
@@ -160,34 +142,33 @@ def fit_and_run(
         for name, rows in splits.items()
         if reference or name != "validation"
     }
-    prototypes = encode_texts(model, processor, domain.canonical_prompts).cpu().numpy()  # (C, D)
-    class_means = fit_class_means(embeds["train"], np.array(splits["train"]["label"]))
-    unfitted = Head(prototypes, class_means, model.logit_scale.item())
-    found = predict(unfitted, embeds, splits, domain, reference)
-    head, test = found.head, splits["test"]
     # Other OOD pictures choose the score than those that the scorecard is made of.
-    own, choosing = embeds["calibration"], embed_ood(splits["calibration"], seed=1)
-    ood = fit_ood_threshold(head.ood_scores(own), head.ood_scores(choosing))
-    ood_scores = head.ood_scores(embed_ood(test, seed=0))
+    embeds["OOD, choosing"] = embed_ood(splits["calibration"], seed=1)
+    embeds["OOD"] = embed_ood(splits["test"], seed=0)
+    test = splits["test"].select(_tried(len(splits["test"])))
+    changed = (change(row["image"]) for change in CHANGES.values() for row in test)
+    after = embed(changed, len(CHANGES) * len(test), "mild changes")
+    embeds["changed"] = after.reshape(len(CHANGES), len(test), -1)
+    texts = {"prototypes": domain.canonical_prompts, "prompts": domain.prompt_bank[0]}
+    for name, prompts in texts.items():
+        embeds[name] = encode_texts(model, processor, prompts).cpu().numpy()
+    return Outputs(embeds, model.logit_scale.item(), splits, domain, reference)
 
-    tried = np.unique(np.linspace(0, len(test) - 1, CHANGED_IMAGES).astype(int))
-    pictures = (change(row["image"]) for change in CHANGES.values() for row in test.select(tried))
-    after = embed(pictures, len(CHANGES) * len(tried), "mild changes")
-    after = after.reshape(len(CHANGES), len(tried), -1)  # (K, T, D)
-    cosine, same = np.full((2, len(CHANGES), len(test)), np.nan)
-    cosine[:, tried] = (after * embeds["test"][tried]).sum(axis=2)
-    same[:, tried] = head.logits(after).argmax(axis=2) == found.predicted[tried]
-    prompts, prompt_classes = domain.prompt_bank
-    return Outputs(
-        **vars(found),
-        similarity=embeds["test"] @ encode_texts(model, processor, prompts).cpu().numpy().T,
-        prompt_classes=np.array(prompt_classes),
-        ood=ood,
-        own_scores=head.ood_scores(embeds["test"]),
-        ood_scores={name: each.reshape(len(KINDS), -1) for name, each in ood_scores.items()},
-        cosine=cosine,
-        same=same,
+
+def _tried(count: int) -> np.ndarray:
+    """Which of the test images are changed, evenly spread, (T,) int."""
+    return np.unique(np.linspace(0, count - 1, CHANGED_IMAGES).astype(int))
+
+
+def run_probe(
+    embeds: dict[str, np.ndarray], splits: dict[str, Dataset], domain: Domain
+) -> Predictions:
+    """A probe on the base's image_embeds of each split, calibrated and run as the others are."""
+    train, validation = (
+        (embeds[name], np.array(splits[name]["label"])) for name in ("train", "validation")
     )
+    probe = fit_probe(train, validation, len(domain.classes))
+    return Predictions(probe, embeds, splits, domain, reference=True)
 
 
 def write_predictions(

@@ -180,12 +180,11 @@ def tables(tuned: Outputs, base: Outputs, domain: Domain) -> dict[str, Any]:
     `stability`: of each mild change, the cosine to the picture's own image_embeds, and how often
     the answer stays.
     """
+    count = len(domain.classes)
+    precision, recall, f1 = metrics.class_scores(tuned.predicted, tuned.labels, count)
+    _, _, base_f1 = metrics.class_scores(base.predicted, base.labels, count)
+    columns = {"precision": precision, "recall": recall, "f1": f1, "base_f1": base_f1}
     classes: dict[str, Any] = {}
-    own, of_base = (
-        metrics.class_scores(each.predicted, each.labels, len(domain.classes))
-        for each in (tuned, base)
-    )
-    columns = dict(zip(("precision", "recall", "f1", "base_f1"), [*own, of_base[2]], strict=True))
     for index, name in enumerate(domain.class_names):
         classes[name] = {"n": int((tuned.labels == index).sum())}
         for title, column in columns.items():
