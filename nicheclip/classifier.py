@@ -218,11 +218,7 @@ class NicheClassifier:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    """nicheclip.json, if it is one that this version reads.
-
-    Raises:
-        ValueError: naming the field and what was expected.
-    """
+    """nicheclip.json, if it is one that this version reads."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         version = settings["format_version"]

@@ -44,7 +44,7 @@ class Head:
         prototypes: (C, D) unit-length text_embeds of the canonical prompts; or a probe's weights.
         class_means: `whitening` (D, D) and whitened `means` (C, D), see `fit_class_means`.
         trained_logit_scale: logarithm of what multiplies cosines, as training left it.
-        temperature: divides the logits, here and nowhere else.
+        temperature: divides the logits; the published weights have it folded in.
         bias: (C,) of a linear probe.
     """
 

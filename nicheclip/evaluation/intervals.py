@@ -180,9 +180,8 @@ def judge_gate(metric: str, measure: Measure, target: float) -> Verdict:
 def format_table(header: list[str], rows: list[list[str]]) -> str:
     """A plain-text table; the first column is left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-
-    def line(cells: list[str]) -> str:
+    lines = []
+    for cells in [header, ["-" * width for width in widths], *rows]:
         padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
-        return "  ".join([cells[0].ljust(widths[0]), *padded[1:]]).rstrip()
-
-    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])
+        lines.append("  ".join([cells[0].ljust(widths[0]), *padded[1:]]).rstrip())
+    return "\n".join(lines)

@@ -45,19 +45,14 @@ class Thumbnails:
     def __init__(self, picture: Callable[[str], Image.Image]):
         """`picture` gives the image of a source_id; it raises KeyError if there is none."""
         self._picture = picture
-        self._shown: dict[str, Markup | None] = {}  # by source_id
         self.ids: dict[str, str] = {}  # the id of each <image> by its URI
 
     def __call__(self, source_id: str) -> Markup | None:
         """The <svg> that shows a picture; None if there is no picture."""
-        if source_id not in self._shown:
-            try:
-                self._shown[source_id] = self._show(source_id, self._picture(source_id))
-            except KeyError:
-                self._shown[source_id] = None
-        return self._shown[source_id]
-
-    def _show(self, source_id: str, image: Image.Image) -> Markup:
+        try:
+            image = self._picture(source_id)
+        except KeyError:
+            return None
         scale = min(1, SHORT_SIDE / min(image.size), LONG_SIDE / max(image.size))
         width, height = (max(1, round(side * scale)) for side in image.size)
         small = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
