@@ -57,13 +57,13 @@ class Predictions:
         domain: Domain,
         reference: bool = False,
     ):
-        known, (self.labels, self.groups) = (
-            (np.array(splits[name]["label"]), np.array(splits[name]["group_id"]))
-            for name in ("calibration", "test")
-        )
-        self.embeds, test = embeds, embeds["test"]
+        calibration, test = splits["calibration"], splits["test"]
+        known = np.array(calibration["label"]), np.array(calibration["group_id"])
         self.head, self.fitted = fit(head, embeds["calibration"], *known, domain, reference)
-        self.logits, self.raw = self.head.logits(test), head.probabilities(test)
+        self.embeds = embeds
+        self.labels, self.groups = np.array(test["label"]), np.array(test["group_id"])
+        self.raw = head.probabilities(embeds["test"])
+        self.logits = self.head.logits(embeds["test"])
         self.calibrated = softmax(self.logits)
         self.predicted = self.calibrated.argmax(axis=1)
         self.confidence = self.calibrated.max(axis=1)
