@@ -22,8 +22,7 @@ from nicheclip.clip import load_clip
 from nicheclip.domain import Domain
 from nicheclip.evaluation import scorecard
 from nicheclip.evaluation.intervals import METRIC_TITLES, Verdict, judge_gate
-from nicheclip.evaluation.predictions import fit_and_run, write_predictions
-from nicheclip.evaluation.probe import run_probe
+from nicheclip.evaluation.predictions import fit_and_run, run_probe, write_predictions
 from nicheclip.files import replaced_file, replaced_folder, write_json
 from nicheclip.processes import keep_freed_memory
 from nicheclip.run import CLASS_MEANS_FILE, check_exam, load_prepared, provenance, run_lock
@@ -50,14 +49,11 @@ def calibrate(run: Path) -> None:
     """
     domain, splits = Domain.load(run), load_prepared(run)
     check_exam(run, splits)
-    test = splits["test"]
-    labels, groups = np.array(test["label"]), np.array(test["group_id"])
-
     tuned = fit_and_run(*load_clip(run / "model"), domain, splits, "fine-tuned")
     base = fit_and_run(*load_clip(domain.base), domain, splits, "base", reference=True)
     probe = run_probe(base.embeds, splits, domain)
 
-    measures = scorecard.compare(tuned, base, probe, labels, groups, domain)
+    measures = scorecard.compare(tuned, base, probe, domain)
     gates: dict[str, Verdict] = {
         name: judge_gate(name, measures[name], target) for name, target in domain.gates.items()
     }
@@ -71,15 +67,19 @@ def calibrate(run: Path) -> None:
         "probe": probe.fitted,
     }
     with replaced_folder(run / "figures") as folder:
-        draw_figures(folder, domain, labels, tuned, base, measures, gates)
+        draw_figures(folder, domain, tuned, base, measures, gates)
     with replaced_file(run / CLASS_MEANS_FILE) as unfinished:
         save_file(tuned.head.class_means, unfinished)
-    train_embeds, train_labels = tuned.embeds["train"], np.array(splits["train"]["label"])
     readings = read_errors(
-        tuned.calibrated, base.calibrated, tuned.image_embeds, labels, train_embeds, train_labels
+        tuned.calibrated,
+        base.calibrated,
+        tuned.embeds["test"],
+        tuned.labels,
+        tuned.embeds["train"],
+        np.array(splits["train"]["label"]),
     )
-    write_errors(run / "errors.html", domain, test, readings, splits["train"])
-    write_predictions(run / "predictions.parquet", domain, test, tuned, base)
+    write_errors(run / "errors.html", domain, splits["test"], readings, splits["train"])
+    write_predictions(run / "predictions.parquet", domain, splits["test"], tuned, base)
     write_json(run / "calibration.json", calibration)
     results = {  # last, since it says that the others are there
         "domain": domain.name,
@@ -87,7 +87,7 @@ def calibrate(run: Path) -> None:
         "base": Path(domain.base).name if Path(domain.base).is_dir() else domain.base,
         "metrics": {name: measures[name].to_dict() for name in METRIC_TITLES if name in measures},
         "gates": {name: asdict(gate) for name, gate in gates.items()},
-        **scorecard.tables(tuned, base, labels, domain),
+        **scorecard.tables(tuned, base, domain),
     }
     write_json(run / "scorecard.json", results)
     print(scorecard.scorecard_text(measures, gates))

@@ -20,9 +20,9 @@ from nicheclip.evaluation.metrics import (
     N_BINS,
     class_scores,
     confusion_matrix,
-    correct,
     reliability,
 )
+from nicheclip.evaluation.ood import KINDS
 from nicheclip.evaluation.predictions import Outputs
 
 BASE, PROBE, TUNED, GATE, INK = "#9AA0A6", "#009E73", "#0072B2", "#D55E00", "#333333"
@@ -51,23 +51,18 @@ STYLE: dict[Any, Any] = {
 def draw_figures(
     folder: Path,
     domain: Domain,
-    labels: np.ndarray,
     tuned: Outputs,
     base: Outputs,
     measures: dict[str, Measure],
     gates: dict[str, Verdict],
 ) -> None:
-    """Writes scorecard, confusion, classes, reliability and outside into `folder`, as PNG and SVG.
-
-    Args:
-        labels: (N,) int, of the test images that `tuned` and `base` speak of.
-    """
+    """Writes scorecard, confusion, classes, reliability and outside, each as PNG and SVG."""
     with matplotlib.rc_context(STYLE):
         for name, figure in {
             "scorecard": _scorecard(domain, measures, gates),
-            "confusion": _confusion(domain, labels, tuned),
-            "classes": _classes(domain, labels, tuned, base),
-            "reliability": _reliability(labels, tuned, base, measures),
+            "confusion": _confusion(domain, tuned),
+            "classes": _classes(domain, tuned, base),
+            "reliability": _reliability(tuned, base, measures),
             "outside": _outside(tuned, measures),
         }.items():
             for suffix in ("png", "svg"):
@@ -114,10 +109,10 @@ def _scorecard(domain: Domain, measures: dict[str, Measure], gates: dict[str, Ve
     return figure
 
 
-def _confusion(domain: Domain, labels: np.ndarray, tuned: Outputs) -> Figure:
+def _confusion(domain: Domain, tuned: Outputs) -> Figure:
     """All classes by cluster; of more than `MOST_CLASSES` those that are confused most."""
     count, order = len(domain.classes), np.array(domain.by_cluster)
-    matrix = confusion_matrix(tuned.calibrated.argmax(axis=1), labels, count)
+    matrix = confusion_matrix(tuned.predicted, tuned.labels, count)
     if count > MOST_CLASSES:
         wrong = matrix - np.diag(np.diag(matrix))
         most = np.argsort(-(wrong.sum(axis=0) + wrong.sum(axis=1)), kind="stable")[:MOST_CLASSES]
@@ -139,7 +134,7 @@ def _confusion(domain: Domain, labels: np.ndarray, tuned: Outputs) -> Figure:
     names, places = [domain.class_names[index] for index in order], range(len(order))
     axes.set_xticks(places, names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
     axes.set_yticks(places, names, fontsize=8)
-    title = f"Confusions on {len(labels)} test images (boxes: clusters)"
+    title = f"Confusions on {len(tuned.labels)} test images (boxes: clusters)"
     if count > len(order):
         title += f"\n{len(order)} of {count} classes, the most confused"
     axes.set(xlabel="predicted", ylabel="labelled", title=title)
@@ -148,12 +143,11 @@ def _confusion(domain: Domain, labels: np.ndarray, tuned: Outputs) -> Figure:
     return figure
 
 
-def _classes(domain: Domain, labels: np.ndarray, tuned: Outputs, base: Outputs) -> Figure:
+def _classes(domain: Domain, tuned: Outputs, base: Outputs) -> Figure:
     """F1 of each class, of the lowest `MOST_CLASSES` where there are more, and a map."""
     count, order = len(domain.classes), np.array(domain.by_cluster)
     of_base, of_tuned = (
-        class_scores(outputs.calibrated.argmax(axis=1), labels, count)[2]
-        for outputs in (base, tuned)
+        class_scores(outputs.predicted, outputs.labels, count)[2] for outputs in (base, tuned)
     )
     if count > MOST_CLASSES:
         order = np.argsort(of_tuned, kind="stable")[:MOST_CLASSES]
@@ -162,24 +156,24 @@ def _classes(domain: Domain, labels: np.ndarray, tuned: Outputs, base: Outputs) 
     heights = np.arange(len(order))[::-1]
     bars.barh(heights - 0.2, of_base[order], height=0.38, color=BASE, label="base zero-shot")
     bars.barh(heights + 0.2, of_tuned[order], height=0.38, color=TUNED, label="fine-tuned")
-    counts = np.bincount(labels, minlength=count)
+    counts = np.bincount(tuned.labels, minlength=count)
     names = [f"{domain.class_names[index]} ({counts[index]})" for index in order]
     bars.set_yticks(heights, names, fontsize=8)
     which = "each class" if len(order) == count else f"the worst {len(order)} of {count} classes"
     bars.set(xlim=(0, 1), title=f"F1 of {which} (test images)")
     bars.legend(loc="upper center", bbox_to_anchor=(0.5, -0.05), ncols=2)
-    _map(scatter, domain, labels, tuned)
+    _map(scatter, domain, tuned)
     return figure
 
 
-def _map(axes: Axes, domain: Domain, labels: np.ndarray, tuned: Outputs) -> None:
-    perplexity = min(30, (len(labels) - 1) / 3)
+def _map(axes: Axes, domain: Domain, tuned: Outputs) -> None:
+    perplexity = min(30, (len(tuned.labels) - 1) / 3)
     projection = TSNE(perplexity=perplexity, init="pca", random_state=0)
-    places = projection.fit_transform(tuned.image_embeds)  # (N, 2)
+    places = projection.fit_transform(tuned.embeds["test"])  # (N, 2)
     for cluster, members in enumerate(domain.clusters.values()):
         colour = CLUSTER_COLOURS[cluster % len(CLUSTER_COLOURS)]
         for position, name in enumerate(members):
-            x, y = places[labels == domain.class_names.index(name)].T
+            x, y = places[tuned.labels == domain.class_names.index(name)].T
             marker = MARKERS[position % len(MARKERS)]
             look: dict[str, Any] = {"s": 14, "alpha": 0.75, "linewidths": 0}
             axes.scatter(x, y, color=colour, marker=marker, label=name, **look)
@@ -190,16 +184,13 @@ def _map(axes: Axes, domain: Domain, labels: np.ndarray, tuned: Outputs) -> None
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, markerscale=1.4)
 
 
-def _reliability(
-    labels: np.ndarray, tuned: Outputs, base: Outputs, measures: dict[str, Measure]
-) -> Figure:
+def _reliability(tuned: Outputs, base: Outputs, measures: dict[str, Measure]) -> Figure:
     figure, (before, after, risk) = _figure(12, 3.9, 3)
     for axes, probabilities, name, title in (
         (before, tuned.raw, "ece_before_calibration", "before"),
         (after, tuned.calibrated, "ece", "after"),
     ):
-        right = correct(probabilities, labels)
-        confidence, accuracy, counts = reliability(probabilities.max(axis=1), right)
+        confidence, accuracy, counts = reliability(probabilities.max(axis=1), tuned.right)
         filled, centres = counts > 0, (np.arange(N_BINS) + 0.5) / N_BINS
         confidence, accuracy, own = confidence[filled], accuracy[filled], counts[filled].astype(int)
         axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=":")
@@ -214,14 +205,13 @@ def _reliability(
         axes.errorbar(confidence, accuracy, errors, label="accuracy, 95 % interval", **points)
         axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", aspect="equal")
         axes.set_title(f"{title}: ECE {measures[name]}")
-    before.set_ylabel(f"accuracy ({len(labels)} test images)")
+    before.set_ylabel(f"accuracy ({len(tuned.labels)} test images)")
     before.legend(loc="upper left", fontsize=8)
     told = f"a perfectly calibrated model\nwould show {measures['ece_of_perfect']}"
     after.text(0.02, 0.97, told, va="top", fontsize=8)
 
     for outputs, colour, label in ((base, BASE, "base zero-shot"), (tuned, TUNED, "fine-tuned")):
-        order = np.argsort(-outputs.calibrated.max(axis=1), kind="stable")
-        wrong = ~correct(outputs.calibrated, labels)[order]
+        wrong = ~outputs.right[np.argsort(-outputs.confidence, kind="stable")]
         answered = np.arange(1, len(wrong) + 1)
         risk.plot(answered / len(wrong), np.cumsum(wrong) / answered, color=colour, label=label)
     dashed: dict[str, Any] = {"color": INK, "linestyle": "--", "linewidth": 1}
@@ -235,9 +225,8 @@ def _reliability(
 def _outside(tuned: Outputs, measures: dict[str, Measure]) -> Figure:
     """The score that decides, of test images and of each kind of OOD picture."""
     score, threshold = tuned.ood.score, tuned.ood.threshold
-    rows = {"test images": tuned.own_scores[score]} | {
-        kind: each[score] for kind, each in tuned.ood_scores.items()
-    }
+    of_kinds = dict(zip(KINDS, tuned.ood_scores[score], strict=True))
+    rows = {"test images": tuned.own_scores[score], **of_kinds}
     figure, axes = _figure(8, 0.42 * len(rows) + 1.3)
     heights = np.arange(len(rows))[::-1]
     for height, (name, values) in zip(heights, rows.items(), strict=True):

@@ -21,8 +21,8 @@ from huggingface_hub import snapshot_download
 from safetensors.numpy import load_file
 from transformers import CLIPModel, CLIPProcessor
 
-from nicheclip.clip import encode_texts
-from nicheclip.head import SCORES, Head, prediction_sets, softmax
+from nicheclip.clip import VisualTower, encode_texts
+from nicheclip.head import SCORES, Head, prediction_sets
 from nicheclip.images import Photo, open_image
 
 SETTINGS_FILE = "nicheclip.json"
@@ -78,45 +78,21 @@ class Prediction:
         return f"{self.label or 'not sure'} ({self.best} {self.confidence:.0%}{among})"
 
 
-class VisualTower(torch.nn.Module):
-    """The half of a CLIPModel that sees: pixel_values (B, 3, S, S) -> unit image_embeds (B, D)."""
-
-    def __init__(self, model: CLIPModel):
-        super().__init__()
-        self.vision_model = model.vision_model
-        self.visual_projection = model.visual_projection
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) -> (B, D)."""
-        image_embeds = self.visual_projection(self.vision_model(pixel_values).pooler_output)
-        return torch.nn.functional.normalize(image_embeds, dim=-1)
-
-
-class OnnxTower:
+def onnx_tower(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
     """A `VisualTower` that `python -m model_card RUN --onnx` has exported, by onnxruntime on CPU.
-
-    Args:
-        threads: of onnxruntime; 0: as many as there are cores.
 
     Raises:
         ImportError: if onnxruntime is not installed.
     """
-
-    def __init__(self, path: Path, threads: int = 0):
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise ImportError(
-                f"'{path}' needs onnxruntime, which is not installed; run `pip install "
-                "'nicheclip[onnx]'`, or use backend='torch'"
-            ) from error
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        self.session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
-
-    def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) -> (B, D)."""
-        return torch.from_numpy(self.session.run(None, {"pixel_values": pixel_values.numpy()})[0])
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ImportError(
+            f"'{path}' needs onnxruntime, which is not installed; run `pip install "
+            "'nicheclip[onnx]'`, or use backend='torch'"
+        ) from error
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda pixels: torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0])
 
 
 class NicheClassifier:
@@ -177,8 +153,8 @@ class NicheClassifier:
             )
         settings = _read_settings(folder / SETTINGS_FILE)
         embeds = load_file(folder / PROTOTYPES_FILE)
-        fitted = settings["trained_logit_scale"], settings["temperature"]
-        head = Head(embeds["prototypes"], embeds, *fitted)
+        scales = settings["trained_logit_scale"], settings["temperature"]
+        head = Head(embeds["prototypes"], embeds, *scales)
         processor = CLIPProcessor.from_pretrained(folder)
         if backend == "torch":
             model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
@@ -191,7 +167,7 @@ class NicheClassifier:
                 "anew with `python -m model_card RUN --onnx` (it leaves INT8 out where that costs "
                 "too much: onnx/report.json)"
             )
-        return cls(OnnxTower(path), head, processor.image_processor, settings)
+        return cls(onnx_tower(path), head, processor.image_processor, settings)
 
     @torch.inference_mode()
     def image_embeds(self, images: Sequence[Photo]) -> torch.Tensor:
@@ -211,7 +187,7 @@ class NicheClassifier:
 
     def probabilities(self, images: Sequence[Photo]) -> np.ndarray:
         """Calibrated probabilities (N, C), classes in the order of `class_names`."""
-        return softmax(self.head.logits(self.image_embeds(images).numpy()))
+        return self.head.probabilities(self.image_embeds(images).numpy())
 
     def __call__(self, images: Sequence[Photo]) -> list[Prediction]:
         """Classifies paths, PIL images, bytes of files, or uint8 arrays (H, W, 3) or (H, W).
@@ -228,7 +204,7 @@ class NicheClassifier:
 
     def predict(self, image_embeds: np.ndarray) -> list[Prediction]:
         """Classifies images by their image_embeds (N, D)."""
-        probabilities = softmax(self.head.logits(image_embeds))
+        probabilities = self.head.probabilities(image_embeds)
         included = prediction_sets(probabilities, self.settings["conformal"]["quantile"])
         scores = self.head.ood_scores(image_embeds)[self.settings["ood"]["score"]]
         outside = scores < self.settings["ood"]["threshold"]
@@ -242,11 +218,7 @@ class NicheClassifier:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    """nicheclip.json, if it is one that this version reads.
-
-    Raises:
-        ValueError: naming the field and what was expected.
-    """
+    """nicheclip.json, if it is one that this version reads."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         version = settings["format_version"]

@@ -55,6 +55,20 @@ def encode_texts(model: CLIPModel, processor: CLIPProcessor, prompts: list[str])
     return torch.nn.functional.normalize(text_embeds.float(), dim=-1)
 
 
+class VisualTower(torch.nn.Module):
+    """The half of a CLIPModel that sees: pixel_values (B, 3, S, S) -> unit image_embeds (B, D)."""
+
+    def __init__(self, model: CLIPModel):
+        super().__init__()
+        self.vision_model = model.vision_model
+        self.visual_projection = model.visual_projection
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S, S) -> (B, D)."""
+        image_embeds = self.visual_projection(self.vision_model(pixel_values).pooler_output)
+        return torch.nn.functional.normalize(image_embeds.float(), dim=-1)
+
+
 @torch.inference_mode()
 def encode_images(
     model: CLIPModel,
@@ -72,16 +86,13 @@ def encode_images(
         dtype: of the arithmetic; bfloat16 goes through autocast.
         progress: whether to show a progress bar.
     """
-    batches = []
+    batches, tower = [], VisualTower(model)
     with tqdm(total=total, desc=description, unit="img", leave=False, disable=not progress) as bar:
         for pixel_values in prefetched(
             _pixel_values(processor, batch) for batch in _batched(images, batch_size)
         ):
             with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-                image_embeds = model.get_image_features(pixel_values.to(model.device)).pooler_output
-            batches.append(
-                torch.nn.functional.normalize(image_embeds.float(), dim=-1).cpu().numpy()
-            )
+                batches.append(tower(pixel_values.to(model.device)).cpu().numpy())
             bar.update(len(pixel_values))
     return np.concatenate(batches)
 

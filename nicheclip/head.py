@@ -41,16 +41,18 @@ class Head:
     """From image_embeds to logits: what users load, and what calibrate.py fits and judges.
 
     Attributes:
-        prototypes: (C, D) unit-length text_embeds of the canonical prompts.
+        prototypes: (C, D) unit-length text_embeds of the canonical prompts; or a probe's weights.
         class_means: `whitening` (D, D) and whitened `means` (C, D), see `fit_class_means`.
         trained_logit_scale: logarithm of what multiplies cosines, as training left it.
-        temperature: divides the logits.
+        temperature: divides the logits; the published weights have it folded in.
+        bias: (C,) of a linear probe.
     """
 
     prototypes: np.ndarray
     class_means: dict[str, np.ndarray]
     trained_logit_scale: float
     temperature: float = 1.0
+    bias: np.ndarray | float = 0.0
 
     @property
     def logit_scale(self) -> float:
@@ -59,7 +61,12 @@ class Head:
 
     def logits(self, image_embeds: np.ndarray) -> np.ndarray:
         """Unit-length image_embeds (N, D) -> calibrated logits (N, C)."""
-        return self.logit_scale * image_embeds @ self.prototypes.T
+        scaled = self.logit_scale * image_embeds
+        return scaled @ self.prototypes.T + self.bias / self.temperature
+
+    def probabilities(self, image_embeds: np.ndarray) -> np.ndarray:
+        """(N, D) -> calibrated (N, C)."""
+        return softmax(self.logits(image_embeds))
 
     def ood_scores(self, image_embeds: np.ndarray) -> dict[str, np.ndarray]:
         """How much each image looks like one of the domain, higher is more: (N,) by each score.

@@ -14,10 +14,10 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from PIL.Image import Image
 
 from nicheclip.classifier import NicheClassifier, Prediction
-from nicheclip.publishing.image_index import ImageIndex
+from nicheclip.publishing.image_index import INDEX_FILE, ImageIndex
 from space.photo import on_photo, photo_input
-from space.scorecard import NBSP, percent, read_measures, scorecard_tab
-from space.search import Shown, captioned, open_index, pictures, search_tab
+from space.scorecard import NBSP, percent, read_scorecard, scorecard_tab
+from space.search import Shown, captioned, pictures, search_tab
 
 TOP_CLASSES = 5
 ALIKE = 6  # pictures shown beside an answer
@@ -66,8 +66,10 @@ def build_app(repo_or_path: str | Path) -> gr.Blocks:
     """
     folder = _fetch(repo_or_path)
     classifier = NicheClassifier.from_pretrained(folder)
-    index, settings = open_index(folder), classifier.settings
-    unnoticed = read_measures(folder)["ood_accepted"]
+    settings = classifier.settings
+    index = ImageIndex(folder / INDEX_FILE) if (folder / INDEX_FILE).is_file() else None
+    measures, gates = read_scorecard(folder)
+    unnoticed = measures["ood_accepted"]
     told = (
         f"# {settings['title']}\nThis model knows {len(classifier.class_names)} classes and "
         f"nothing else. It says when it is not sure; of {unnoticed.n} other pictures it noticed "
@@ -82,7 +84,7 @@ def build_app(repo_or_path: str | Path) -> gr.Blocks:
             with gr.Tab("Search"):
                 search_tab(classifier, index)
         with gr.Tab("Scorecard"):
-            scorecard_tab(folder)
+            scorecard_tab(folder, measures, gates)
         with gr.Tab("API"):
             gr.Markdown(usage(repo_or_path))
     return app.queue(max_size=MOST_WAITING)
@@ -110,7 +112,7 @@ def _classify_tab(
     def classify(image: Image) -> tuple[str, dict[str, float], Shown]:
         image_embeds = classifier.image_embeds([image]).numpy()
         prediction = classifier.predict(image_embeds)[0]
-        alike = captioned(index.nearest(image_embeds, ALIKE)[0]) if index else []
+        alike = captioned(index.nearest(image_embeds[0], ALIKE)) if index else []
         return answer(prediction), prediction.probabilities, alike
 
     with gr.Row():

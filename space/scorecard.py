@@ -22,21 +22,19 @@ FIGURES = {
 }
 
 
-def read_scorecard(folder: Path) -> dict[str, Any]:
-    """scorecard.json of a published folder."""
+Gates = dict[str, dict[str, Any]]
+
+
+def read_scorecard(folder: Path) -> tuple[dict[str, Measure], Gates]:
+    """The metrics of a published folder, and the gates that some of them have, by name."""
     remedy = "build the folder again with `python -m model_card RUN`"
-    return read_json(folder / "scorecard.json", remedy, ["metrics", "gates", "ood"])
+    scorecard = read_json(folder / "scorecard.json", remedy, ["metrics", "gates", "ood"])
+    measures = {name: Measure.from_dict(each) for name, each in scorecard["metrics"].items()}
+    return measures, scorecard["gates"]
 
 
-def read_measures(folder: Path) -> dict[str, Measure]:
-    """The metrics of a published folder's scorecard, by name."""
-    metrics = read_scorecard(folder)["metrics"]
-    return {name: Measure.from_dict(fields) for name, fields in metrics.items()}
-
-
-def scorecard_tab(folder: Path) -> None:
+def scorecard_tab(folder: Path, measures: dict[str, Measure], gates: Gates) -> None:
     """Lays out the tab of a published folder, inside of a `gr.Tab`."""
-    measures, gates = read_measures(folder), read_scorecard(folder)["gates"]
     verdicts = [gate["verdict"] for gate in gates.values()]
     accuracy, coverage = measures["accuracy"], measures["coverage"]
     right = ""
@@ -56,7 +54,7 @@ def scorecard_tab(folder: Path) -> None:
             gr.Markdown(score_table(measures, gates), elem_classes="scores")
 
 
-def score_table(measures: dict[str, Measure], gates: dict[str, dict[str, Any]]) -> str:
+def score_table(measures: dict[str, Measure], gates: Gates) -> str:
     """A Markdown table, metrics with a gate first."""
     rows = [
         f"| Metric | Base zero-shot | Linear probe | Fine-tuned [95{NBSP}%] | Gate | Verdict | n |",

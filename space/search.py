@@ -6,31 +6,28 @@ import hashlib
 import tempfile
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import gradio as gr
 from PIL.Image import Image
 
 from nicheclip.classifier import NicheClassifier
-from nicheclip.publishing.image_index import INDEX_FILE, Found, ImageIndex
+from nicheclip.publishing.image_index import ImageIndex
 from space.photo import on_photo, photo_input
 
 FOUND = 12
 LONGEST_QUERY = 300  # characters; CLIP reads some 60 words
 NOTHING_ASKED = "Describe in words what you look for, or add a photo."
+WRITING = Lock()
 Shown = list[tuple[Path, str]]
-
-
-def open_index(folder: Path) -> ImageIndex | None:
-    """The index of a published folder; None if it was published without one."""
-    return ImageIndex(folder / INDEX_FILE) if (folder / INDEX_FILE).is_file() else None
 
 
 def search_tab(classifier: NicheClassifier, index: ImageIndex) -> None:
     """Lays out the tab, inside of a `gr.Tab`."""
 
     def nearest(embeds: Any, what: str) -> tuple[str, Shown]:
-        found = captioned(index.nearest(embeds.numpy(), FOUND)[0])
+        found = captioned(index.nearest(embeds[0], FOUND))
         return f"The {len(found)} pictures most like {what}:", found
 
     def by_words(words: str) -> tuple[str, Shown]:
@@ -75,20 +72,19 @@ def _folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="nicheclip-"))
 
 
-def captioned(found: list[Found]) -> Shown:
+def captioned(found: list[dict[str, Any]]) -> Shown:
     """Each picture, as a file, with its class, its split, how alike it is, and whose it is.
 
     As files, written once: Gradio would write a PIL image anew for each visitor, under the feet of
     those who load it.
     """
     shown = []
-    for each in found:
-        path = _folder() / f"{hashlib.sha256(each.jpeg).hexdigest()[:24]}.jpg"
-        if not path.is_file():
-            # with a name of its own: another visitor may be shown the same picture
-            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as unfinished:
-                unfinished.write(each.jpeg)
-            Path(unfinished.name).rename(path)
-        parts = (each.label, each.split, f"{each.cosine:.2f}", each.attribution)
+    for row in found:
+        jpeg = row["image"]["bytes"]
+        path = _folder() / f"{hashlib.sha256(jpeg).hexdigest()[:24]}.jpg"
+        with WRITING:  # another visitor may be shown the same picture
+            if not path.is_file():
+                path.write_bytes(jpeg)
+        parts = (row["label"], row["split"], f"{row['cosine']:.2f}", row["attribution"])
         shown.append((path, " · ".join(part for part in parts if part)))
     return shown

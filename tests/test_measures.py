@@ -220,24 +220,25 @@ def test_the_interval_of_a_temperature_holds_it_and_shrinks_with_n():
     logits, labels = known(2.0)
     parts = np.arange(20 * 300).reshape(20, 300)
     few = [calibrate_temperature(logits[part], labels[part], part, resamples=60) for part in parts]
-    assert sum(fitted.low < 2.0 < fitted.high for fitted in few) >= 16  # of 20, at 95 %
+    assert sum(fitted["low"] < 2.0 < fitted["high"] for fitted in few) >= 16  # of 20, at 95 %
     many = calibrate_temperature(logits[:3000], labels[:3000], np.arange(3000), resamples=60)
-    assert many.high - many.low < np.mean([fitted.high - fitted.low for fitted in few]) / 2
-    assert not many.warning
+    width = many["high"] - many["low"]
+    assert width < np.mean([fitted["high"] - fitted["low"] for fitted in few]) / 2
+    assert not many["warning"]
 
 
 def test_where_hardly_anything_is_wrong_the_temperature_comes_with_a_warning():
     logits, labels = 5 * np.eye(4)[np.arange(40) % 4], np.arange(40) % 4
     groups = np.arange(40)
     perfect = calibrate_temperature(logits, labels, groups)
-    assert perfect.value == 1
-    assert "all 40 calibration images are right" in perfect.warning
+    assert perfect["value"] == 1
+    assert "all 40 calibration images are right" in perfect["warning"]
     labels[:3] = (labels[:3] + 1) % 4
-    assert "3 errors among 40 images" in calibrate_temperature(logits, labels, groups).warning
+    assert "3 errors among 40 images" in calibrate_temperature(logits, labels, groups)["warning"]
     wrong = (logits.argmax(axis=1) + 1) % 4
     with pytest.raises(ValueError, match="all 40 calibration images are wrong"):
         calibrate_temperature(logits, wrong, groups)
-    assert calibrate_temperature(logits, wrong, groups, reference=True).value == 1
+    assert calibrate_temperature(logits, wrong, groups, reference=True)["value"] == 1
 
 
 @pytest.mark.parametrize("coverage", [0.8, 0.9, 0.95])
@@ -273,18 +274,18 @@ def test_abstention_answers_as_often_as_the_aim_allows():
     labels = np.zeros(100, dtype=int)
     labels[:20] = 1  # the 20 least confident are wrong
     chosen = fit_abstention(softmax(logits, axis=1), labels, selective_accuracy=0.9)
-    assert chosen.target_reached
+    assert chosen["target_reached"]
     # 80 right among 88 answers, 80 / 89 would be below 0.9
-    assert chosen.coverage == pytest.approx(0.88)
-    assert chosen.selective_accuracy >= 0.9
-    assert chosen.threshold == pytest.approx(confidence[12])
+    assert chosen["coverage"] == pytest.approx(0.88)
+    assert chosen["selective_accuracy"] >= 0.9
+    assert chosen["threshold"] == pytest.approx(confidence[12])
 
 
 def test_abstention_says_when_the_aim_is_out_of_reach():
     logits = np.tile([1.0, 0.0], (10, 1))
     chosen = fit_abstention(softmax(logits, axis=1), np.array([0, 1] * 5), selective_accuracy=0.9)
-    assert not chosen.target_reached
-    assert chosen.selective_accuracy == 0.5
+    assert not chosen["target_reached"]
+    assert chosen["selective_accuracy"] == 0.5
 
 
 def test_abstention_can_aim_at_a_coverage():
@@ -292,8 +293,8 @@ def test_abstention_can_aim_at_a_coverage():
     chosen = fit_abstention(
         np.stack([confidence, 1 - confidence], axis=1), np.zeros(100, int), 0.9, coverage=0.3
     )
-    assert (chosen.aim, chosen.target, chosen.coverage) == ("coverage", 0.3, 0.3)
-    assert chosen.threshold == pytest.approx(confidence[70])
+    assert (chosen["aim"], chosen["target"], chosen["coverage"]) == ("coverage", 0.3, 0.3)
+    assert chosen["threshold"] == pytest.approx(confidence[70])
 
 
 def test_intervals_cover_and_do_not_collapse():

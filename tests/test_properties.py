@@ -272,8 +272,8 @@ def test_the_temperature_follows_the_logits_and_is_the_best(answer, factor):
     )
     groups = np.arange(len(labels))
     fitted = calibrate_temperature(logits, labels, groups, resamples=5)
-    assert np.isfinite([fitted.value, fitted.low, fitted.high]).all()
-    assert (fitted.warning != "") == ((~right).sum() < FEW_ERRORS)
+    assert np.isfinite([fitted["value"], fitted["low"], fitted["high"]]).all()
+    assert (fitted["warning"] != "") == ((~right).sum() < FEW_ERRORS)
 
 
 def test_a_known_temperature_is_recovered():
@@ -303,12 +303,12 @@ def test_a_higher_aim_answers_no_more_and_a_higher_coverage_no_less(answer, aims
     logits, labels = answer
     probabilities, (low, high) = softmax(logits, axis=1), sorted(aims)
     modest, strict = (fit_abstention(probabilities, labels, aim) for aim in (low, high))
-    if strict.target_reached:
-        assert modest.target_reached and modest.threshold <= strict.threshold
-        assert strict.selective_accuracy >= high
+    if strict["target_reached"]:
+        assert modest["target_reached"] and modest["threshold"] <= strict["threshold"]
+        assert strict["selective_accuracy"] >= high
     few, many = (fit_abstention(probabilities, labels, 0.9, coverage=aim) for aim in (low, high))
-    assert few.threshold >= many.threshold and few.coverage <= many.coverage
-    assert many.coverage >= high
+    assert few["threshold"] >= many["threshold"] and few["coverage"] <= many["coverage"]
+    assert many["coverage"] >= high
     for fitted in (modest, strict, few, many):
-        answered = probabilities.max(axis=1) >= fitted.threshold
-        assert answered.mean() == pytest.approx(fitted.coverage) and answered.any()
+        answered = probabilities.max(axis=1) >= fitted["threshold"]
+        assert answered.mean() == pytest.approx(fitted["coverage"]) and answered.any()

@@ -24,13 +24,13 @@ from nicheclip.evaluation import metrics
 from nicheclip.evaluation.calibration import calibrate_temperature, fit, fit_abstention
 from nicheclip.evaluation.intervals import Measure, bootstrap, judge_gate
 from nicheclip.evaluation.ood import fit_class_means
-from nicheclip.evaluation.scorecard import mean
+from nicheclip.evaluation.scorecard import Statistic
 from nicheclip.head import Head
 from nicheclip.publishing.image_index import ImageIndex, write_index
 from nicheclip.run import load_prepared
 from nicheclip.training.wise_ft import choose_alpha
 from space.app import build_app
-from space.scorecard import percent, read_measures
+from space.scorecard import percent, read_scorecard
 from tests.conftest import FACADES
 
 
@@ -66,7 +66,7 @@ def test_copies_do_not_make_a_temperature_surer():
     logits, labels = np.tile(logits, (10, 1)), np.tile(labels, 10)
     grouped = calibrate_temperature(logits, labels, np.tile(np.arange(60), 10))
     alone = calibrate_temperature(logits, labels, np.arange(600))
-    assert grouped.high - grouped.low > 2 * (alone.high - alone.low)
+    assert grouped["high"] - grouped["low"] > 2 * (alone["high"] - alone["low"])
 
 
 def test_an_abstention_answers_at_least_half_even_if_few_are_right():
@@ -74,18 +74,20 @@ def test_an_abstention_answers_at_least_half_even_if_few_are_right():
     probabilities = np.stack([confidence, 1 - confidence], axis=1)
     labels = (np.arange(200) >= 10).astype(int)  # only the ten surest are right
     found = fit_abstention(probabilities, labels, 0.95)
-    assert not found.target_reached
-    assert found.coverage >= 0.5
+    assert not found["target_reached"]
+    assert found["coverage"] >= 0.5
 
 
 def test_abstention_and_sets_are_fitted_on_calibrated_probabilities(domain):
     logits, labels = sample(classes=len(domain.classes))
-    found = fit(3 * logits, labels, np.arange(len(labels)), domain)
+    head = Head(3 * np.eye(len(domain.classes)), {}, 0.0)
+    fitted, found = fit(head, logits, labels, np.arange(len(labels)), domain)
+    assert fitted.temperature == found["temperature"]
     calibrated = softmax(3 * logits / found["temperature"], axis=1)
     expected = fit_abstention(calibrated, labels, domain.selective_accuracy)
-    assert found["abstention"]["threshold"] == pytest.approx(expected.threshold)
+    assert found["abstention"]["threshold"] == pytest.approx(expected["threshold"])
     assert abs(found["temperature"] - 1) > 0.3
-    grouped = fit(3 * logits, labels, np.arange(len(labels)) // 10, domain)
+    _, grouped = fit(head, logits, labels, np.arange(len(labels)) // 10, domain)
     assert grouped["temperature_fit"]["low"] != found["temperature_fit"]["low"]
 
 
@@ -107,7 +109,7 @@ def test_four_equal_probabilities_are_no_top_three_hit():
 
 
 def test_a_measure_has_gained_nothing_on_itself():
-    values = mean(np.random.default_rng(0).normal(size=50), np.arange(50))
+    values = Statistic((np.random.default_rng(0).normal(size=50),), np.arange(50))
     gain = values.minus(values)
     assert (gain.value, gain.low, gain.high) == (0, 0, 0)
 
@@ -241,7 +243,7 @@ def test_near_duplicates_share_a_fold_of_the_label_filter(prepared, domain, tmp_
 
 
 def test_the_app_tells_the_share_of_other_pictures_that_it_notices(run):
-    accepted = read_measures(run / "hub")["ood_accepted"].value
+    accepted = read_scorecard(run / "hub")[0]["ood_accepted"].value
     assert accepted != pytest.approx(0.5, abs=0.02)
     app = build_app(run / "hub")
     texts = [str(block.get("props", {}).get("value")) for block in app.config["components"]]

@@ -7,8 +7,8 @@ near-duplicate `groups` (N,).
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -16,7 +16,7 @@ from scipy.special import log_softmax
 
 from nicheclip.domain import Domain
 from nicheclip.evaluation.intervals import resample_groups
-from nicheclip.head import mass_above, softmax
+from nicheclip.head import Head, mass_above, softmax
 
 TEMPERATURE_BOUNDS = (0.02, 50.0)
 FEW_ERRORS = 20  # with fewer, the temperature is hardly known
@@ -49,29 +49,22 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.exp(found.x))
 
 
-@dataclass(frozen=True)
-class Temperature:
-    """`value` divides the logits; `low` and `high` bound its 95 % bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-    warning: str = ""
-
-
 def calibrate_temperature(
     logits: np.ndarray,
     labels: np.ndarray,
     groups: np.ndarray,
     resamples: int = 200,
     reference: bool = False,
-) -> Temperature:
+) -> dict[str, Any]:
     """`fit_temperature` with its interval, and a warning where it is needed.
 
     Where all images are right there is nothing to fit: T stays 1, with a warning.
 
     Args:
         reference: only measured beside another model: T stays 1 as well where all are wrong.
+
+    Returns:
+        "value"; "low" and "high", its 95 % bootstrap interval; "warning", "" if there is none.
 
     Raises:
         ValueError: if there are no images, or all are wrong.
@@ -82,7 +75,7 @@ def calibrate_temperature(
     except ValueError as error:
         if wrong.all() and not reference:
             raise
-        return Temperature(1.0, 1.0, 1.0, f"T stays 1: {error}")
+        return {"value": 1.0, "low": 1.0, "high": 1.0, "warning": f"T stays 1: {error}"}
     if wrong.sum() < FEW_ERRORS:
         errors = f"{wrong.sum()} errors among {len(labels)} images"
         warning = f"T rests on {errors}, so it is hardly known; {REMEDY}"
@@ -93,24 +86,8 @@ def calibrate_temperature(
         for chosen in resample_groups(groups, resamples)
         if 0 < wrong[chosen].sum() < len(chosen)
     ]
-    low, high = np.percentile(found, [2.5, 97.5])
-    return Temperature(value, float(low), float(high), warning)
-
-
-@dataclass(frozen=True)
-class Abstention:
-    """Predictions with a confidence below `threshold` are "not sure".
-
-    It aims at `target`, a share of right answers or of answers; `selective_accuracy` and `coverage`
-    are what it gives on the images that it was chosen on.
-    """
-
-    threshold: float
-    aim: Literal["selective_accuracy", "coverage"]
-    target: float
-    target_reached: bool
-    selective_accuracy: float
-    coverage: float
+    low, high = np.percentile(found, [2.5, 97.5]).tolist()
+    return {"value": value, "low": low, "high": high, "warning": warning}
 
 
 def fit_abstention(
@@ -118,11 +95,15 @@ def fit_abstention(
     labels: np.ndarray,
     selective_accuracy: float,
     coverage: float | None = None,
-) -> Abstention:
+) -> dict[str, Any]:
     """The lowest threshold whose answers are right often enough, or that answers `coverage`.
 
     Where no threshold that answers at least `MIN_COVERAGE` of the images reaches the accuracy, the
-    one with the best is taken and `target_reached` is False.
+    one with the best is taken and "target_reached" is False.
+
+    Returns:
+        "threshold", the confidence below which an answer is "not sure"; "aim" and "target"; and
+        the "selective_accuracy" and "coverage" that it gives on these images.
     """
     confidence = probabilities.max(axis=1)
     order = np.argsort(-confidence, kind="stable")
@@ -137,14 +118,14 @@ def fit_abstention(
         reached = np.flatnonzero(possible & (selective >= selective_accuracy))[-1:]
     best = np.flatnonzero(possible)[selective[possible].argmax()]
     chosen = reached[0] if len(reached) else best
-    return Abstention(
-        threshold=float(confidence[order][chosen]),
-        aim="selective_accuracy" if coverage is None else "coverage",
-        target=selective_accuracy if coverage is None else coverage,
-        target_reached=bool(len(reached)),
-        selective_accuracy=float(selective[chosen]),
-        coverage=float(answered[chosen] / len(labels)),
-    )
+    return {
+        "threshold": float(confidence[order][chosen]),
+        "aim": "selective_accuracy" if coverage is None else "coverage",
+        "target": selective_accuracy if coverage is None else coverage,
+        "target_reached": bool(len(reached)),
+        "selective_accuracy": float(selective[chosen]),
+        "coverage": float(answered[chosen] / len(labels)),
+    }
 
 
 def fit_conformal(probabilities: np.ndarray, labels: np.ndarray, coverage: float) -> float:
@@ -160,26 +141,30 @@ def fit_conformal(probabilities: np.ndarray, labels: np.ndarray, coverage: float
 
 
 def fit(
-    logits: np.ndarray,
+    head: Head,
+    image_embeds: np.ndarray,
     labels: np.ndarray,
     groups: np.ndarray,
     domain: Domain,
     reference: bool = False,
-) -> dict[str, Any]:
-    """What the calibration split decides, as calibration.json holds it, from uncalibrated logits.
+) -> tuple[Head, dict[str, Any]]:
+    """The head with its temperature, and what calibration.json says of it.
 
-    Raises:
-        ValueError: if all images are wrong, but for a `reference` (see `calibrate_temperature`).
+    Args:
+        head: not calibrated.
+        image_embeds: (N, D) of the calibration split.
+        reference: as in `calibrate_temperature`.
     """
+    logits = head.logits(image_embeds)
     temperature = calibrate_temperature(logits, labels, groups, reference=reference)
-    calibrated = logits / temperature.value
-    probabilities = softmax(calibrated)
+    head = replace(head, temperature=temperature["value"])
+    calibrated = head.logits(image_embeds)
+    probabilities, coverage = softmax(calibrated), domain.conformal_coverage
     aims = domain.selective_accuracy, domain.answered_share
-    coverage = domain.conformal_coverage
-    return {
-        "temperature": temperature.value,
-        "temperature_fit": asdict(temperature),
-        "abstention": asdict(fit_abstention(probabilities, labels, *aims)),
+    return head, {
+        "temperature": temperature["value"],
+        "temperature_fit": temperature,
+        "abstention": fit_abstention(probabilities, labels, *aims),
         "conformal": {
             "coverage": coverage,
             "quantile": fit_conformal(probabilities, labels, coverage),

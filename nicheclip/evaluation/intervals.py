@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -73,11 +73,7 @@ class Measure:
 
     def to_dict(self) -> dict[str, Any]:
         """As it is written to JSON: what is None is left out."""
-        return {
-            name: value.to_dict() if isinstance(value, Measure) else value
-            for name, value in vars(self).items()
-            if value is not None
-        }
+        return asdict(self, dict_factory=lambda pairs: {k: v for k, v in pairs if v is not None})
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Measure:
@@ -184,9 +180,8 @@ def judge_gate(metric: str, measure: Measure, target: float) -> Verdict:
 def format_table(header: list[str], rows: list[list[str]]) -> str:
     """A plain-text table; the first column is left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-
-    def line(cells: list[str]) -> str:
+    lines = []
+    for cells in [header, ["-" * width for width in widths], *rows]:
         padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
-        return "  ".join([cells[0].ljust(widths[0]), *padded[1:]]).rstrip()
-
-    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])
+        lines.append("  ".join([cells[0].ljust(widths[0]), *padded[1:]]).rstrip())
+    return "\n".join(lines)

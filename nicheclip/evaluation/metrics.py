@@ -60,7 +60,7 @@ def worst_share(hits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def reliability(
-    confidence: np.ndarray, right: np.ndarray, n_bins: int = N_BINS, equal_mass: bool = False
+    confidence: np.ndarray, right: np.ndarray, equal_mass: bool = False
 ) -> tuple[np.ndarray, ...]:
     """Confidence against accuracy in bins of the confidence (Guo et al. 2017, arXiv:1706.04599).
 
@@ -69,33 +69,33 @@ def reliability(
             equally wide ones.
 
     Returns:
-        mean confidence, accuracy and count of each bin, each (n_bins,); 0 where a bin is empty.
+        mean confidence, accuracy and count of each bin, each (N_BINS,); 0 where a bin is empty.
     """
     if equal_mass:
-        bins = np.argsort(np.argsort(confidence, kind="stable")) * n_bins // len(confidence)
+        bins = np.argsort(np.argsort(confidence, kind="stable")) * N_BINS // len(confidence)
     else:
-        bins = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
-    counts = np.bincount(bins, minlength=n_bins)
-    sums = (np.bincount(bins, weights, n_bins) for weights in (confidence, right))
+        bins = np.minimum((confidence * N_BINS).astype(int), N_BINS - 1)
+    counts = np.bincount(bins, minlength=N_BINS)
+    sums = (np.bincount(bins, weights, N_BINS) for weights in (confidence, right))
     mean_confidence, accuracy = (each / np.maximum(counts, 1) for each in sums)
     return mean_confidence, accuracy, counts
 
 
 def expected_calibration_error(
-    confidence: np.ndarray, right: np.ndarray, n_bins: int = N_BINS, equal_mass: bool = False
+    confidence: np.ndarray, right: np.ndarray, equal_mass: bool = False
 ) -> float:
     """Mean distance of confidence and accuracy over the bins of `reliability`, lower is better."""
-    mean_confidence, accuracy, counts = reliability(confidence, right, n_bins, equal_mass)
+    mean_confidence, accuracy, counts = reliability(confidence, right, equal_mass)
     return float((np.abs(mean_confidence - accuracy) * counts).sum() / counts.sum())
 
 
-def ece_of_perfect(confidence: np.ndarray, draws: int = 1000, seed: int = 0) -> np.ndarray:
+def ece_of_perfect(confidence: np.ndarray, draws: int = 1000) -> np.ndarray:
     """The ECE that a perfectly calibrated model of this confidence shows by chance, (draws,).
 
     Its answers are right as often as its confidence says; each draw decides anew which (consistency
     resampling, Bröcker and Smith 2007, doi:10.1175/WAF993.1).
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     drawn = (rng.random(len(confidence)) < confidence for _ in range(draws))
     return np.array([expected_calibration_error(confidence, right) for right in drawn])
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from sklearn.covariance import ShrunkCovariance
 
 from nicheclip.evaluation.metrics import auroc
 
@@ -126,12 +127,9 @@ def fit_class_means(image_embeds: np.ndarray, labels: np.ndarray) -> dict[str, n
     """
     classes, of_image = np.unique(labels, return_inverse=True)
     embeds = image_embeds.astype(np.float64)
-    means = np.stack([embeds[of_image == index].mean(axis=0) for index in range(len(classes))])
-    spread = embeds - means[of_image]
-    covariance = spread.T @ spread / len(spread)
-    round_one = np.trace(covariance) / len(covariance) * np.eye(len(covariance))
-    precision = np.linalg.inv((1 - SHRINKAGE) * covariance + SHRINKAGE * round_one)
-    whitening = np.linalg.cholesky((precision + precision.T) / 2)
+    means = np.stack([embeds[labels == each].mean(axis=0) for each in classes])
+    spread = ShrunkCovariance(assume_centered=True, shrinkage=SHRINKAGE)
+    whitening = np.linalg.cholesky(spread.fit(embeds - means[of_image]).get_precision())
     found = {"whitening": whitening, "means": means @ whitening}
     return {name: array.astype(np.float32) for name, array in found.items()}
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -20,11 +17,11 @@ from nicheclip.evaluation.calibration import fit
 from nicheclip.evaluation.ood import (
     KINDS,
     PER_KIND,
-    OODThreshold,
     fit_class_means,
     fit_ood_threshold,
     ood_pictures,
 )
+from nicheclip.evaluation.probe import fit_probe
 from nicheclip.evaluation.robustness import CHANGES
 from nicheclip.files import quiet_datasets, replaced_file
 from nicheclip.head import Head, prediction_sets, softmax
@@ -32,59 +29,88 @@ from nicheclip.head import Head, prediction_sets, softmax
 CHANGED_IMAGES = 300  # of a split, on which stability is measured
 
 
-@dataclass(frozen=True)
 class Predictions:
-    """What a classifier says about the N images of a split.
+    """What a head says about the N images of test, once it is fitted on calibration.
 
-    Attributes:
-        logits: (N, C) calibrated.
-        fitted: what `fit` gave.
-    """
-
-    logits: np.ndarray
-    fitted: dict[str, Any]
-
-    @cached_property
-    def raw(self) -> np.ndarray:
-        """(N, C) probabilities before calibration."""
-        return softmax(self.logits * self.fitted["temperature"])
-
-    @cached_property
-    def calibrated(self) -> np.ndarray:
-        """(N, C) probabilities."""
-        return softmax(self.logits)
-
-    @cached_property
-    def sets(self) -> np.ndarray:
-        """(N, C) bool, the prediction sets."""
-        return prediction_sets(self.calibrated, self.fitted["conformal"]["quantile"])
-
-
-@dataclass(frozen=True)
-class Outputs(Predictions):
-    """What a CLIPModel says about the N images of test, and about pictures that are none of them.
-
-    Attributes:
+    Args:
+        head: not calibrated.
         embeds: image_embeds of each split, (N, D).
-        similarity: (N, P) cosine with every prompt of the bank, of the classes `prompt_classes`.
-        own_scores: of the images (N,), by score.
-        ood_scores: of OOD pictures (M,), by kind and score.
-        changed: after mild changes, cosine and whether the answer stays, (N,), NaN: not tried.
+        reference: as in `calibrate_temperature`.
+
+    Attributes:
+        head, fitted: what `fit` gave.
+        labels, groups: (N,) int, and the near-duplicate groups.
+        logits, calibrated, raw: (N, C), the logits and probabilities; raw: before calibration.
+        predicted, confidence, right: (N,) the most probable class, its probability, and whether it
+            is the label.
+        sets: (N, C) bool, the prediction sets.
+
+    Raises:
+        ValueError: if all calibration images are wrong.
     """
 
-    head: Head
-    embeds: dict[str, np.ndarray]
-    similarity: np.ndarray
-    prompt_classes: np.ndarray
-    ood: OODThreshold
-    own_scores: dict[str, np.ndarray]
-    ood_scores: dict[str, dict[str, np.ndarray]]
-    changed: dict[str, tuple[np.ndarray, np.ndarray]]
+    def __init__(
+        self,
+        head: Head,
+        embeds: dict[str, np.ndarray],
+        splits: dict[str, Dataset],
+        domain: Domain,
+        reference: bool = False,
+    ):
+        calibration, test = splits["calibration"], splits["test"]
+        known = np.array(calibration["label"]), np.array(calibration["group_id"])
+        self.head, self.fitted = fit(head, embeds["calibration"], *known, domain, reference)
+        self.embeds = embeds
+        self.labels, self.groups = np.array(test["label"]), np.array(test["group_id"])
+        self.raw = head.probabilities(embeds["test"])
+        self.logits = self.head.logits(embeds["test"])
+        self.calibrated = softmax(self.logits)
+        self.predicted = self.calibrated.argmax(axis=1)
+        self.confidence = self.calibrated.max(axis=1)
+        self.right = self.predicted == self.labels
+        self.sets = prediction_sets(self.calibrated, self.fitted["conformal"]["quantile"])
 
-    @property
-    def image_embeds(self) -> np.ndarray:
-        """(N, D) of the test split."""
-        return self.embeds["test"]
+
+class Outputs(Predictions):
+    """What a CLIPModel says of the images of test, of OOD pictures, and after mild changes.
+
+    Args:
+        embeds: image_embeds of each split, of OOD pictures (kinds * M, D), and after mild changes
+            (K, T, D); text_embeds of "prototypes" (C, D) and "prompts" (P, D).
+        trained_logit_scale: as in `Head`.
+
+    Attributes:
+        similarity: (N, P) cosine with every prompt of the bank, of the classes `prompt_classes`.
+        ood: the score and threshold that decide.
+        own_scores: of the images (N,), by score.
+        ood_scores: of OOD pictures, (kinds, M), by score.
+        cosine, same: (K, N) after each of `CHANGES`, the cosine to the picture's own image_embeds,
+            and whether the answer stays; NaN where it was not tried.
+    """
+
+    def __init__(
+        self,
+        embeds: dict[str, np.ndarray],
+        trained_logit_scale: float,
+        splits: dict[str, Dataset],
+        domain: Domain,
+        reference: bool = False,
+    ):
+        class_means = fit_class_means(embeds["train"], np.array(splits["train"]["label"]))
+        head = Head(embeds["prototypes"], class_means, trained_logit_scale)
+        super().__init__(head, embeds, splits, domain, reference)
+        self.similarity = embeds["test"] @ embeds["prompts"].T
+        self.prompt_classes = np.array(domain.prompt_bank[1])
+        own, choosing, self.own_scores, ood = (
+            self.head.ood_scores(embeds[name])
+            for name in ("calibration", "OOD, choosing", "test", "OOD")
+        )
+        self.ood = fit_ood_threshold(own, choosing)
+        self.ood_scores = {name: each.reshape(len(KINDS), -1) for name, each in ood.items()}
+        after, tried = embeds["changed"], _tried(len(self.labels))  # (K, T, D), (T,)
+        self.cosine, self.same = np.full((2, len(CHANGES), len(self.labels)), np.nan)
+        self.cosine[:, tried] = (after * embeds["test"][tried]).sum(axis=2)
+        self.same[:, tried] = self.head.logits(after).argmax(axis=2) == self.predicted[tried]
 
 
 def fit_and_run(
@@ -95,63 +121,54 @@ def fit_and_run(
     title: str,
     reference: bool = False,
 ) -> Outputs:
-    """Fits the head of a CLIPModel on the calibration split and runs it on the test split.
+    """Encodes all that `Outputs` needs.
 
     Args:
         title: of the model, for progress bars.
-        reference: as in `fit`; the validation split, by which a probe is chosen, is embedded too.
-
-    Raises:
-        ValueError: if all calibration images are wrong.
+        reference: as in `Predictions`; the validation split, by which a probe is chosen, is
+            encoded too.
     """
 
     def embed(images: Iterable[Image.Image], total: int, what: str) -> np.ndarray:
         return encode_images(model, processor, images, total, description=f"{what}, {title}")
 
-    def embed_ood(own: Dataset, seed: int) -> dict[str, np.ndarray]:
+    def embed_ood(own: Dataset, seed: int) -> np.ndarray:
         side, pictures = image_side(processor), own[:PER_KIND]["image"]
         drawn = chain.from_iterable(ood_pictures(kind, side, seed, pictures) for kind in KINDS)
-        embeds = embed(drawn, PER_KIND * len(KINDS), "OOD pictures")
-        return dict(zip(KINDS, np.split(embeds, len(KINDS)), strict=True))
+        return embed(drawn, PER_KIND * len(KINDS), "OOD pictures")
 
-    names = ["train", "calibration", "test", *(["validation"] if reference else [])]
-    embeds = {}
-    for name, rows in ((name, splits[name]) for name in names):
-        embeds[name] = embed((row["image"] for row in rows), len(rows), f"{name} split")
-    train, calibration, test = (splits[name] for name in names[:3])
-    prototypes = encode_texts(model, processor, domain.canonical_prompts).cpu().numpy()  # (C, D)
-    class_means = fit_class_means(embeds["train"], np.array(train["label"]))
-    head = Head(prototypes, class_means, model.logit_scale.item())
-    labels, groups = np.array(calibration["label"]), np.array(calibration["group_id"])
-    fitted = fit(head.logits(embeds["calibration"]), labels, groups, domain, reference)
-    head = replace(head, temperature=fitted["temperature"])
+    embeds = {
+        name: embed((row["image"] for row in rows), len(rows), f"{name} split")
+        for name, rows in splits.items()
+        if reference or name != "validation"
+    }
     # Other OOD pictures choose the score than those that the scorecard is made of.
-    choosing = np.concatenate(list(embed_ood(calibration, seed=1).values()))
-    own, outside = (head.ood_scores(each) for each in (embeds["calibration"], choosing))
+    embeds["OOD, choosing"] = embed_ood(splits["calibration"], seed=1)
+    embeds["OOD"] = embed_ood(splits["test"], seed=0)
+    test = splits["test"].select(_tried(len(splits["test"])))
+    changed = (change(row["image"]) for change in CHANGES.values() for row in test)
+    after = embed(changed, len(CHANGES) * len(test), "mild changes")
+    embeds["changed"] = after.reshape(len(CHANGES), len(test), -1)
+    texts = {"prototypes": domain.canonical_prompts, "prompts": domain.prompt_bank[0]}
+    for name, prompts in texts.items():
+        embeds[name] = encode_texts(model, processor, prompts).cpu().numpy()
+    return Outputs(embeds, model.logit_scale.item(), splits, domain, reference)
 
-    logits = head.logits(embeds["test"])
-    tried = np.unique(np.linspace(0, len(test) - 1, CHANGED_IMAGES).astype(int))
-    pictures = (change(row["image"]) for change in CHANGES.values() for row in test.select(tried))
-    after = embed(pictures, len(CHANGES) * len(tried), "mild changes")
-    changed = {}
-    for name, image_embeds in zip(CHANGES, np.split(after, len(CHANGES)), strict=True):
-        cosine, same = np.full((2, len(test)), np.nan)
-        cosine[tried] = (image_embeds * embeds["test"][tried]).sum(axis=1)
-        same[tried] = head.logits(image_embeds).argmax(axis=1) == logits[tried].argmax(axis=1)
-        changed[name] = cosine, same
-    prompts, prompt_classes = domain.prompt_bank
-    return Outputs(
-        logits=logits,
-        fitted=fitted,
-        head=head,
-        embeds=embeds,
-        similarity=embeds["test"] @ encode_texts(model, processor, prompts).cpu().numpy().T,
-        prompt_classes=np.array(prompt_classes),
-        ood=fit_ood_threshold(own, outside),
-        own_scores=head.ood_scores(embeds["test"]),
-        ood_scores={kind: head.ood_scores(e) for kind, e in embed_ood(test, seed=0).items()},
-        changed=changed,
+
+def _tried(count: int) -> np.ndarray:
+    """Which of the test images are changed, evenly spread, (T,) int."""
+    return np.unique(np.linspace(0, count - 1, CHANGED_IMAGES).astype(int))
+
+
+def run_probe(
+    embeds: dict[str, np.ndarray], splits: dict[str, Dataset], domain: Domain
+) -> Predictions:
+    """A probe on the base's image_embeds of each split, calibrated and run as the others are."""
+    train, validation = (
+        (embeds[name], np.array(splits[name]["label"])) for name in ("train", "validation")
     )
+    probe = fit_probe(train, validation, len(domain.classes))
+    return Predictions(probe, embeds, splits, domain, reference=True)
 
 
 def write_predictions(

@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Iterable
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageFilter
+from PIL import Image, ImageEnhance, ImageFilter, ImageStat
 from transformers import CLIPModel, CLIPProcessor
 
 from nicheclip.clip import encode_images, encode_texts, zero_shot_logits
@@ -21,13 +21,9 @@ CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
     "slight blur": lambda image: image.filter(ImageFilter.GaussianBlur(min(image.size) / 200)),
     "JPEG of quality 50": lambda image: Image.open(io.BytesIO(encode_jpeg(image, 50))),
     "turned by 5°": lambda image: image.rotate(
-        5, Image.Resampling.BICUBIC, fillcolor=_mean_colour(image)
+        5, Image.Resampling.BICUBIC, fillcolor=tuple(map(int, ImageStat.Stat(image).mean))
     ),
 }
-
-
-def _mean_colour(image: Image.Image) -> tuple[int, ...]:
-    return tuple(int(value) for value in np.asarray(image).mean(axis=(0, 1)))
 
 
 def prompt_answers(similarity: np.ndarray, prompt_classes: np.ndarray) -> np.ndarray:
@@ -43,11 +39,9 @@ def prompt_answers(similarity: np.ndarray, prompt_classes: np.ndarray) -> np.nda
         (N, K) classes, K the largest number of prompts of a class.
     """
     of_class = [np.flatnonzero(prompt_classes == c) for c in range(prompt_classes.max() + 1)]
-    answers = []
-    for turn in range(max(map(len, of_class))):
-        prompts = [own[min(turn, len(own) - 1)] for own in of_class]
-        answers.append(similarity[:, prompts].argmax(axis=1))
-    return np.stack(answers, axis=1)
+    turns = range(max(map(len, of_class)))
+    asked = [[own[min(turn, len(own) - 1)] for own in of_class] for turn in turns]  # (K, C)
+    return similarity[:, asked].argmax(axis=2)
 
 
 def retention_accuracy(

@@ -20,8 +20,9 @@ from nicheclip.evaluation.intervals import (
     format_table,
     proportion,
 )
+from nicheclip.evaluation.ood import KINDS
 from nicheclip.evaluation.predictions import Outputs, Predictions
-from nicheclip.evaluation.robustness import prompt_answers
+from nicheclip.evaluation.robustness import CHANGES, prompt_answers
 
 
 @dataclass(frozen=True)
@@ -29,16 +30,16 @@ class Statistic:
     """A number about images, and how to find its interval.
 
     Args:
-        metric: of the columns' values.
         columns: (N,) each; where the first is NaN, an image is not judged.
         groups: (N,) near-duplicate group of each image.
+        metric: of the columns' values.
         share: whether it is the mean of hits, 0 or 1.
         biased: as in `bootstrap`.
     """
 
-    metric: Callable[..., float]
     columns: tuple[np.ndarray, ...]
     groups: np.ndarray
+    metric: Callable[..., float] = np.nanmean
     split: str = "test"
     share: bool = False
     biased: bool = False
@@ -60,151 +61,138 @@ class Statistic:
         return bootstrap(lambda chosen: self(chosen) - other(chosen), self.groups, self.split)
 
 
-def mean(
-    values: np.ndarray, groups: np.ndarray, split: str = "test", share: bool = False
-) -> Statistic:
-    """The mean of values (N,), those that are not NaN."""
-    return Statistic(np.nanmean, (values.astype(float),), groups, split, share)
-
-
-def statistics(
-    found: Predictions, labels: np.ndarray, groups: np.ndarray, domain: Domain
-) -> dict[str, Statistic]:
-    """Those that any classifier has, of labels (N,) int and near-duplicate groups (N,) of test."""
-    calibrated, own = found.calibrated, (np.arange(len(labels)), labels)
-    predicted, confidence = calibrated.argmax(axis=1), calibrated.max(axis=1)
-    right, covered = predicted == labels, found.sets[own]
+def statistics(found: Predictions, domain: Domain) -> dict[str, Statistic]:
+    """Those that any classifier has."""
+    labels, right, confidence = found.labels, found.right, found.confidence
+    own, answers = (np.arange(len(labels)), labels), (found.predicted, labels)
     answered = confidence >= found.fitted["abstention"]["threshold"]
-    losses = -log_softmax(found.logits, axis=1)[own]  # finite where p underflows
-    by_class = partial(metrics.class_scores, num_classes=len(domain.classes))
-    ece, answers = metrics.expected_calibration_error, (predicted, labels)
-    share = partial(mean, groups=groups, share=True)
-    plain = partial(Statistic, groups=groups)
-    biased = partial(Statistic, groups=groups, biased=True)
+    ece = metrics.expected_calibration_error
+    class_scores = partial(metrics.class_scores, num_classes=len(domain.classes))
+
+    def of(*columns: np.ndarray, **options: Any) -> Statistic:
+        return Statistic(columns, found.groups, **options)
+
+    def by_class(score: int, reduce: Callable[[np.ndarray], float]) -> Callable[..., float]:
+        return lambda *both: reduce(class_scores(*both)[score])
+
     return {
-        "accuracy": share(right),
-        "balanced_accuracy": plain(lambda *of: np.nanmean(by_class(*of)[1]), answers),
-        "macro_f1": plain(lambda *of: np.nanmean(by_class(*of)[2]), answers),
-        "worst_class_f1": biased(lambda *of: np.nanmin(by_class(*of)[2]), answers),
-        "top_3_accuracy": share(metrics.top_k_correct(calibrated, labels, 3)),
-        "ece_before_calibration": biased(ece, (found.raw.max(axis=1), right)),
-        "ece": biased(ece, (confidence, right)),
-        "ece_equal_mass": biased(partial(ece, equal_mass=True), (confidence, right)),
-        "nll": mean(losses, groups),
-        "brier": mean(metrics.brier(calibrated, labels), groups),
-        "aurc": plain(metrics.aurc, (confidence, right)),
-        "coverage": share(answered),
-        "selective_accuracy": share(np.where(answered, right, np.nan)),
-        "conformal_coverage": share(covered),
-        "conformal_worst_class": biased(metrics.worst_share, (covered, labels)),
-        "conformal_set_size": mean(found.sets.sum(axis=1), groups),
+        "accuracy": of(right, share=True),
+        "balanced_accuracy": of(*answers, metric=by_class(1, np.nanmean)),
+        "macro_f1": of(*answers, metric=by_class(2, np.nanmean)),
+        "worst_class_f1": of(*answers, metric=by_class(2, np.nanmin), biased=True),
+        "top_3_accuracy": of(metrics.top_k_correct(found.calibrated, labels, 3), share=True),
+        "ece_before_calibration": of(found.raw.max(axis=1), right, metric=ece, biased=True),
+        "ece": of(confidence, right, metric=ece, biased=True),
+        "ece_equal_mass": of(confidence, right, metric=partial(ece, equal_mass=True), biased=True),
+        "nll": of(-log_softmax(found.logits, axis=1)[own]),  # finite where p underflows
+        "brier": of(metrics.brier(found.calibrated, labels)),
+        "aurc": of(confidence, right, metric=metrics.aurc),
+        "coverage": of(answered, share=True),
+        "selective_accuracy": of(np.where(answered, right, np.nan), share=True),
+        "conformal_coverage": of(found.sets[own], share=True),
+        "conformal_worst_class": of(
+            found.sets[own], labels, metric=metrics.worst_share, biased=True
+        ),
+        "conformal_set_size": of(found.sets.sum(axis=1)),
     }
 
 
-def clip_statistics(
-    outputs: Outputs, labels: np.ndarray, groups: np.ndarray, domain: Domain
-) -> dict[str, Statistic]:
-    """`statistics`, and those that need image_embeds and prompts."""
-    similarity, prompt_classes = outputs.similarity, outputs.prompt_classes
-    clusters = np.array(domain.class_clusters)
-    margin = metrics.hard_negative_margin(similarity, prompt_classes, labels, clusters)
-    rank = metrics.semantic_rank(similarity, prompt_classes, labels)
-    found_at, precision = metrics.image_retrieval(outputs.image_embeds, labels, groups)
-    first, *others = prompt_answers(similarity, prompt_classes).T
+def clip_statistics(outputs: Outputs, domain: Domain) -> dict[str, Statistic]:
+    """`statistics`, and those that need image_embeds, prompts and OOD pictures."""
+    labels, groups = outputs.labels, outputs.groups
+    prompts = outputs.similarity, outputs.prompt_classes
+    margin = metrics.hard_negative_margin(*prompts, labels, np.array(domain.class_clusters))
+    rank = metrics.semantic_rank(*prompts, labels)
+    found_at, precision = metrics.image_retrieval(outputs.embeds["test"], labels, groups)
+    first, *others = prompt_answers(*prompts).T
     consistent = np.mean([each == first for each in others] or [np.full(len(labels), np.nan)], 0)
-    cosines, same = zip(*outputs.changed.values(), strict=True)
-    noise = outputs.ood_scores["noise"]["confidence"]
+    noise = outputs.ood_scores["confidence"][KINDS.index("noise")]
     score, threshold = outputs.ood.score, outputs.ood.threshold
-    own = outputs.own_scores[score]
-    outside = np.concatenate([scores[score] for scores in outputs.ood_scores.values()])
+    own, outside = outputs.own_scores[score], outputs.ood_scores[score].ravel()
     alone = np.arange(len(outside))
     both = np.append(own, outside), np.repeat([True, False], [len(own), len(outside)])
     groups_of_both = np.append(np.unique(groups, return_inverse=True)[1], len(own) + alone)
 
+    def mean(values: np.ndarray) -> Statistic:
+        return Statistic((values,), groups)
+
     def share(hits: np.ndarray, of: np.ndarray) -> Statistic:
-        return mean(np.where(np.isnan(of), np.nan, hits), groups, share=True)
+        return Statistic((np.where(np.isnan(of), np.nan, hits),), groups, share=True)
 
     def told_apart(metric: Callable[[np.ndarray, np.ndarray], float]) -> Statistic:
-        return Statistic(
-            lambda scores, is_own: metric(scores[is_own], scores[~is_own]),
-            both,
-            groups_of_both,
-            "test and OOD",
-        )
+        def told(scores: np.ndarray, is_own: np.ndarray) -> float:
+            return metric(scores[is_own], scores[~is_own])
 
-    found = statistics(outputs, labels, groups, domain) | {
-        "hard_negative_pass_rate": share(margin > 0, margin),
-        "hard_negative_margin": mean(margin, groups),
-        "semantic_recall_at_1": share(rank <= 1, rank),
-        "semantic_recall_at_3": share(rank <= 3, rank),
-        "semantic_recall_at_5": share(rank <= 5, rank),
-        "semantic_mrr": mean(1 / rank, groups),
-        "image_recall_at_1": share(found_at <= 1, found_at),
-        "image_recall_at_5": share(found_at <= 5, found_at),
-        "image_map": mean(precision, groups),
+        return Statistic(both, groups_of_both, told, split="test and OOD")
+
+    found = statistics(outputs, domain) | {
+        "hard_negative_pass_rate": share(margin > 0, of=margin),
+        "hard_negative_margin": mean(margin),
+        "semantic_recall_at_1": share(rank <= 1, of=rank),
+        "semantic_recall_at_3": share(rank <= 3, of=rank),
+        "semantic_recall_at_5": share(rank <= 5, of=rank),
+        "semantic_mrr": mean(1 / rank),
+        "image_recall_at_1": share(found_at <= 1, of=found_at),
+        "image_recall_at_5": share(found_at <= 5, of=found_at),
+        "image_map": mean(precision),
         "noise_confidence_p95": Statistic(
-            partial(np.percentile, q=95), (noise,), np.arange(len(noise)), "noise"
+            (noise,), np.arange(len(noise)), partial(np.percentile, q=95), split="noise"
         ),
         "ood_auroc": told_apart(metrics.auroc),
         "ood_fpr95": told_apart(metrics.fpr95),
-        "ood_accepted": mean(outside >= threshold, alone, "OOD", share=True),
-        "in_domain_accepted": share(own >= threshold, own),
-        "same_answer": mean(np.mean(same, axis=0), groups),
-        "embedding_stability": mean(np.mean(cosines, axis=0), groups),
-        "prompt_consistency": mean(consistent, groups),
+        "ood_accepted": Statistic((outside >= threshold,), alone, split="OOD", share=True),
+        "in_domain_accepted": share(own >= threshold, of=own),
+        "same_answer": mean(outputs.same.mean(axis=0)),
+        "embedding_stability": mean(outputs.cosine.mean(axis=0)),
+        "prompt_consistency": mean(consistent),
     }
     # What no image can be judged by is left out.
     return {name: each for name, each in found.items() if not np.isnan(each.columns[0]).all()}
 
 
 def compare(
-    tuned: Outputs,
-    base: Outputs,
-    probe: Predictions,
-    labels: np.ndarray,
-    groups: np.ndarray,
-    domain: Domain,
+    tuned: Outputs, base: Outputs, probe: Predictions, domain: Domain
 ) -> dict[str, Measure]:
     """Each measure of the fine-tuned model, with the base's, the probe's, and what it gained.
 
     `ece_of_perfect` is what the ECE would be by chance if the confidences were right: its mean, and
     the range of 95 % of draws.
     """
-    statistics_of_base = clip_statistics(base, labels, groups, domain)
-    statistics_of_probe = statistics(probe, labels, groups, domain)
+    of_base, of_probe = clip_statistics(base, domain), statistics(probe, domain)
     measures = {}
-    for name, statistic in clip_statistics(tuned, labels, groups, domain).items():
-        of_base, of_probe = statistics_of_base.get(name), statistics_of_probe.get(name)
+    for name, statistic in clip_statistics(tuned, domain).items():
         measures[name] = replace(
             statistic.measure(),
-            base=of_base.measure() if of_base else None,
-            probe=of_probe.measure() if of_probe else None,
-            difference=statistic.minus(of_base) if of_base else None,
+            base=of_base[name].measure() if name in of_base else None,
+            probe=of_probe[name].measure() if name in of_probe else None,
+            difference=statistic.minus(of_base[name]) if name in of_base else None,
         )
-    draws = metrics.ece_of_perfect(tuned.calibrated.max(axis=1))
+    draws = metrics.ece_of_perfect(tuned.confidence)
     low, high = np.percentile(draws, [2.5, 97.5]).tolist()
-    measures["ece_of_perfect"] = Measure(float(draws.mean()), low, high, len(labels), "test")
+    measures["ece_of_perfect"] = Measure(float(draws.mean()), low, high, len(tuned.labels), "test")
     return measures
 
 
-def tables(tuned: Outputs, base: Outputs, labels: np.ndarray, domain: Domain) -> dict[str, Any]:
+def tables(tuned: Outputs, base: Outputs, domain: Domain) -> dict[str, Any]:
     """`classes`: what is known of each, None where there is nothing to judge.
 
     `ood`: of each kind of picture, the confidence in it, and how well each score notices it.
     `stability`: of each mild change, the cosine to the picture's own image_embeds, and how often
     the answer stays.
     """
+    count = len(domain.classes)
+    precision, recall, f1 = metrics.class_scores(tuned.predicted, tuned.labels, count)
+    _, _, base_f1 = metrics.class_scores(base.predicted, base.labels, count)
+    columns = {"precision": precision, "recall": recall, "f1": f1, "base_f1": base_f1}
     classes: dict[str, Any] = {}
-    answers = (outputs.calibrated.argmax(axis=1) for outputs in (tuned, base))
-    own, of_base = (metrics.class_scores(each, labels, len(domain.classes)) for each in answers)
-    columns = dict(zip(("precision", "recall", "f1", "base_f1"), [*own, of_base[2]], strict=True))
     for index, name in enumerate(domain.class_names):
-        classes[name] = {"n": int((labels == index).sum())}
+        classes[name] = {"n": int((tuned.labels == index).sum())}
         for title, column in columns.items():
             classes[name][title] = None if np.isnan(column[index]) else float(column[index])
 
     kinds: dict[str, Any] = {}
-    for kind, scores in tuned.ood_scores.items():
+    for index, kind in enumerate(KINDS):
+        scores = {name: each[index] for name, each in tuned.ood_scores.items()}
         accepted = scores[tuned.ood.score] >= tuned.ood.threshold
         kinds[kind] = {
             "n": len(accepted),
@@ -222,7 +210,7 @@ def tables(tuned: Outputs, base: Outputs, labels: np.ndarray, domain: Domain) ->
             "cosine": float(np.nanmean(cosine)),
             "same_answer": float(np.nanmean(same)),
         }
-        for name, (cosine, same) in tuned.changed.items()
+        for name, cosine, same in zip(CHANGES, tuned.cosine, tuned.same, strict=True)
     }
     return {"classes": classes, "ood": kinds, "stability": stability}
 

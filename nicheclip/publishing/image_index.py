@@ -1,7 +1,7 @@
 """Images that can be searched by words or by a photo: one Parquet file with their image_embeds.
 
     index = ImageIndex(folder / INDEX_FILE)
-    for found in index.nearest(classifier.text_embeds(["a house with pointed arches"]), 5)[0]: ...
+    for found in index.nearest(classifier.text_embeds(["a house with pointed arches"])[0], 5): ...
 
 Published only by option, since the images go along.
 """
@@ -9,8 +9,8 @@ Published only by option, since the images go along.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
@@ -25,18 +25,6 @@ INDEX_FILE = "index/images.parquet"
 SIDE = 320  # longest side of a published image, in pixels
 BATCH_SIZE = 64
 TEXTS = ("label", "split", "source_id", "attribution")
-
-
-@dataclass(frozen=True)
-class Found:
-    """An image of an index, and its cosine with what was looked for."""
-
-    jpeg: bytes
-    label: str
-    split: str
-    source_id: str
-    attribution: str
-    cosine: float
 
 
 def write_index(
@@ -69,7 +57,7 @@ def write_index(
                     "image_embeds": embeds[place],
                 }
                 rows.append(row)
-    texts = {name: Value("string") for name in TEXTS}
+    texts = dict.fromkeys(TEXTS, Value("string"))
     columns = {"image": Image(), **texts, "image_embeds": List(Value("float32"))}
     path.parent.mkdir(parents=True, exist_ok=True)
     with quiet_datasets():
@@ -81,24 +69,15 @@ class ImageIndex:
 
     def __init__(self, path: Path):
         with quiet_datasets():
-            self.rows = Dataset.from_parquet(str(path)).cast_column("image", Image(decode=False))
-        columns = self.rows.select_columns("image_embeds").with_format("numpy")
-        self.image_embeds = columns["image_embeds"][:]  # (N, D)
+            rows = Dataset.from_parquet(str(path)).cast_column("image", Image(decode=False))
+        self.rows = rows.remove_columns("image_embeds")
+        self.image_embeds = rows.with_format("numpy")["image_embeds"][:]  # (N, D)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def nearest(self, embeds: np.ndarray, count: int) -> list[list[Found]]:
-        """The `count` images most alike, for each of the unit-length embeds (Q, D)."""
-        cosines = np.asarray(embeds) @ self.image_embeds.T  # (Q, N)
-        return [
-            [
-                self._found(int(place), float(row[place]))
-                for place in np.argsort(-row, kind="stable")[:count]
-            ]
-            for row in cosines
-        ]
-
-    def _found(self, place: int, cosine: float) -> Found:
-        row = self.rows[place]
-        return Found(row["image"]["bytes"], **{name: row[name] for name in TEXTS}, cosine=cosine)
+    def nearest(self, embed: np.ndarray, count: int) -> list[dict[str, Any]]:
+        """The rows most like a unit-length embedding (D,), each with its `cosine`."""
+        cosines = self.image_embeds @ np.asarray(embed)  # (N,)
+        places = np.argsort(-cosines, kind="stable")[:count].tolist()
+        return [self.rows[place] | {"cosine": float(cosines[place])} for place in places]

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from transformers import CLIPModel
 
-from nicheclip.classifier import ONNX_FILES, NicheClassifier, VisualTower
+from nicheclip.classifier import ONNX_FILES, NicheClassifier
+from nicheclip.clip import VisualTower
 from nicheclip.evaluation.metrics import expected_calibration_error
 from nicheclip.files import write_json
-from nicheclip.head import softmax
 from nicheclip.run import load_prepared
 
 MAX_IMAGES = 500  # of the calibration split, on which ONNX is compared with torch
@@ -52,7 +52,7 @@ def add_onnx(run: Path, folder: Path) -> dict[str, Any]:
         batches = rows.iter(BATCH_SIZE)
         embeds = torch.cat([classifier.image_embeds(batch["image"]) for batch in batches]).numpy()
         exact = embeds if exact is None else exact  # (N, D)
-        probabilities = softmax(classifier.head.logits(embeds))
+        probabilities = classifier.head.probabilities(embeds)
         right = probabilities.argmax(axis=1) == rows["label"][:]
         report[name] = {
             "accuracy": float(right.mean()),
@@ -68,22 +68,20 @@ def add_onnx(run: Path, folder: Path) -> dict[str, Any]:
             f"{difference:.1e}, expected at most {MAX_FP32_DIFFERENCE:.0e}; "
             "build without --onnx, or with other versions of torch and onnxruntime"
         )
-    reasons = exceeded(report["torch"], report["int8"])
-    report["int8"] |= {"published": not reasons, "reasons": reasons}
+    reference, int8 = report["torch"], report["int8"]
+    costs = [
+        ("accuracy falls", reference["accuracy"] - int8["accuracy"], MAX_ACCURACY_DROP),
+        ("ECE grows", int8["ece"] - reference["ece"], MAX_ECE_GROWTH),
+        ("the mean cosine to torch's image_embeds falls", 1 - int8["mean_cosine"], MAX_COSINE_LOSS),
+    ]
+    reasons = [
+        f"{what} by {cost:.3f}, more than {most}" for what, cost, most in costs if cost > most
+    ]
+    int8 |= {"published": not reasons, "reasons": reasons}
     if reasons:
         paths["int8"].unlink()
     write_json(folder / "onnx" / "report.json", report)
     return report
-
-
-def exceeded(exact: dict[str, Any], int8: dict[str, Any]) -> list[str]:
-    """The limits that INT8 exceeds, in words; none, if it may be published."""
-    costs = [
-        ("accuracy falls", exact["accuracy"] - int8["accuracy"], MAX_ACCURACY_DROP),
-        ("ECE grows", int8["ece"] - exact["ece"], MAX_ECE_GROWTH),
-        ("the mean cosine to torch's image_embeds falls", 1 - int8["mean_cosine"], MAX_COSINE_LOSS),
-    ]
-    return [f"{what} by {cost:.3f}, more than {most}" for what, cost, most in costs if cost > most]
 
 
 def export(folder: Path, fp32: Path, int8: Path) -> None:

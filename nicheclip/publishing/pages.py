@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Callable
 from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
 from PIL import Image
+
+from nicheclip.images import encode_jpeg
 
 SHORT_SIDE, LONG_SIDE = 112, 160  # pixels, of a thumbnail at most
 JPEG_QUALITY = 80
@@ -44,25 +45,19 @@ class Thumbnails:
     def __init__(self, picture: Callable[[str], Image.Image]):
         """`picture` gives the image of a source_id; it raises KeyError if there is none."""
         self._picture = picture
-        self._shown: dict[str, Markup | None] = {}  # by source_id
         self.ids: dict[str, str] = {}  # the id of each <image> by its URI
 
     def __call__(self, source_id: str) -> Markup | None:
         """The <svg> that shows a picture; None if there is no picture."""
-        if source_id not in self._shown:
-            try:
-                self._shown[source_id] = self._show(source_id, self._picture(source_id))
-            except KeyError:
-                self._shown[source_id] = None
-        return self._shown[source_id]
-
-    def _show(self, source_id: str, image: Image.Image) -> Markup:
+        try:
+            image = self._picture(source_id)
+        except KeyError:
+            return None
         scale = min(1, SHORT_SIDE / min(image.size), LONG_SIDE / max(image.size))
         width, height = (max(1, round(side * scale)) for side in image.size)
-        encoded = io.BytesIO()
         small = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-        small.save(encoded, "JPEG", quality=JPEG_QUALITY)
-        uri = f"data:image/jpeg;base64,{base64.b64encode(encoded.getvalue()).decode()}"
+        encoded = base64.b64encode(encode_jpeg(small, JPEG_QUALITY)).decode()
+        uri = f"data:image/jpeg;base64,{encoded}"
         image_id = self.ids.setdefault(uri, f"p{len(self.ids)}")
         return Markup(
             '<svg class="picture" viewBox="0 0 {} {}" role="img" aria-label="picture of {}">'
