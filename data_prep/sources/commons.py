@@ -10,9 +10,9 @@ import hashlib
 import json
 import re
 import unicodedata
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, replace
-from itertools import zip_longest
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +20,9 @@ from pydantic import NonNegativeInt, PositiveInt
 from tqdm.auto import tqdm
 
 from data_prep.sources.rows import check_classes, read_options
-from data_prep.sources.wikimedia import Commons, CommonsFile
+from data_prep.sources.wikimedia import STOPPED, Commons, CommonsFile
 from nicheclip.files import read_json, replaced_file, write_json
 
-Listed = tuple[str, CommonsFile]  # the name of a class, and a file of it
 OUR_NAMES = re.compile(r"\d+_(.+_)?\d+px_[0-9a-f]{8}\.\w+")  # those of `CommonsFile.name`
 
 
@@ -70,8 +69,9 @@ def download_commons(
     commons = Commons(contact, chosen.api, chosen.width, chosen.first_wait)
     with commons.client:
         ordered = {name: categories[name] for name in class_names}
-        listed = _choose(_listings(commons, folder, ordered, chosen), chosen)
-        _download(commons, folder, listed, chosen.parallel)
+        files = _list(commons, folder, ordered, chosen)
+        _choose(files, chosen)
+        _download(commons, folder, files, chosen.parallel)
     return folder
 
 
@@ -82,10 +82,10 @@ def _canonical(categories: list[str]) -> list[str]:
     return list(dict.fromkeys(name[:1].upper() + name[1:] for name in names))
 
 
-def _listings(
+def _list(
     commons: Commons, folder: Path, categories: dict[str, list[str]], options: CommonsOptions
-) -> dict[str, list[CommonsFile]]:
-    """The files of each class; kept in `folder`/.listing for the next run with these options."""
+) -> list[CommonsFile]:
+    """The files of all classes; kept in `folder`/.listing for the next run with these options."""
     settings = [options.api, options.width, options.depth, options.per_category]
     paths = {}
     for name, own in categories.items():
@@ -103,8 +103,11 @@ def _listings(
     for name in tqdm(todo, desc="listing Commons", unit="class", disable=not todo):
         files = _list_class(commons, categories[name], options)
         write_json(paths[name], [asdict(file) for file in files])
-    listings = {name: read_json(path, "remove it") for name, path in paths.items()}
-    return {name: [CommonsFile(**file) for file in files] for name, files in listings.items()}
+    return [
+        CommonsFile(**entry | {"class_name": name})
+        for name, path in paths.items()
+        for entry in read_json(path, "remove it")
+    ]
 
 
 def _list_class(
@@ -132,68 +135,62 @@ def _list_class(
     return list(files.values())
 
 
-def _choose(listings: dict[str, list[CommonsFile]], options: CommonsOptions) -> list[Listed]:
-    """What each class takes from its categories in turn; what it does not take gets a reason."""
-    homes: dict[str, list[str]] = {}
-    for class_name, files in listings.items():
-        for file in files:
-            homes.setdefault(file.title, []).append(class_name)
-    listed: list[Listed] = []
-    for class_name, files in listings.items():
-        queues: dict[str, list[CommonsFile]] = {}
-        for file in files:
-            queue = queues.setdefault(file.category, [])
-            reason = file.reason
-            if reason is None and len(homes[file.title]) > 1:
-                reason = f"listed for several classes: {', '.join(homes[file.title])}"
-            if reason is None and len(queue) == options.per_category:
-                reason = f"its category has {len(queue)} others already (per_category)"
-            if reason is None:
-                queue.append(file)
-            else:
-                listed.append((class_name, replace(file, reason=reason)))
-        rounds = zip_longest(*queues.values())
-        turns = [file for round_ in rounds for file in round_ if file is not None]
-        for turn, file in enumerate(turns):
-            if turn >= options.images_per_class:
-                reason = (
-                    f"its class has {options.images_per_class} others already (images_per_class)"
-                )
-                file = replace(file, reason=reason)
-            listed.append((class_name, file))
-    return listed
+def _choose(files: list[CommonsFile], options: CommonsOptions) -> None:
+    """Lets each class take from its categories in turn; what it does not take gets a reason."""
+    homes = defaultdict(list)
+    for file in files:
+        homes[file.title].append(file.class_name)
+    taken: Counter[tuple[str, str]] = Counter()
+    usable = []
+    for file in files:
+        others = taken[file.class_name, file.category]
+        if file.reason is not None:
+            continue
+        if len(homes[file.title]) > 1:
+            file.reason = f"listed for several classes: {', '.join(homes[file.title])}"
+        elif others == options.per_category:
+            file.reason = f"its category has {others} others already (per_category)"
+        else:
+            usable.append((others, file))
+            taken[file.class_name, file.category] += 1
+    chosen: Counter[str] = Counter()
+    for _, file in sorted(usable, key=lambda turn: turn[0]):
+        if chosen[file.class_name] == options.images_per_class:
+            others = options.images_per_class
+            file.reason = f"its class has {others} others already (images_per_class)"
+        chosen[file.class_name] += file.reason is None
 
 
-def _download(commons: Commons, folder: Path, listed: list[Listed], parallel: int) -> None:
+def _download(commons: Commons, folder: Path, files: list[CommonsFile], parallel: int) -> None:
     """Fetches what is missing, removes what is not chosen any more, and writes both lists."""
-    places = [folder / class_name / file.name(commons.width) for class_name, file in listed]
-    wanted = {
-        path: file for path, (_, file) in zip(places, listed, strict=True) if file.reason is None
-    }
+    places = ((folder / file.class_name / file.name(commons.width), file) for file in files)
+    wanted = {path: file for path, file in places if file.reason is None}
     for path in folder.glob("*/*"):
         if path not in wanted and OUR_NAMES.fullmatch(path.name):
             path.unlink()
     todo = [path for path in wanted if not path.is_file()]
     for parent in {path.parent for path in todo}:
         parent.mkdir(parents=True, exist_ok=True)
-    problems: dict[Path, str | None] = {}
+
+    def fetch(path: Path) -> None:
+        wanted[path].reason = commons.store(wanted[path].url, path)
+
     pool = ThreadPoolExecutor(parallel)
     try:
-        futures = {pool.submit(commons.store, wanted[path].url, path): path for path in todo}
-        done = as_completed(futures)
+        done = as_completed([pool.submit(fetch, path) for path in todo])
         for future in tqdm(done, "downloading from Commons", len(todo), unit="img"):
-            problems[futures[future]] = future.result()
+            future.result()
     finally:  # after an error or a Ctrl-C nothing more is begun
         commons.stopped.set()
         pool.shutdown(cancel_futures=True)
-        kept, skipped = [], []
-        for path, (class_name, file) in zip(places, listed, strict=True):
-            if file.reason is None and path.is_file():
+        kept = []
+        for path, file in wanted.items():
+            if path.is_file():
                 kept.append(file.metadata(path.relative_to(folder).as_posix()))
-                continue
-            row = {"title": file.title, "class_name": class_name, "category": file.category}
-            reason = file.reason or problems.get(path) or "not downloaded yet: the run was stopped"
-            skipped.append({**row, "reason": reason})
+            else:
+                file.reason = file.reason or STOPPED
+        told = ("title", "class_name", "category", "reason")
+        skipped = [{key: getattr(file, key) for key in told} for file in files if file.reason]
         _write_lines(folder / "metadata.jsonl", kept, "file_name")
         _write_lines(folder / "skipped.jsonl", skipped, "class_name", "title")
 
