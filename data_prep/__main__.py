@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
-from data_prep.prepare import Report, prepare
+from data_prep.prepare import prepare
 from nicheclip.domain import Domain
 from nicheclip.evaluation.intervals import format_table
 from nicheclip.processes import keep_freed_memory
@@ -52,7 +53,7 @@ def main() -> None:
         print(f"next: accelerate launch train.py {run}")
 
 
-def summary(report: Report) -> str:
+def summary(report: dict[str, Any]) -> str:
     """What was read, what became of it, and the classes, in plain text."""
     counts = report["counts"]
     quarantined = (

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -66,58 +66,44 @@ class Fingerprints:
         cosines = np.maximum.accumulate([unlike, *np.quantile(cosine.diagonal(), [0.1, 0.5])])
         return cls(hashes, centred, tuple(cosines.tolist()))
 
-    def take(self, indices: np.ndarray) -> Fingerprints:
-        """Those of some of the pictures; `indices` (M,) int."""
-        return replace(
-            self, hashes=self.hashes[:, indices], image_embeds=self.image_embeds[indices]
-        )
-
-    def same(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        """Whether the pictures `first` (P,) and `second` (P,) are the same, (P,) bool."""
-        plain = np.bitwise_count(self.hashes[0, first] ^ self.hashes[0, second]).sum(axis=1)
-        mirrored = np.bitwise_count(self.hashes[0, first] ^ self.hashes[1, second]).sum(axis=1)
-        distance = np.minimum(plain, mirrored + MIRROR_PENALTY)
-        same = distance <= CERTAIN
-        doubt = np.flatnonzero((distance <= REMOTE) & ~same)
-        cosine = np.einsum(
-            "pd,pd->p", self.image_embeds[first[doubt]], self.image_embeds[second[doubt]]
-        )
-        needed = np.interp(distance[doubt], (CERTAIN, POSSIBLE, POSSIBLE + 1), self.cosines)
-        same[doubt] = cosine >= needed
-        return same
-
     def near_duplicates(self) -> np.ndarray:
-        """All pairs of pictures that are the same, (P, 2) int; compares every pair, in blocks.
-
-        A matrix product of bits as +1 and -1 tells the Hamming distances of a block at once.
-        """
+        """All pairs of pictures that are the same, (P, 2) int; compares every pair, in blocks."""
         plain, mirrored = np.unpackbits(self.hashes, axis=2).astype(np.float32) * 2 - 1
-        least = plain.shape[1] - 2 * REMOTE  # the product of two hashes at that distance
         found = [np.empty((0, 2), dtype=np.int64)]
         size = max(1, CELLS // len(plain))
         for start in range(0, len(plain), size):
             own = plain[start : start + size]
-            near = np.maximum(own @ plain[start:].T, own @ mirrored[start:].T) >= least
-            first, second = near.nonzero()
-            pairs = start + np.stack([first, second], axis=1)[first < second]
-            found.append(pairs[self.same(*pairs.T)])
+            # A product of bits as +1 and -1 is their number less twice the Hamming distance.
+            products = own @ plain[start:].T, own @ mirrored[start:].T - 2 * MIRROR_PENALTY
+            distances = (plain.shape[1] - np.maximum(*products)) / 2
+            pairs = np.argwhere(np.triu(distances <= REMOTE, k=1))
+            distance = distances[tuple(pairs.T)]
+            same = distance <= CERTAIN
+            doubt = np.flatnonzero(~same)
+            first, second = self.image_embeds[start + pairs[doubt].T]
+            needed = np.interp(distance[doubt], (CERTAIN, POSSIBLE, POSSIBLE + 1), self.cosines)
+            same[doubt] = np.einsum("pd,pd->p", first, second) >= needed
+            found.append(start + pairs[same])
         return np.concatenate(found)
 
     def most_alike_across(self, parts: np.ndarray, count: int) -> list[tuple[int, int, float]]:
-        """The `count` pairs in different `parts` (N,) with the highest cosine, to be looked at."""
+        """The `count` pairs in different `parts` (N,) with the highest cosine, to be looked at.
+
+        What is in the part "" is left out.
+        """
+        used = np.flatnonzero(parts != "")
+        image_embeds, part = self.image_embeds[used], np.unique(parts[used], return_inverse=True)[1]
         best: list[tuple[int, int, float]] = []
-        for own, others in _blocks(parts):
-            cosine = self.image_embeds[own] @ self.image_embeds[others].T
-            top = np.argpartition(cosine.ravel(), -min(count, cosine.size))[
-                -min(count, cosine.size) :
-            ]
-            rows, columns = np.divmod(top, len(others))
-            best += zip(
-                own[rows].tolist(),
-                others[columns].tolist(),
-                cosine[rows, columns].tolist(),
-                strict=True,
-            )
+        size = max(1, CELLS // len(used))
+        for start in range(0, len(used), size):
+            cosine = image_embeds[start : start + size] @ image_embeds.T
+            cosine[part[start : start + size, None] >= part] = -2  # each pair counts once
+            most = min(count, cosine.size)
+            top = np.argpartition(cosine.ravel(), -most)[-most:]
+            for row, column in zip(*np.unravel_index(top, cosine.shape), strict=True):
+                if cosine[row, column] > -2:
+                    pair = int(used[start + row]), int(used[column])
+                    best.append((*pair, float(cosine[row, column])))
         return sorted(best, key=lambda pair: -pair[2])[:count]
 
 
@@ -127,15 +113,6 @@ def connected_groups(pairs: np.ndarray, count: int) -> np.ndarray:
         (np.ones(len(pairs), dtype=bool), (pairs[:, 0], pairs[:, 1])), shape=(count, count)
     )
     return connected_components(graph, directed=False)[1]
-
-
-def _blocks(parts: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """All pairs in different parts as blocks: some of one part, all of the later parts."""
-    for part in np.unique(parts)[:-1]:
-        own, later = np.flatnonzero(parts == part), np.flatnonzero(parts > part)
-        size = max(1, CELLS // len(later))
-        for start in range(0, len(own), size):
-            yield own[start : start + size], later
 
 
 def _copy(image: Image.Image) -> Image.Image:

@@ -8,11 +8,11 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
 from data_prep.clusters import agreement, main, measure, propose, soft_confusion
-from data_prep.divide import Catalogue, Division
 from nicheclip.domain import Domain
 
 
@@ -69,11 +69,10 @@ def test_confusions_are_measured_on_what_trains_and_on_validation_alone(domain):
     zero_shot[(labels == 2), 3] += 1
     names = [f"{part}/{index}" for index, part in enumerate(parts)]
     dropped = {name for name in names if name.startswith("train/1")}
-    catalogue = Catalogue(
-        names, [domain.class_names[i] for i in labels], labels, names, [None] * 400
-    )
-    arguments = domain, catalogue, Division(parts, np.array(names), {}), dropped
-    found = measure(*arguments, image_embeds, zero_shot)
+    images = pd.DataFrame({"source_id": names, "group_id": names, "split": parts})
+    images["label"] = [domain.class_names[i] for i in labels]
+    kept = images[(parts != "") & ~images.source_id.isin(dropped)]
+    found = measure(domain, kept, image_embeds, zero_shot)
 
     train = (parts == "train") & ~np.isin(names, list(dropped))
     used = train | (parts == "validation")
@@ -94,7 +93,7 @@ def test_confusions_are_measured_on_what_trains_and_on_validation_alone(domain):
     assert any(way["surest"] for way in found["pairs"])
 
     image_embeds[~used], zero_shot[~used] = 0, 1 / 12
-    assert measure(*arguments, image_embeds, zero_shot) == found
+    assert measure(domain, kept, image_embeds, zero_shot) == found
 
 
 def noise(classes: int, seed: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 Rows are a `datasets.Dataset` of image (not decoded), source_id (its name inside the source),
 version (changes when the content does), class_name, split (None: to be decided) and attribution
-(None: not known). What it could not take are entries of report.json, see `rows.no_class`.
+(None: not known). What it could not take are entries of report.json, see `rows.unusable`.
 """
 
 from __future__ import annotations

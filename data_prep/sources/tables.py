@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import datasets
 
-from data_prep.sources.rows import SOURCE_FEATURES, check_classes, no_class, read_options
+from data_prep.sources.rows import SOURCE_FEATURES, check_classes, read_options, unusable
 from nicheclip.run import SPLITS
 
 SPLIT_NAMES = {name: name for name in SPLITS} | dict.fromkeys(("val", "valid", "dev"), "validation")
@@ -79,7 +79,9 @@ def read_table(
     rows = datasets.concatenate_datasets([images, texts], axis=1)
     labelled = [index for index, label in enumerate(labels) if label is not None]
     ids = zip(columns["source_id"], labels, strict=True)
-    aside = [no_class(source_id, "no label") for source_id, label in ids if label is None]
+    aside = [
+        unusable(source_id, "no class", "no label") for source_id, label in ids if label is None
+    ]
     return rows.select(labelled), aside
 
 
