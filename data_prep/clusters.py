@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
     except (ValueError, OSError) as error:
         sys.exit(f"data_prep.clusters: {error}")
-    proposed = proposal(domain, report["confusions"], args.largest)
+    affinity = squareform(report["confusions"]["affinity"])
+    proposed = propose(domain.class_names, affinity, args.largest)
     print(to_yaml(domain, report["confusions"], proposed))
     print(f"\n{agreement(domain, proposed)}", file=sys.stderr)
     print(f"look at {run / 'data' / 'report.html'}, edit the clusters, paste them", file=sys.stderr)
@@ -136,24 +137,15 @@ def soft_confusion(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return sums / np.maximum(np.bincount(labels, minlength=len(sums)), 1)[:, None]
 
 
-def proposal(
-    domain: Domain, confusions: dict[str, Any], largest: int = LARGEST
-) -> dict[str, list[str]]:
-    """Clusters c1, c2, ... of the classes that `measure` found to be confused."""
-    members = propose(squareform(confusions["affinity"]), largest)
-    return {
-        f"c{n}": [domain.class_names[index] for index in own] for n, own in enumerate(members, 1)
-    }
-
-
-def propose(affinity: np.ndarray, largest: int = LARGEST) -> list[list[int]]:
+def propose(names: list[str], affinity: np.ndarray, largest: int = LARGEST) -> dict[str, list[str]]:
     """Average linkage, cut where a cluster would be too large or its parts too little confused.
 
-    Args: affinity (C, C) symmetric; largest: how many classes a cluster has at most.
+    Args: names (C) of the classes; affinity (C, C) symmetric; largest: how many classes a cluster
+        has at most.
 
     Returns:
-        the members of each cluster; classes that are confused with nothing come last, each in a
-        cluster of its own.
+        the members of the clusters c1, c2, ...; classes that are confused with nothing come last,
+        each in a cluster of its own.
     """
     pairs = squareform(affinity, checks=False)  # (C (C - 1) / 2,)
     least = max(TIMES_MEAN * pairs.mean(), LEAST_CONFUSION)
@@ -166,7 +158,8 @@ def propose(affinity: np.ndarray, largest: int = LARGEST) -> list[list[int]]:
             found.append(sorted(node.pre_order()))
         else:
             waiting += [node.left, node.right]
-    return sorted(found, key=lambda members: (len(members) == 1, members))
+    found.sort(key=lambda members: (len(members) == 1, members))
+    return {f"c{n}": [names[index] for index in members] for n, members in enumerate(found, 1)}
 
 
 def agreement(domain: Domain, proposed: dict[str, list[str]]) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import datasets
 import numpy as np
 from PIL import Image
 from scipy.sparse import coo_array
@@ -21,6 +22,8 @@ REMOTE = 40  # up to here they are if it finds them as alike as most copies
 MIRROR_PENALTY = 8
 COPIES = 256  # made of so many pictures, to learn how alike copies are
 CELLS = 1 << 22  # pairs that are compared at a time
+# image_embeds (N, D) of that many pictures
+Encode = Callable[[Iterable[Image.Image], int], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -40,25 +43,24 @@ class Fingerprints:
     cosines: tuple[float, float, float]
 
     @classmethod
-    def make(
-        cls,
-        phashes: Sequence[str],
-        mirrored_phashes: Sequence[str],
-        image_embeds: np.ndarray,
-        picture: Callable[[int], Image.Image],
-        encode: Callable[[list[Image.Image]], np.ndarray],
-    ) -> Fingerprints:
+    def make(cls, rows: datasets.Dataset, image_embeds: np.ndarray, encode: Encode) -> Fingerprints:
         """Learns `cosines` from copies of `COPIES` of the pictures, cropped and recompressed.
 
         How far a crop moves an embedding, and how far apart pictures of one niche lie, depends on
         the base model. They are what 99.9 % of different pictures stay below, what 90 % of the
         copies reach, and what half of them do.
+
+        Args:
+            rows: image, phash and mirrored_phash of N pictures.
+            image_embeds: (N, D) of unit length, made by `encode`.
         """
         mean = image_embeds.mean(axis=0)
         centred = _unit(image_embeds - mean)
-        hashes = np.stack([_from_hex(phashes), _from_hex(mirrored_phashes)])
+        texts = rows["phash"][:] + rows["mirrored_phash"][:]
+        hashes = np.frombuffer(bytes.fromhex("".join(texts)), np.uint8).reshape(2, len(rows), -1)
         chosen = np.unique(np.linspace(0, len(centred) - 1, COPIES).round().astype(int))
-        copies = _unit(encode([_copy(picture(int(index))) for index in chosen]) - mean)
+        pictures = rows.select(chosen).cast_column("image", datasets.Image())
+        copies = _unit(encode((_copy(row["image"]) for row in pictures), len(chosen)) - mean)
         cosine = copies @ centred[chosen].T  # (COPIES, COPIES) at most
         own = hashes[0, chosen]
         different = cosine[np.bitwise_count(own[:, None] ^ own).sum(axis=2) > REMOTE]
@@ -123,10 +125,6 @@ def _copy(image: Image.Image) -> Image.Image:
     encoded = io.BytesIO()
     image.resize(image.size, Image.Resampling.BICUBIC, box).save(encoded, "JPEG", quality=60)
     return Image.open(encoded)
-
-
-def _from_hex(phashes: Sequence[str]) -> np.ndarray:
-    return np.array([list(bytes.fromhex(phash)) for phash in phashes], dtype=np.uint8)
 
 
 def _unit(embeds: np.ndarray) -> np.ndarray:

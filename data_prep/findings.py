@@ -61,26 +61,22 @@ def classes(
     domain: Domain, images: pd.DataFrame, kept: pd.DataFrame, quarantined: list[Entry]
 ) -> list[Entry]:
     """The same of each class."""
+    pool = images[images.split == "train"]
+    judged = pool[["wanted", "suspect"]].assign(images=1, dropped=pool.outcome == "dropped")
+    filtered = judged.astype(int).groupby(pool.label).sum().to_dict("index")
+    sizes = pd.crosstab(kept.label, kept.split)[list(SPLITS)].to_dict("index")
+    samples = kept.repeats[kept.split == "train"].groupby(kept.label).sum().to_dict()
     aside = Counter(entry["label"] for entry in quarantined)
-    found = []
-    for name in domain.class_names:
-        own, pool = kept[kept.label == name], images[images.label == name]
-        pool = pool[pool.split == "train"]
-        found.append(
-            {
-                "name": name,
-                **{split: int((own.split == split).sum()) for split in SPLITS},
-                "quarantined": aside[name],
-                "samples": int(own.repeats[own.split == "train"].sum()),
-                "filter": {
-                    "images": len(pool),
-                    "wanted": int(pool.wanted.sum()),
-                    "suspect": int(pool.suspect.sum()),
-                    "dropped": int((pool.outcome == "dropped").sum()),
-                },
-            }
-        )
-    return found
+    return [
+        {
+            "name": name,
+            **sizes[name],
+            "quarantined": aside[name],
+            "samples": samples[name],
+            "filter": filtered[name],
+        }
+        for name in domain.class_names
+    ]
 
 
 def warnings(
@@ -143,19 +139,13 @@ def alike_across_splits(images: pd.DataFrame, fingerprints: Fingerprints) -> lis
 
 def suspicions(quarantined: list[Entry], suspects: list[Entry]) -> list[Suspicion]:
     """The lines of review.csv: conflicts, and suspects of the filter."""
-    conflicts = [
-        Suspicion(
-            entry["source_id"],
-            entry["label"],
-            entry["sha256"],
-            f"conflict: {entry['detail']} ({entry['other']})",
-            outcome="set aside",
-        )
-        for entry in quarantined
-        if entry["kind"] == "conflict"
-    ]
-    wrong = [
-        Suspicion(**entry | {"score": f"{entry['score']:.5f}", "reason": "wrong label?"})
-        for entry in suspects
-    ]
-    return conflicts + wrong
+    lines = []
+    for entry in quarantined:
+        if entry["kind"] == "conflict":
+            image = entry["source_id"], entry["label"], entry["sha256"]
+            reason = f"conflict: {entry['detail']} ({entry['other']})"
+            lines.append(Suspicion(*image, reason, outcome="set aside"))
+    for entry in suspects:
+        told = {"score": f"{entry['score']:.5f}", "reason": "wrong label?"}
+        lines.append(Suspicion(**entry | told))
+    return lines

@@ -17,15 +17,14 @@ from scipy.special import softmax
 from data_prep import findings
 from data_prep.clusters import measure
 from data_prep.divide import divide
-from data_prep.duplicates import Fingerprints
-from data_prep.encode import encode_rows
+from data_prep.duplicates import Encode, Fingerprints
 from data_prep.quality import samples_per_epoch, suspect_labels
 from data_prep.report import write_report
 from data_prep.review import read_decisions, write_review
 from data_prep.sources import fetch_images, read_source, retention_rows
 from data_prep.sources.rows import check_classes, unusable
 from data_prep.verify import VERIFY_VERSION, verify_rows
-from nicheclip.cached_map import map_shards
+from nicheclip.cached_map import map_shards, stored_digests, weights_digest
 from nicheclip.clip import encode_images, encode_texts, fast_dtype, load_clip, zero_shot_logits
 from nicheclip.domain import Domain
 from nicheclip.files import quiet_datasets, replaced_folder, write_json
@@ -83,26 +82,16 @@ def prepare(
         listed, unplaced = read_source(domain, location, own=images is None)
         rows, unreadable = _verify(listed, domain, run / "cache" / "verified")
         model, processor = load_clip(domain.base)
-        image_embeds = encode_rows(model, processor, rows, run / "cache" / "encoded")
+        dtype = fast_dtype(model.device)
+        encode = partial(encode_images, model, processor, dtype=dtype, progress=False)
+        weights, inputs = weights_digest(model.state_dict()), processor.image_processor
+        settings = f"{weights} {inputs.to_json_string()} {dtype}"
+        image_embeds = _encode(rows, encode, settings, run / "cache" / "encoded")
         if not state.is_main_process:
             return None
         prototypes = encode_texts(model, processor, domain.canonical_prompts)
         zero_shot = softmax(zero_shot_logits(model, image_embeds, prototypes), axis=1)  # (N, C)
-        pictures = rows.select_columns("image").cast_column("image", datasets.Image())
-        fingerprints = Fingerprints.make(
-            rows["phash"][:],
-            rows["mirrored_phash"][:],
-            image_embeds,
-            picture=lambda index: pictures[index]["image"],
-            encode=lambda copies: encode_images(
-                model,
-                processor,
-                copies,
-                len(copies),
-                dtype=fast_dtype(model.device),
-                progress=False,
-            ),
-        )
+        fingerprints = Fingerprints.make(rows, image_embeds, encode)
         columns = {"source_id": "source_id", "class_name": "label", "sha256": "sha256"}
         columns |= {"split": "given"}
         table = pd.DataFrame(
@@ -143,6 +132,7 @@ def prepare(
             "alike_across_splits": alike,
             "confusions": confusions,
         }
+        pictures = rows.select_columns("image").cast_column("image", datasets.Image())
         row_of = {source_id: row for row, source_id in enumerate(table.source_id)}
         with replaced_folder(run / "data") as folder:
             splits.save_to_disk(folder)
@@ -189,6 +179,24 @@ def _verify(
     found = set(rows["class_name"])
     check_classes(found, domain.class_names, f"the {len(rows)} readable images")
     return rows, unreadable
+
+
+def _encode(rows: datasets.Dataset, encode: Encode, settings: str, cache: Path) -> np.ndarray:
+    """Unit-length image_embeds (N, D) float32 of the stored images, from the base model."""
+
+    def encode_shard(shard: datasets.Dataset) -> datasets.Dataset:
+        images = (row["image"] for row in shard.cast_column("image", datasets.Image()))
+        image_embeds = encode(images, len(shard))
+        kind = datasets.List(datasets.Value("float32"), image_embeds.shape[1])
+        features = datasets.Features({"image_embeds": kind})
+        return datasets.Dataset.from_dict({"image_embeds": image_embeds}, features=features)
+
+    identity = stored_digests(rows)
+    images, description = rows.select_columns("image"), "encoding with the base model"
+    encoded = map_shards(images, encode_shard, identity, settings, cache, description)
+    return np.concatenate(
+        [batch["image_embeds"] for batch in encoded.with_format("numpy").iter(4096)]
+    )
 
 
 def _kept(table: pd.DataFrame, domain: Domain, zero_shot: np.ndarray, seed: int) -> pd.DataFrame:

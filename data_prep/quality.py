@@ -38,33 +38,32 @@ def out_of_fold_probabilities(
         (N, C) float, rows add up to 1. A class that a fold's training part lacks has probability 0
         there.
     """
-    few = np.random.default_rng(seed).permutation(len(labels))[:4000]  # enough to choose it
+
+    def out_of_fold(some: np.ndarray, strength: float) -> np.ndarray:
+        present, own = np.unique(labels[some], return_inverse=True)
+        splits = min(5, len(np.unique(groups[some])), np.bincount(own).max())
+        if splits < 2 or len(present) < 2:
+            # There is nothing to learn from, so nobody is suspected.
+            return np.full((len(some), classes), 1 / classes)
+        probabilities = np.zeros((len(some), classes))
+        probabilities[:, present] = cross_val_predict(
+            LogisticRegression(C=strength, tol=1e-3, max_iter=500),
+            image_embeds[some],
+            own,
+            groups=groups[some],
+            cv=StratifiedGroupKFold(splits, shuffle=True, random_state=seed),
+            method="predict_proba",
+        )
+        return probabilities
 
     def loss(strength: float) -> float:
-        own = _out_of_fold(image_embeds[few], labels[few], groups[few], classes, strength, seed)
-        return -np.log(np.maximum(own[np.arange(len(few)), labels[few]], 1e-6)).mean()
+        own = out_of_fold(few, strength)[np.arange(len(few)), labels[few]]
+        return -np.log(np.maximum(own, 1e-6)).mean()
 
+    few = np.random.default_rng(seed).permutation(len(labels))[:4000]  # enough to choose by
     strengths = tqdm(
         REGULARIZATIONS, "judging labels with linear probes", unit="probe", leave=False
     )
-    best = min(strengths, key=loss)
-    return _out_of_fold(image_embeds, labels, groups, classes, best, seed)
-
-
-def _out_of_fold(
-    image_embeds: np.ndarray,
-    labels: np.ndarray,
-    groups: np.ndarray,
-    classes: int,
-    strength: float,
-    seed: int,
-) -> np.ndarray:
-    present, own = np.unique(labels, return_inverse=True)
-    splits = min(5, len(np.unique(groups)), np.bincount(own).max())
-    if splits < 2 or len(present) < 2:
-        # There is nothing to learn from, so nobody is suspected.
-        return np.full((len(labels), classes), 1 / classes)
-    probabilities = np.zeros((len(labels), classes))
     # Threads would spend more time on waiting for each other than on matrices of this size.
     with threadpool_limits(1), warnings.catch_warnings():
         # A class may be smaller than the number of folds, or missing in one; and a probe that is
@@ -72,15 +71,7 @@ def _out_of_fold(
         for message in ("The least populated class", "Number of classes in training fold"):
             warnings.filterwarnings("ignore", message)
         warnings.simplefilter("ignore", ConvergenceWarning)
-        probabilities[:, present] = cross_val_predict(
-            LogisticRegression(C=strength, tol=1e-3, max_iter=500),
-            image_embeds,
-            own,
-            groups=groups,
-            cv=StratifiedGroupKFold(splits, shuffle=True, random_state=seed),
-            method="predict_proba",
-        )
-    return probabilities
+        return out_of_fold(np.arange(len(labels)), min(strengths, key=loss))
 
 
 def suspect_labels(

@@ -6,18 +6,19 @@ import hashlib
 import io
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from data_prep.divide import assign_splits
 from data_prep.duplicates import Fingerprints, connected_groups
 from data_prep.prepare import prepare
 from data_prep.quality import judge, out_of_fold_probabilities, samples_per_epoch
 from data_prep.sources.folders import read_folders
-from data_prep.splits import assign_splits
-from data_prep.verify import verify_image
+from data_prep.verify import verify_rows
 from domains.facades.painter import STYLES, draw
 from domains.facades.score import score
 from nicheclip.clip import encode_images, load_clip
@@ -219,18 +220,10 @@ def test_a_split_without_images_of_a_class_is_refused(tmp_path, two_styles):
 
 
 def prints(pictures: list[Image.Image], domain: Domain) -> Fingerprints:
-    model, processor = load_clip(domain.base)
-    encoded = [
-        verify_image({"bytes": as_file(picture), "path": None}, stored_short_side=96)
-        for picture in pictures
-    ]
-    return Fingerprints.make(
-        [entry["phash"] for entry in encoded],
-        [entry["mirrored_phash"] for entry in encoded],
-        encode_images(model, processor, pictures, len(pictures), progress=False),
-        picture=pictures.__getitem__,
-        encode=lambda copies: encode_images(model, processor, copies, len(copies), progress=False),
-    )
+    encode = partial(encode_images, *load_clip(domain.base), progress=False)
+    files = [{"image": {"bytes": as_file(picture), "path": None}} for picture in pictures]
+    rows = verify_rows(files, stored_short_side=96, smallest_side=1)
+    return Fingerprints.make(rows, encode(pictures, len(pictures)), encode)
 
 
 def as_file(picture: Image.Image, **options) -> bytes:

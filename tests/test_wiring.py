@@ -12,10 +12,10 @@ from PIL import Image
 from scipy.special import softmax
 
 from data_prep import quality
+from data_prep.divide import assign_splits
 from data_prep.duplicates import CERTAIN, Fingerprints
 from data_prep.prepare import prepare
 from data_prep.review import Suspicion, read_decisions, write_review
-from data_prep.splits import assign_splits
 from data_prep.verify import verify_image
 from nicheclip import NicheClassifier
 from nicheclip.clip import load_clip
