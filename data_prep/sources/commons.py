@@ -10,20 +10,22 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import httpx
+import pandas as pd
 from pydantic import NonNegativeInt, PositiveInt
 from tqdm.auto import tqdm
 
 from data_prep.sources.rows import check_classes, read_options
-from data_prep.sources.wikimedia import STOPPED, Commons, CommonsFile
+from data_prep.sources.wikimedia import STOPPED, Commons, Listed
 from nicheclip.files import read_json, replaced_file, write_json
 
-OUR_NAMES = re.compile(r"\d+_(.+_)?\d+px_[0-9a-f]{8}\.\w+")  # those of `CommonsFile.name`
+TOLD = "title category page_id author license license_url source_url sha1".split()
+OUR_NAMES = re.compile(r"\d+_(.+_)?\d+px_[0-9a-f]{8}\.\w+")  # those of `_place`
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,7 @@ def download_commons(
     commons = Commons(contact, chosen.api, chosen.width, chosen.first_wait)
     with commons.client:
         ordered = {name: categories[name] for name in class_names}
-        files = _list(commons, folder, ordered, chosen)
-        _choose(files, chosen)
+        files = _choose(_list(commons, folder, ordered, chosen), chosen)
         _download(commons, folder, files, chosen.parallel)
     return folder
 
@@ -84,7 +85,7 @@ def _canonical(categories: list[str]) -> list[str]:
 
 def _list(
     commons: Commons, folder: Path, categories: dict[str, list[str]], options: CommonsOptions
-) -> list[CommonsFile]:
+) -> pd.DataFrame:
     """The files of all classes; kept in `folder`/.listing for the next run with these options."""
     settings = [options.api, options.width, options.depth, options.per_category]
     paths = {}
@@ -101,24 +102,19 @@ def _list(
             "are called now, or take them out"
         )
     for name in tqdm(todo, desc="listing Commons", unit="class", disable=not todo):
-        files = _list_class(commons, categories[name], options)
-        write_json(paths[name], [asdict(file) for file in files])
-    return [
-        CommonsFile(**entry | {"class_name": name})
-        for name, path in paths.items()
-        for entry in read_json(path, "remove it")
-    ]
+        write_json(paths[name], _list_class(commons, categories[name], options))
+    listed = {name: read_json(path, "remove it") for name, path in paths.items()}
+    files = [file | {"class_name": name} for name, found in listed.items() for file in found]
+    return pd.DataFrame(files, columns=[*TOLD, "class_name", "url", "reason"], dtype=object)
 
 
-def _list_class(
-    commons: Commons, categories: list[str], options: CommonsOptions
-) -> list[CommonsFile]:
+def _list_class(commons: Commons, categories: list[str], options: CommonsOptions) -> list[Listed]:
     """Walks the categories breadth-first; stops when there is twice what is wanted.
 
     A level is walked in an order that is fixed but not that of the alphabet: cut short, that would
     give one country.
     """
-    files: dict[str, CommonsFile] = {}
+    files: dict[str, Listed] = {}
     level, seen, usable, enough = categories, set(categories), 0, 2 * options.images_per_class
     for depth in range(options.depth + 1):
         if depth and usable < enough:
@@ -129,42 +125,48 @@ def _list_class(
             if depth and usable >= enough:
                 break
             found = commons.files(category, options.per_category)
-            new = {file.title: file for file in found if file.title not in files}
-            files |= new
-            usable += min(options.per_category, sum(file.reason is None for file in new.values()))
+            new = [file for file in found if file["title"] not in files]
+            files |= {file["title"]: file for file in new}
+            usable += min(options.per_category, sum(file["reason"] is None for file in new))
     return list(files.values())
 
 
-def _choose(files: list[CommonsFile], options: CommonsOptions) -> None:
+def _choose(files: pd.DataFrame, options: CommonsOptions) -> pd.DataFrame:
     """Lets each class take from its categories in turn; what it does not take gets a reason."""
-    homes = defaultdict(list)
-    for file in files:
-        homes[file.title].append(file.class_name)
-    taken: Counter[tuple[str, str]] = Counter()
-    usable = []
-    for file in files:
-        others = taken[file.class_name, file.category]
-        if file.reason is not None:
-            continue
-        if len(homes[file.title]) > 1:
-            file.reason = f"listed for several classes: {', '.join(homes[file.title])}"
-        elif others == options.per_category:
-            file.reason = f"its category has {others} others already (per_category)"
-        else:
-            usable.append((others, file))
-            taken[file.class_name, file.category] += 1
-    chosen: Counter[str] = Counter()
-    for _, file in sorted(usable, key=lambda turn: turn[0]):
-        if chosen[file.class_name] == options.images_per_class:
-            others = options.images_per_class
-            file.reason = f"its class has {others} others already (images_per_class)"
-        chosen[file.class_name] += file.reason is None
+    homes = files.groupby("title").class_name
+    several = files.reason.isna() & (homes.transform("size") > 1)
+    told = homes.transform(lambda names: f"listed for several classes: {', '.join(names)}")
+    reason = files.reason.mask(several, told)
+    turn = files[reason.isna()].groupby(["class_name", "category"]).cumcount()
+    most = options.per_category
+    late = turn.index[turn >= most]
+    reason[late] = f"its category has {most} others already (per_category)"
+    turn = turn.drop(late).sort_values(kind="stable")
+    place = turn.groupby(files.class_name).cumcount()
+    most = options.images_per_class
+    late = place.index[place >= most]
+    reason[late] = f"its class has {most} others already (images_per_class)"
+    return files.assign(reason=reason)
 
 
-def _download(commons: Commons, folder: Path, files: list[CommonsFile], parallel: int) -> None:
+def _place(file: Listed, width: int) -> str:
+    """Of the image here: another width, or a new version on Commons, is another file."""
+    plain = unicodedata.normalize("NFKD", Path(file["title"]).stem).encode("ascii", "ignore")
+    slug = "_".join(re.findall("[a-z0-9]+", plain.decode().lower()))[:60].strip("_")
+    stem = "_".join(filter(None, [str(file["page_id"]), slug, f"{width}px", file["sha1"][:8]]))
+    suffix = Path(httpx.URL(file["url"]).path).suffix.lower().replace("jpeg", "jpg")
+    return f"{file['class_name']}/{stem}{suffix}"
+
+
+def _attribution(file: Listed) -> str:
+    terms = f" ({file['license_url']})" if file["license_url"] else ""
+    return f"{file['title']}, {file['author']}, {file['license']}{terms}, {file['source_url']}"
+
+
+def _download(commons: Commons, folder: Path, files: pd.DataFrame, parallel: int) -> None:
     """Fetches what is missing, removes what is not chosen any more, and writes both lists."""
-    places = ((folder / file.class_name / file.name(commons.width), file) for file in files)
-    wanted = {path: file for path, file in places if file.reason is None}
+    chosen = files[files.reason.isna()].to_dict("records")
+    wanted = {folder / _place(file, commons.width): file for file in chosen}
     for path in folder.glob("*/*"):
         if path not in wanted and OUR_NAMES.fullmatch(path.name):
             path.unlink()
@@ -173,7 +175,7 @@ def _download(commons: Commons, folder: Path, files: list[CommonsFile], parallel
         parent.mkdir(parents=True, exist_ok=True)
 
     def fetch(path: Path) -> None:
-        wanted[path].reason = commons.store(wanted[path].url, path)
+        wanted[path]["reason"] = commons.store(wanted[path]["url"], path)
 
     pool = ThreadPoolExecutor(parallel)
     try:
@@ -183,21 +185,23 @@ def _download(commons: Commons, folder: Path, files: list[CommonsFile], parallel
     finally:  # after an error or a Ctrl-C nothing more is begun
         commons.stopped.set()
         pool.shutdown(cancel_futures=True)
+        skipped = files[files.reason.notna()].to_dict("records")
         kept = []
         for path, file in wanted.items():
             if path.is_file():
-                kept.append(file.metadata(path.relative_to(folder).as_posix()))
+                name = path.relative_to(folder).as_posix()
+                kept.append(file | {"file_name": name, "attribution": _attribution(file)})
             else:
-                file.reason = file.reason or STOPPED
-        told = ("title", "class_name", "category", "reason")
-        skipped = [{key: getattr(file, key) for key in told} for file in files if file.reason]
-        _write_lines(folder / "metadata.jsonl", kept, "file_name")
-        _write_lines(folder / "skipped.jsonl", skipped, "class_name", "title")
+                skipped.append(file | {"reason": file["reason"] or STOPPED})
+        told = ["file_name", "attribution", *TOLD]
+        _write_lines(folder / "metadata.jsonl", kept, told, ["file_name"])
+        told = ["title", "class_name", "category", "reason"]
+        _write_lines(folder / "skipped.jsonl", skipped, told, ["class_name", "title"])
 
 
-def _write_lines(path: Path, rows: list[dict[str, Any]], *order: str) -> None:
-    """JSON lines, in the order of some of their keys."""
+def _write_lines(path: Path, rows: list[Listed], keys: list[str], order: list[str]) -> None:
+    """JSON lines of some keys, in the order of some of them."""
     rows = sorted(rows, key=lambda row: [row[key] for key in order])
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    lines = (json.dumps({key: row[key] for key in keys}, ensure_ascii=False) for row in rows)
     with replaced_file(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+        unfinished.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

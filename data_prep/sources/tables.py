@@ -84,8 +84,9 @@ def read_table(
 def _versions(table: datasets.Dataset, images: datasets.Dataset) -> list[str]:
     """Change when the files of the table do, or those that its paths name."""
     files = [_status(file["filename"]) for file in table.cache_files]
-    own = (_status(path or "") for path in images.flatten()["image.path"])
-    return [f"{table._fingerprint} {files} {status}" for status in own]
+    chunks = images.data.column("image").chunks
+    paths = (path for chunk in chunks for path in chunk.field("path").to_pylist())
+    return [f"{table._fingerprint} {files} {_status(path or '')}" for path in paths]
 
 
 def _status(path: str) -> tuple[int, int] | None:

@@ -10,9 +10,7 @@ import logging
 import re
 import threading
 import time
-import unicodedata
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from email.utils import parsedate_to_datetime
 from html import unescape
 from importlib.metadata import version
@@ -35,36 +33,9 @@ NO_CREDIT_OWED = r"(cc0|cc-zero|cc-pd|pd|public-domain)\b"
 CREDIT_OWED = r"(cc-by(-sa)?|gfdl|fal|free-art(-license)?)\b"
 
 
-@dataclass
-class CommonsFile:
-    """A file as it was listed; `reason` says why it is not used, None if it can be."""
-
-    title: str
-    category: str
-    reason: str | None = None
-    page_id: int = 0
-    url: str = ""  # of the thumbnail
-    author: str = ""
-    license: str = ""
-    license_url: str = ""
-    source_url: str = ""  # the description page
-    sha1: str = ""  # of the original
-    class_name: str = ""
-
-    def name(self, width: int) -> str:
-        """Of the image here: another width, or a new version on Commons, is another file."""
-        plain = unicodedata.normalize("NFKD", Path(self.title).stem).encode("ascii", "ignore")
-        slug = "_".join(re.findall("[a-z0-9]+", plain.decode().lower()))[:60].strip("_")
-        stem = "_".join(filter(None, [str(self.page_id), slug, f"{width}px", self.sha1[:8]]))
-        return stem + Path(httpx.URL(self.url).path).suffix.lower().replace("jpeg", "jpg")
-
-    def metadata(self, file_name: str) -> dict[str, Any]:
-        """Its line of metadata.jsonl."""
-        licence = f"{self.license} ({self.license_url})" if self.license_url else self.license
-        attribution = f"{self.title}, {self.author}, {licence}, {self.source_url}"
-        fields = asdict(self)
-        del fields["reason"], fields["url"], fields["class_name"]
-        return {"file_name": file_name, "attribution": attribution, **fields}
+# A file of a category: its title, category, and reason, which says why it is not used (None if it
+# can be); the address of the thumbnail; and what metadata.jsonl tells of it.
+Listed = dict[str, Any]
 
 
 class _BrokenError(ConnectionError):
@@ -159,7 +130,7 @@ class Commons:
         members = (member for answer in answers for member in answer["query"]["categorymembers"])
         return [member["title"].removeprefix("Category:") for member in members]
 
-    def files(self, category: str, enough: int) -> list[CommonsFile]:
+    def files(self, category: str, enough: int) -> list[Listed]:
         """Whole batches of the category's files, until `enough` of them can be used."""
         query = {
             "generator": "categorymembers",
@@ -171,7 +142,7 @@ class Commons:
             "iiurlwidth": self.width,
             "iiextmetadatafilter": "Artist|Attribution|License|LicenseShortName|LicenseUrl|NonFree",
         }
-        files: list[CommonsFile] = []
+        files: list[Listed] = []
         batch: dict[str, dict[str, Any]] = {}
         try:
             for answer in self.answers(**query):
@@ -181,7 +152,7 @@ class Commons:
                 if "batchcomplete" in answer:
                     files += [_read_page(batch[title], category) for title in sorted(batch)]
                     batch = {}
-                    if sum(file.reason is None for file in files) >= enough:
+                    if sum(file["reason"] is None for file in files) >= enough:
                         break
         except ConnectionError as error:
             if "(urlparamnormal)" not in str(error):
@@ -190,7 +161,7 @@ class Commons:
             # comes after it.
             titles = [*(title.removeprefix("File:") for title in batch), f"Category:{category}"]
             reason = f"not listed to the end: {error}"
-            files += [CommonsFile(title, category, reason) for title in titles]
+            files += [{"title": title, "category": category, "reason": reason} for title in titles]
         return files
 
     def store(self, url: str, path: Path) -> str | None:
@@ -234,7 +205,7 @@ def _seconds_to_wait(retry_after: str) -> float:
         return 0.0
 
 
-def _read_page(page: dict[str, Any], category: str) -> CommonsFile:
+def _read_page(page: dict[str, Any], category: str) -> Listed:
     """A file as the API describes it; its texts may be HTML."""
     info = page.get("imageinfo", [{}])[0]
     entries = info.get("extmetadata") or {}
@@ -254,18 +225,18 @@ def _read_page(page: dict[str, Any], category: str) -> CommonsFile:
         f"{licence} asks for the author's name, and none is given": not (no_credit_owed or author),
         "no thumbnail": not info.get("thumburl"),
     }
-    return CommonsFile(
-        title=page["title"].removeprefix("File:"),
-        category=category,
-        reason=next((reason for reason, applies in obstacles.items() if applies), None),
-        page_id=page["pageid"],
-        url=info.get("thumburl", ""),
-        author=author or "unknown",
-        license=licence,
-        license_url=texts.get("LicenseUrl", ""),
-        source_url=info.get("descriptionurl", ""),
-        sha1=info.get("sha1", ""),
-    )
+    return {
+        "title": page["title"].removeprefix("File:"),
+        "category": category,
+        "page_id": page["pageid"],
+        "author": author or "unknown",
+        "license": licence,
+        "license_url": texts.get("LicenseUrl", ""),
+        "source_url": info.get("descriptionurl", ""),
+        "sha1": info.get("sha1", ""),
+        "url": info.get("thumburl", ""),
+        "reason": next((reason for reason, applies in obstacles.items() if applies), None),
+    }
 
 
 def plain_text(html: str) -> str:
