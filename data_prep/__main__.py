@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
-from data_prep.prepare import Report, prepare
+from data_prep.prepare import prepare
 from nicheclip.domain import Domain
 from nicheclip.evaluation.intervals import format_table
 from nicheclip.processes import keep_freed_memory
@@ -52,30 +53,22 @@ def main() -> None:
         print(f"next: accelerate launch train.py {run}")
 
 
-def summary(report: Report) -> str:
+def summary(report: dict[str, Any]) -> str:
     """What was read, what became of it, and the classes, in plain text."""
-    counts = report["counts"]
-    quarantined = (
-        ", ".join(f"{number} {reason}" for reason, number in counts["quarantined"].items())
-        or "none"
-    )
+    counts, splits = report["counts"], list(report["counts"]["kept"])
+    aside = [f"{number} {reason}" for reason, number in counts["quarantined"].items()]
     kept = ", ".join(f"{number} {split}" for split, number in counts["kept"].items())
-    dropped = counts["dropped_by_filter"]
     lines = [
-        f"{counts['read']} images read; quarantined: {quarantined}; dropped by the filter: "
-        f"{dropped}",
+        f"{counts['read']} images read; quarantined: {', '.join(aside) or 'none'}; dropped by the "
+        f"filter: {counts['dropped_by_filter']}",
         f"kept: {kept}; an epoch visits {counts['train_samples_per_epoch']} training views",
+        *report["warnings"],
     ]
-    lines += report["warnings"]
-    rows = [
-        [
-            entry["name"],
-            *(str(entry[split]) for split in counts["kept"]),
-            f"{entry['filter']['dropped']}",
-        ]
-        for entry in report["classes"]
-    ]
-    return "\n".join([*lines, "", format_table(["class", *counts["kept"], "dropped"], rows)])
+    rows = []
+    for entry in report["classes"]:
+        numbers = [*(entry[split] for split in splits), entry["filter"]["dropped"]]
+        rows.append([entry["name"], *map(str, numbers)])
+    return "\n".join([*lines, "", format_table(["class", *splits, "dropped"], rows)])
 
 
 if __name__ == "__main__":

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import yaml
 from scipy.cluster.hierarchy import linkage, to_tree
 from scipy.spatial.distance import squareform
 from sklearn.metrics import adjusted_rand_score
 from sklearn.metrics.cluster import pair_confusion_matrix
 
-from data_prep.divide import Catalogue, Division
 from data_prep.quality import out_of_fold_probabilities
 from nicheclip.domain import Domain
 from nicheclip.files import read_json
@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
     except (ValueError, OSError) as error:
         sys.exit(f"data_prep.clusters: {error}")
-    proposed = proposal(domain, report["confusions"], args.largest)
+    affinity = squareform(report["confusions"]["affinity"])
+    proposed = propose(domain.class_names, affinity, args.largest)
     print(to_yaml(domain, report["confusions"], proposed))
     print(f"\n{agreement(domain, proposed)}", file=sys.stderr)
     print(f"look at {run / 'data' / 'report.html'}, edit the clusters, paste them", file=sys.stderr)
@@ -64,9 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure(
     domain: Domain,
-    catalogue: Catalogue,
-    division: Division,
-    dropped: set[str],
+    kept: pd.DataFrame,
     image_embeds: np.ndarray,
     zero_shot: np.ndarray,
     seed: int = 0,
@@ -74,7 +73,8 @@ def measure(
     """What a linear probe and zero-shot confuse in train and validation, and in nothing else.
 
     Args:
-        dropped: source_ids that the filter takes out of train.
+        kept: source_id, label, split and group_id of the images that are used; the index is their
+            row in the next two.
         image_embeds: (N, D) of unit length.
         zero_shot: (N, C) probabilities.
 
@@ -83,21 +83,22 @@ def measure(
         of classes, the mean probability that one gets for images of the other; pairs: the highest
         ones in both directions, with the train images that the probe takes for the other class.
     """
-    in_train = np.flatnonzero(division.parts == "train")
-    train = [index for index in in_train if catalogue.source_ids[index] not in dropped]
-    used = np.concatenate([train, np.flatnonzero(division.parts == "validation")])
-    labels, names = catalogue.labels[used], domain.class_names
+    used = kept[kept.split.isin(["train", "validation"])]
+    in_train = (used.split == "train").to_numpy()
+    labels, names = domain.indices(used.label), domain.class_names
     probe = out_of_fold_probabilities(
-        image_embeds[used], labels, division.groups[used], len(names), seed
-    )  # (N, C)
-    by_probe, by_zero_shot = soft_confusion(probe, labels), soft_confusion(zero_shot[used], labels)
+        image_embeds[used.index], labels, used.group_id.to_numpy(), len(names), seed
+    )  # (M, C)
+    by_probe = soft_confusion(probe, labels)
+    by_zero_shot = soft_confusion(zero_shot[used.index], labels)
     affinity = ((by_probe + by_zero_shot) + (by_probe + by_zero_shot).T) / 4
     ranked = sorted(combinations(range(len(names)), 2), key=affinity.__getitem__, reverse=True)
     pairs = []
     for label, other in (way for a, b in ranked[:SHOWN_PAIRS] for way in ((a, b), (b, a))):
-        own = np.flatnonzero(labels[: len(train)] == label)
+        own = np.flatnonzero(in_train & (labels == label))
         mistaken = own[probe[own].argmax(axis=1) == other]
         surest = mistaken[np.argsort(-probe[mistaken, other], kind="stable")][:SHOWN_IMAGES]
+        chances = probe[surest, other].round(4).tolist()
         pairs.append(
             {
                 "label": names[label],
@@ -107,17 +108,14 @@ def measure(
                 "images": len(own),
                 "mistaken": len(mistaken),
                 "surest": [
-                    {
-                        "source_id": catalogue.source_ids[used[row]],
-                        "probability": round(float(probe[row, other]), 4),
-                    }
-                    for row in surest
+                    {"source_id": source_id, "probability": chance}
+                    for source_id, chance in zip(used.source_id.iloc[surest], chances, strict=True)
                 ],
             }
         )
     return {
-        "train": len(train),
-        "validation": len(used) - len(train),
+        "train": int(in_train.sum()),
+        "validation": int((~in_train).sum()),
         "affinity": squareform(affinity).round(5).tolist(),
         "pairs": pairs,
     }
@@ -139,24 +137,15 @@ def soft_confusion(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return sums / np.maximum(np.bincount(labels, minlength=len(sums)), 1)[:, None]
 
 
-def proposal(
-    domain: Domain, confusions: dict[str, Any], largest: int = LARGEST
-) -> dict[str, list[str]]:
-    """Clusters c1, c2, ... of the classes that `measure` found to be confused."""
-    members = propose(squareform(confusions["affinity"]), largest)
-    return {
-        f"c{n}": [domain.class_names[index] for index in own] for n, own in enumerate(members, 1)
-    }
-
-
-def propose(affinity: np.ndarray, largest: int = LARGEST) -> list[list[int]]:
+def propose(names: list[str], affinity: np.ndarray, largest: int = LARGEST) -> dict[str, list[str]]:
     """Average linkage, cut where a cluster would be too large or its parts too little confused.
 
-    Args: affinity (C, C) symmetric; largest: how many classes a cluster has at most.
+    Args: names (C) of the classes; affinity (C, C) symmetric; largest: how many classes a cluster
+        has at most.
 
     Returns:
-        the members of each cluster; classes that are confused with nothing come last, each in a
-        cluster of its own.
+        the members of the clusters c1, c2, ...; classes that are confused with nothing come last,
+        each in a cluster of its own.
     """
     pairs = squareform(affinity, checks=False)  # (C (C - 1) / 2,)
     least = max(TIMES_MEAN * pairs.mean(), LEAST_CONFUSION)
@@ -169,7 +158,8 @@ def propose(affinity: np.ndarray, largest: int = LARGEST) -> list[list[int]]:
             found.append(sorted(node.pre_order()))
         else:
             waiting += [node.left, node.right]
-    return sorted(found, key=lambda members: (len(members) == 1, members))
+    found.sort(key=lambda members: (len(members) == 1, members))
+    return {f"c{n}": [names[index] for index in members] for n, members in enumerate(found, 1)}
 
 
 def agreement(domain: Domain, proposed: dict[str, list[str]]) -> str:

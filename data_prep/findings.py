@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from typing import Any
 
-import datasets
-import numpy as np
+import pandas as pd
 
-from data_prep.divide import Catalogue, Division
 from data_prep.duplicates import Fingerprints
-from data_prep.quality import Verdict
 from data_prep.review import Suspicion
 from nicheclip.domain import Domain
 from nicheclip.run import SPLITS
@@ -21,57 +18,70 @@ SMALL_EXAM = 10  # test images of a class; with fewer, its own accuracy says nex
 Entry = dict[str, Any]  # an image of the report: source_id, label, sha256 and more
 
 
-def counts(
-    splits: dict[str, datasets.Dataset], quarantined: list[Entry], dropped: int, read: int
-) -> dict[str, Any]:
+def entries(images: pd.DataFrame, *columns: str) -> list[Entry]:
+    """How report.json names images, and more `columns` of them."""
+    return images[["source_id", "label", "sha256", *columns]].round(5).to_dict("records")
+
+
+def suspects(images: pd.DataFrame) -> list[Entry]:
+    """The training images whose label is doubted, and what becomes of them."""
+    doubted = images[images.outcome.notna()].sort_values("score", kind="stable")
+    return entries(doubted, "suspected_label", "score", "outcome")
+
+
+def least_likely_kept(kept: pd.DataFrame) -> list[Entry]:
+    """Those of train whose label is the least likely."""
+    train = kept[kept.split == "train"].sort_values("score", kind="stable")
+    return entries(train.head(LEAST_LIKELY), "suspected_label", "score")
+
+
+def counts(images: pd.DataFrame, kept: pd.DataFrame, quarantined: list[Entry], read: int) -> Entry:
     """How many images went which way.
 
     Raises:
         RuntimeError: if any image is unaccounted for.
     """
-    kept = {name: len(rows) for name, rows in splits.items()}
-    if read != sum(kept.values()) + len(quarantined) + dropped:
+    dropped = int((images.outcome == "dropped").sum())
+    if read != len(kept) + len(quarantined) + dropped:
         raise RuntimeError(
-            f"{read} images read; {kept} kept, {len(quarantined)} quarantined, {dropped} dropped"
+            f"{read} images read; {len(kept)} kept, {len(quarantined)} quarantined, {dropped} "
+            "dropped"
         )
+    sizes = kept.split.value_counts()
     return {
         "read": read,
         "quarantined": dict(Counter(entry["kind"] for entry in quarantined)),
         "dropped_by_filter": dropped,
-        "kept": kept,
-        "train_samples_per_epoch": int(np.sum(splits["train"]["repeats"][:])),
+        "kept": {name: int(sizes[name]) for name in SPLITS},
+        "train_samples_per_epoch": int(kept.repeats[kept.split == "train"].sum()),
     }
 
 
 def classes(
-    domain: Domain,
-    splits: dict[str, datasets.Dataset],
-    quarantined: list[Entry],
-    suspects: list[Entry],
-    verdict: Verdict,
+    domain: Domain, images: pd.DataFrame, kept: pd.DataFrame, quarantined: list[Entry]
 ) -> list[Entry]:
     """The same of each class."""
-    sizes = {name: Counter(rows["label"][:]) for name, rows in splits.items()}
+    pool = images[images.split == "train"]
+    judged = pool[["wanted", "suspect"]].assign(images=1, dropped=pool.outcome == "dropped")
+    filtered = judged.astype(int).groupby(pool.label).sum().to_dict("index")
+    sizes = pd.crosstab(kept.label, kept.split)[list(SPLITS)].to_dict("index")
+    samples = kept.repeats[kept.split == "train"].groupby(kept.label).sum().to_dict()
     aside = Counter(entry["label"] for entry in quarantined)
-    dropped = Counter(entry["label"] for entry in suspects if entry["outcome"] == "dropped")
-    samples: Counter[int] = Counter()
-    for label, repeats in zip(splits["train"]["label"], splits["train"]["repeats"], strict=True):
-        samples[label] += repeats
     return [
         {
             "name": name,
-            **{split: sizes[split][index] for split in SPLITS},
+            **sizes[name],
             "quarantined": aside[name],
-            "samples": samples[index],
-            "filter": verdict.classes[index] | {"dropped": dropped[name]},
+            "samples": samples[name],
+            "filter": filtered[name],
         }
-        for index, name in enumerate(domain.class_names)
+        for name in domain.class_names
     ]
 
 
 def warnings(
     classes: list[Entry],
-    catalogue: Catalogue,
+    images: pd.DataFrame,
     decided: dict[tuple[str, str], Suspicion],
     alike: list[Entry],
     fingerprints: Fingerprints,
@@ -79,11 +89,11 @@ def warnings(
     """What someone should look at before training."""
     found = []
     for entry in classes:
-        wanted, images, taken = (entry["filter"][key] for key in ("wanted", "images", "suspect"))
+        wanted, pool, taken = (entry["filter"][key] for key in ("wanted", "images", "suspect"))
         if wanted > taken:
             found.append(
-                f"{entry['name']}: the filter wanted {wanted} of {images} images "
-                f"({wanted / images:.0%}); this is rather a class that the base model does not "
+                f"{entry['name']}: the filter wanted {wanted} of {pool} images "
+                f"({wanted / pool:.0%}); this is rather a class that the base model does not "
                 f"know, not noise, and the cap held the filter to {taken}"
             )
     small = [f"{e['name']} ({e['test']})" for e in classes if e["test"] < SMALL_EXAM]
@@ -92,7 +102,7 @@ def warnings(
             f"fewer than {SMALL_EXAM} test images, so that the class's own accuracy will say next "
             f"to nothing: {', '.join(small)}; add images, or merge it with a class that it is like"
         )
-    present = set(zip(catalogue.sha256, catalogue.class_names, strict=True))
+    present = set(zip(images.sha256, images.label, strict=True))
     if unused := [line.source_id for key, line in decided.items() if key not in present]:
         found.append(
             f"{len(unused)} decisions in review.csv match no image, the first is {unused[0]}"
@@ -107,70 +117,35 @@ def warnings(
     return found
 
 
-def judged(
-    domain: Domain, catalogue: Catalogue, train: np.ndarray, verdict: Verdict
-) -> tuple[list[Entry], list[Entry]]:
-    """The suspected training images and what becomes of them; the least likely of those kept."""
-    drop = domain.quality_filter.action == "drop"
-    suspects: list[Entry] = []
-    kept: list[Entry] = []
-    for position in np.argsort(verdict.scores, kind="stable"):
-        entry = {
-            **catalogue.name(train[position]),
-            "suspected_label": domain.class_names[verdict.suspected_labels[position]],
-            "score": round(float(verdict.scores[position]), 5),
-        }
-        if verdict.suspect[position]:
-            suspects.append(entry | {"outcome": "dropped" if drop else "flagged"})
-        if not (verdict.suspect[position] and drop) and len(kept) < LEAST_LIKELY:
-            kept.append(entry)
-    return suspects, kept
-
-
-def near_duplicates(
-    splits: dict[str, datasets.Dataset], class_names: list[str]
-) -> list[list[dict[str, str]]]:
+def near_duplicates(kept: pd.DataFrame) -> list[list[dict[str, str]]]:
     """The members of each group of near-duplicates that are kept, the largest group first."""
-    members = defaultdict(list)
-    for name, rows in splits.items():
-        columns = (rows[column][:] for column in ("group_id", "source_id", "label"))
-        for group, source_id, label in zip(*columns, strict=True):
-            entry = {"source_id": source_id, "label": class_names[label], "split": name}
-            members[group].append(entry)
-    return sorted((group for group in members.values() if len(group) > 1), key=len, reverse=True)
+    several = kept[kept.duplicated("group_id", keep=False)]
+    members = several[["source_id", "label", "split"]].groupby(several.group_id, sort=False)
+    return sorted((group.to_dict("records") for _, group in members), key=len, reverse=True)
 
 
-def alike_across_splits(
-    catalogue: Catalogue, division: Division, fingerprints: Fingerprints
-) -> list[Entry]:
+def alike_across_splits(images: pd.DataFrame, fingerprints: Fingerprints) -> list[Entry]:
     """The pairs of pictures in different splits that the base model finds most alike."""
-    used = np.flatnonzero(division.parts != "")
-    pairs = fingerprints.take(used).most_alike_across(division.parts[used], MOST_ALIKE)
+    parts = images.split.to_numpy(dtype=str)
     return [
         {
-            "source_ids": [catalogue.source_ids[used[index]] for index in pair],
-            "splits": [str(division.parts[used[index]]) for index in pair],
+            "source_ids": images.source_id[pair].tolist(),
+            "splits": images.split[pair].tolist(),
             "cosine": round(cosine, 4),
         }
-        for *pair, cosine in pairs
+        for *pair, cosine in fingerprints.most_alike_across(parts, MOST_ALIKE)
     ]
 
 
 def suspicions(quarantined: list[Entry], suspects: list[Entry]) -> list[Suspicion]:
     """The lines of review.csv: conflicts, and suspects of the filter."""
-    conflicts = [
-        Suspicion(
-            entry["source_id"],
-            entry["label"],
-            entry["sha256"],
-            f"conflict: {entry['detail']} ({entry['other']})",
-            outcome="set aside",
-        )
-        for entry in quarantined
-        if entry["kind"] == "conflict"
-    ]
-    wrong = [
-        Suspicion(**entry | {"score": f"{entry['score']:.5f}", "reason": "wrong label?"})
-        for entry in suspects
-    ]
-    return conflicts + wrong
+    lines = []
+    for entry in quarantined:
+        if entry["kind"] == "conflict":
+            image = entry["source_id"], entry["label"], entry["sha256"]
+            reason = f"conflict: {entry['detail']} ({entry['other']})"
+            lines.append(Suspicion(*image, reason, outcome="set aside"))
+    for entry in suspects:
+        told = {"score": f"{entry['score']:.5f}", "reason": "wrong label?"}
+        lines.append(Suspicion(**entry | told))
+    return lines

@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import torch
 from PIL import Image
@@ -35,6 +34,7 @@ from nicheclip.domain import Domain, class_key
 from nicheclip.evaluation.intervals import format_table
 from nicheclip.files import replaced_file
 from nicheclip.images import readable_formats
+from nicheclip.publishing.pages import environment
 
 BASE = "openai/clip-vit-base-patch32"
 TEMPLATES = (
@@ -118,21 +118,10 @@ def look_into(folder: Path) -> Survey:
     paths = [path.relative_to(folder) for path in list_files(folder) if path.name not in SIDECARS]
     deeper = {path.parts[0] for path in paths if len(path.parts) > 2}
     flat = {path.parts[0] for path in paths if len(path.parts) == 2} - deeper
-    images: Counter[str] = Counter()
-    splits, nested, loose, others = set(), set(), [], []
-    for path in paths:
-        split, folders = split_and_folders(path.parts, flat)
-        if not folders:
-            loose.append(path.as_posix())
-            continue
-        if split:
-            splits.add(split)
-        if len(folders) > 1:
-            nested.add("/".join(folders[:2]))
-        if _begins_like_an_image(folder / path):
-            images[folders[0]] += 1
-        else:
-            others.append(path.as_posix())
+    placed = [(path.as_posix(), *split_and_folders(path.parts, flat)) for path in paths]
+    inside = [(path, folders) for path, _, folders in placed if folders]
+    others = [path for path, _ in inside if not _begins_like_an_image(folder / path)]
+    images = Counter(folders[0] for path, folders in inside if path not in set(others))
     if len(images) < 2:
         only = f"only the class '{next(iter(images))}'" if images else "no class folder with images"
         raise ValueError(
@@ -146,22 +135,10 @@ def look_into(folder: Path) -> Survey:
             raise ValueError(
                 f"the folders '{other}' and '{name}' name one class; put them together"
             )
-    return Survey(folder, counts, splits, _warnings(counts, sorted(nested), others, loose))
-
-
-def _begins_like_an_image(path: Path) -> bool:
-    try:
-        with Image.open(path, formats=readable_formats()):
-            return True
-    except Exception:  # decoders raise nearly anything for a broken file; data_prep will say what
-        return False
-
-
-def _warnings(
-    images: dict[str, int], nested: list[str], others: list[str], loose: list[str]
-) -> list[str]:
-    tiny = [f"{name} ({count})" for name, count in images.items() if count < LEAST]
-    small = [f"{name} ({count})" for name, count in images.items() if LEAST <= count < SMALL_CLASS]
+    loose = [path for path, _, folders in placed if not folders]
+    nested = sorted({"/".join(folders[:2]) for _, folders in inside if len(folders) > 1})
+    tiny = [f"{name} ({count})" for name, count in counts.items() if count < LEAST]
+    small = [f"{name} ({count})" for name, count in counts.items() if LEAST <= count < SMALL_CLASS]
     told = {
         f"fewer than {LEAST} images, which can't fill the four splits, so data_prep will "
         f"refuse: {_few(tiny)}; add images, or take the folders out": tiny,
@@ -172,11 +149,21 @@ def _warnings(
         f"{_few(others)}": others,
         f"{len(loose)} files outside of any class folder, left out: {_few(loose)}": loose,
     }
-    return [warning for warning, names in told.items() if names]
+    warnings = [warning for warning, names in told.items() if names]
+    splits = {split for _, split, folders in placed if split and folders}
+    return Survey(folder, counts, splits, warnings)
 
 
-def _few(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _begins_like_an_image(path: Path) -> bool:
+    try:
+        with Image.open(path, formats=readable_formats()):
+            return True
+    except Exception:  # decoders raise nearly anything for a broken file; data_prep will say what
+        return False
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def domain_file(survey: Survey, name: str, base: str, noun: str) -> str:
@@ -188,22 +175,22 @@ def domain_file(survey: Survey, name: str, base: str, noun: str) -> str:
     """
     names = [re.sub(r"[\s_]+|(?<=\w)-+(?=\w)", " ", folder).strip() for folder in survey.images]
     prompts = _prompts(names, noun, noun or _kind(name))
-    local, config = True, CLIPConfig()
+    local: str | None = base
+    config: Any
     try:
         config = CLIPConfig.from_pretrained(base, local_files_only=True)
     except OSError:  # it is not here, and a big model is not fetched for a proposal
-        local = False
-    text: Any = config.text_config
-    vision: Any = config.vision_config
-    clusters, origin = _clusters(prompts, base if local else None)
+        local, config = None, CLIPConfig()
+    clusters, origin = _clusters(prompts, local)
     middle = int(statistics.median(survey.images.values()))
     samples = min(280, max(24, middle))
     epoch = samples * len(names)
     batch = min(BATCH, epoch // 2)
     epochs = round(min(12, max(5, STEPS * batch / epoch)))
-    template = Path(__file__).with_name("new_domain.yaml.jinja").read_text(encoding="utf-8")
-    return jinja2.Template(
-        template, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    templates = environment(Path(__file__).parent)
+    templates.autoescape = False
+    return templates.get_template(
+        "new_domain.yaml.jinja"
     ).render(
         quoted=partial(json.dumps, ensure_ascii=False),  # which is YAML, whatever a class is called
         survey=survey,
@@ -217,10 +204,10 @@ def domain_file(survey: Survey, name: str, base: str, noun: str) -> str:
         samples=samples,
         batch=batch,
         epochs=(epochs, max(3, epochs // 2)),
-        rates=RATES["wide" if text.hidden_size >= WIDE else "narrow"],
-        blocks=min(2, vision.num_hidden_layers),
+        rates=RATES["wide" if config.text_config.hidden_size >= WIDE else "narrow"],
+        blocks=min(2, config.vision_config.num_hidden_layers),
         hard_negatives=not clusters or any(len(members) > 1 for members in clusters.values()),
-        side=max(32, vision.image_size * 9 // 7),
+        side=max(32, config.vision_config.image_size * 9 // 7),
         smallest=min(survey.images.values()),
         small=SMALL_CLASS,
     )
@@ -243,8 +230,7 @@ def _kind(name: str) -> str:
     """Of what the classes are kinds: "birds" -> "bird"; a comment asks to correct it."""
     words = re.sub(r"[-_.]", " ", name).strip()
     for plural, singular in ((r"ies$", "y"), (r"(?<=[cs]h)es$", ""), (r"(?<!s)s$", "")):
-        if re.search(plural, words):
-            return re.sub(plural, singular, words)
+        words = re.sub(plural, singular, words)
     return words
 
 
@@ -254,14 +240,14 @@ def _clusters(prompts: dict[str, list[str]], base: str | None) -> tuple[dict[str
     if len(names) <= FEW_CLASSES:
         return {"all": names}, "so few classes are one cluster"
     if base:
-        members = propose(_alike(prompts, base))
+        clusters = propose(names, _alike(prompts, base))
         origin = "proposed from the base model's text_embeds of the prompts: a guess"
     else:
-        members = propose(_shared_words(names))
+        clusters = propose(names, _shared_words(names))
         origin = "proposed from words that the names share, without the base model: a guess"
-    if len(members) == len(names):
+    if len(clusters) == len(names):
         return {}, "none proposed, since no classes stand out as alike: all of them are one cluster"
-    return {f"c{n}": [names[index] for index in own] for n, own in enumerate(members, 1)}, origin
+    return clusters, origin
 
 
 def _alike(prompts: dict[str, list[str]], base: str) -> np.ndarray:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
-from nicheclip.domain import QualityFilter
+from nicheclip.domain import Domain, QualityFilter
 
 # sklearn's C, the inverse strength; the out-of-fold NLL picks one
 REGULARIZATIONS = (1.0, 3.0, 10.0, 30.0)
@@ -39,37 +38,32 @@ def out_of_fold_probabilities(
         (N, C) float, rows add up to 1. A class that a fold's training part lacks has probability 0
         there.
     """
-    # Enough to choose the regularisation.
-    few = np.random.default_rng(seed).permutation(len(labels))[:4000]
-    losses = []
-    with tqdm(
-        total=len(REGULARIZATIONS) + 1,
-        desc="judging labels with linear probes",
-        unit="probe",
-        leave=False,
-    ) as progress:
-        for strength in REGULARIZATIONS:
-            own = _out_of_fold(image_embeds[few], labels[few], groups[few], classes, strength, seed)
-            losses.append(-np.log(np.maximum(own[np.arange(len(few)), labels[few]], 1e-6)).mean())
-            progress.update()
-        best = REGULARIZATIONS[int(np.argmin(losses))]
-        return _out_of_fold(image_embeds, labels, groups, classes, best, seed)
 
+    def out_of_fold(some: np.ndarray, strength: float) -> np.ndarray:
+        present, own = np.unique(labels[some], return_inverse=True)
+        splits = min(5, len(np.unique(groups[some])), np.bincount(own).max())
+        if splits < 2 or len(present) < 2:
+            # There is nothing to learn from, so nobody is suspected.
+            return np.full((len(some), classes), 1 / classes)
+        probabilities = np.zeros((len(some), classes))
+        probabilities[:, present] = cross_val_predict(
+            LogisticRegression(C=strength, tol=1e-3, max_iter=500),
+            image_embeds[some],
+            own,
+            groups=groups[some],
+            cv=StratifiedGroupKFold(splits, shuffle=True, random_state=seed),
+            method="predict_proba",
+        )
+        return probabilities
 
-def _out_of_fold(
-    image_embeds: np.ndarray,
-    labels: np.ndarray,
-    groups: np.ndarray,
-    classes: int,
-    strength: float,
-    seed: int,
-) -> np.ndarray:
-    present, own = np.unique(labels, return_inverse=True)
-    probabilities = np.zeros((len(labels), classes))
-    splits = min(5, len(np.unique(groups)), np.bincount(own).max())
-    if splits < 2 or len(present) < 2:
-        # There is nothing to learn from, so nobody is suspected.
-        return np.full_like(probabilities, 1 / classes)
+    def loss(strength: float) -> float:
+        own = out_of_fold(few, strength)[np.arange(len(few)), labels[few]]
+        return -np.log(np.maximum(own, 1e-6)).mean()
+
+    few = np.random.default_rng(seed).permutation(len(labels))[:4000]  # enough to choose by
+    strengths = tqdm(
+        REGULARIZATIONS, "judging labels with linear probes", unit="probe", leave=False
+    )
     # Threads would spend more time on waiting for each other than on matrices of this size.
     with threadpool_limits(1), warnings.catch_warnings():
         # A class may be smaller than the number of folds, or missing in one; and a probe that is
@@ -77,43 +71,41 @@ def _out_of_fold(
         for message in ("The least populated class", "Number of classes in training fold"):
             warnings.filterwarnings("ignore", message)
         warnings.simplefilter("ignore", ConvergenceWarning)
-        probabilities[:, present] = cross_val_predict(
-            LogisticRegression(C=strength, tol=1e-3, max_iter=500),
-            image_embeds,
-            own,
-            groups=groups,
-            cv=StratifiedGroupKFold(splits, shuffle=True, random_state=seed),
-            method="predict_proba",
-        )
-    return probabilities
+        return out_of_fold(np.arange(len(labels)), min(strengths, key=loss))
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What the filter makes of the training images.
+def suspect_labels(
+    images: pd.DataFrame, image_embeds: np.ndarray, zero_shot: np.ndarray, domain: Domain, seed: int
+) -> pd.DataFrame:
+    """Judges the labels of train; those that a person has kept are trusted.
 
-    Attributes:
-        scores: (N,) how well the own label fits: the lower, the more suspect. For `linear_probe`
-            the probability of the own label over its mean in the class, for `zero_shot` the
-            probability itself.
-        suspected_labels: (N,) the likeliest other class.
-        suspect: (N,) bool, below the threshold and within the cap.
-        classes: for each class how many `images` it has, how many the threshold `wanted`, and how
-            many are `suspect`.
+    Args:
+        images: (N rows) as `data_prep.divide` gives them.
+        image_embeds: (N, D) of unit length.
+        zero_shot: (N, C) probabilities.
+
+    Returns:
+        the images and, for those of train, the columns of `judge` and outcome: "dropped",
+        "flagged" or None.
     """
-
-    scores: np.ndarray
-    suspected_labels: np.ndarray
-    suspect: np.ndarray
-    classes: list[dict[str, int]]
+    how, names = domain.quality_filter, np.array(domain.class_names, dtype=object)
+    train = np.flatnonzero(images.split == "train")
+    labels, probabilities = domain.indices(images.label)[train], zero_shot[train]
+    if how.mode == "linear_probe":
+        groups = images.group_id.to_numpy()[train]
+        probabilities = out_of_fold_probabilities(
+            image_embeds[train], labels, groups, len(names), seed
+        )
+    verdict = judge(probabilities, labels, how, (images.decision == "keep").to_numpy()[train])
+    verdict["suspected_label"] = names[verdict.suspected_label]
+    outcome = "dropped" if how.action == "drop" else "flagged"
+    verdict["outcome"] = verdict.suspect.map({True: outcome, False: None})
+    return images.join(verdict.set_index(train))
 
 
 def judge(
-    probabilities: np.ndarray,
-    labels: np.ndarray,
-    how: QualityFilter,
-    trusted: np.ndarray | None = None,
-) -> Verdict:
+    probabilities: np.ndarray, labels: np.ndarray, how: QualityFilter, trusted: np.ndarray
+) -> pd.DataFrame:
     """Finds the images whose own label is unlikely, at most `how.max_drop_share` of a class.
 
     A threshold relative to the class keeps it from deleting a class of which the base model knows
@@ -123,29 +115,26 @@ def judge(
         probabilities: (N, C), out of fold for `linear_probe`, zero-shot for `zero_shot` and `none`.
         labels: (N,) int.
         trusted: (N,) bool, images that a person has kept; they are never suspected.
+
+    Returns:
+        (N rows) score: how well the own label fits, for `linear_probe` its probability over the
+        mean in the class, for `zero_shot` the probability itself; suspected_label: the likeliest
+        other class, int; wanted: whether the score is below the threshold; suspect: whether the cap
+        allows it, too.
     """
-    trusted = np.zeros(len(labels), dtype=bool) if trusted is None else trusted
-    everyone = np.arange(len(labels))
-    scores = probabilities[everyone, labels]
-    others = probabilities.copy()
+    everyone, others = np.arange(len(labels)), probabilities.copy()
     others[everyone, labels] = -1
+    verdict = pd.DataFrame({"score": probabilities[everyone, labels].astype(float)})
+    verdict["suspected_label"] = others.argmax(axis=1)
     if how.mode == "linear_probe":
-        sizes = np.bincount(labels, minlength=probabilities.shape[1])
-        mean = np.bincount(labels, scores, len(sizes)) / np.maximum(sizes, 1)
         # A class without any probability can't be judged: all of it is as good as its mean.
-        scores = np.divide(scores, mean[labels], out=np.ones_like(scores), where=mean[labels] > 0)
-    threshold = threshold_of(how)
-    suspect = np.zeros(len(labels), dtype=bool)
-    counts = []
-    for label in range(probabilities.shape[1]):
-        own = np.flatnonzero(labels == label)
-        below = own[(scores[own] < threshold) & ~trusted[own]] if how.mode != "none" else own[:0]
-        chosen = below[np.argsort(scores[below], kind="stable")][
-            : math.floor(how.max_drop_share * len(own))
-        ]
-        suspect[chosen] = True
-        counts.append({"images": len(own), "wanted": len(below), "suspect": len(chosen)})
-    return Verdict(scores, others.argmax(axis=1), suspect, counts)
+        verdict.score = (verdict.score / verdict.groupby(labels).score.transform("mean")).fillna(1)
+    verdict["wanted"] = (verdict.score < threshold_of(how)) & ~trusted & (how.mode != "none")
+    wanted = verdict[verdict.wanted]
+    place = wanted.groupby(labels[wanted.index]).score.rank(method="first")  # from 1
+    most = np.floor(how.max_drop_share * np.bincount(labels))[labels]
+    verdict["suspect"] = place.reindex(verdict.index) <= most
+    return verdict
 
 
 def samples_per_epoch(

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from scipy.spatial.distance import squareform
 
-from data_prep.clusters import agreement, proposal
+from data_prep.clusters import agreement, propose
 from data_prep.findings import SMALL_EXAM
 from data_prep.quality import threshold_of
 from nicheclip.domain import Domain, QualityFilter
@@ -52,7 +53,7 @@ def write_report(
     """
     aside, suspects = report["quarantined"], report["suspects"]
     mistaken = Counter((entry["label"], entry["suspected_label"]) for entry in suspects)
-    proposed = proposal(domain, report["confusions"])
+    proposed = propose(domain.class_names, squareform(report["confusions"]["affinity"]))
     page = environment(Path(__file__).parent).get_template("report.html.jinja")
     content = page.render(
         report=report,

@@ -8,8 +8,10 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
+
+import pandas as pd
 
 from nicheclip.files import replaced_file
 
@@ -76,12 +78,8 @@ def write_review(path: Path, suspicions: Iterable[Suspicion]) -> None:
     """
     decided = read_decisions(path)
     lines = {(entry.sha256, entry.label): entry for entry in suspicions} | decided
-    # Without its mark, Excel garbles accents.
-    with (
-        replaced_file(path) as unfinished,
-        unfinished.open("w", encoding="utf-8-sig", newline="") as file,
-    ):
-        writer = csv.DictWriter(file, [field.name for field in fields(Suspicion)])
-        writer.writeheader()
-        for entry in sorted(lines.values(), key=lambda entry: (entry.reason, entry.source_id)):
-            writer.writerow(asdict(entry))
+    columns = [field.name for field in fields(Suspicion)]
+    table = pd.DataFrame(list(lines.values()), columns=columns).sort_values(["reason", "source_id"])
+    with replaced_file(path) as unfinished:
+        # Without its mark, Excel garbles accents.
+        table.to_csv(unfinished, index=False, encoding="utf-8-sig", lineterminator="\r\n")

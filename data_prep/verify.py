@@ -52,17 +52,17 @@ def verify_image(
         to be done to read it, or None), and why the file can't be used: error_kind, "unreadable",
         "too small" or "blank", and error_detail, both None if it can.
     """
-    nothing = dict.fromkeys(VERIFIED_FEATURES)
+    verified: dict[str, Any] = dict.fromkeys(VERIFIED_FEATURES)
     try:
-        return nothing | _verified(source, stored_short_side, smallest_side)
+        verified |= _verified(source, stored_short_side, smallest_side)
     except UnusableError as error:
-        kind, detail = error.args
-    except UnidentifiedImageError:
-        kind, detail = "unreadable", "not an image"
+        verified["error_kind"], verified["error_detail"] = error.args
     # Decoders raise nearly anything for a broken file; the reason is kept.
     except Exception as error:
-        kind, detail = "unreadable", (str(error) or type(error).__name__).splitlines()[0]
-    return nothing | {"error_kind": kind, "error_detail": detail}
+        told = (str(error) or type(error).__name__).splitlines()[0]
+        verified["error_kind"] = "unreadable"
+        verified["error_detail"] = "not an image" if type(error) is UnidentifiedImageError else told
+    return verified
 
 
 def _verified(
@@ -73,11 +73,31 @@ def _verified(
     content = source["bytes"] if source["bytes"] is not None else Path(source["path"]).read_bytes()
     if not content:
         raise UnusableError("unreadable", "empty file")
+    mended: list[str] = []
     with warnings.catch_warnings():
         # A picture of twice as many pixels is an error.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         with Image.open(io.BytesIO(content), formats=readable_formats()) as opened:
-            image, mended, as_is = _read(opened, stored_short_side, smallest_side)
+            (width, height), short_side = opened.size, min(opened.size)
+            if short_side < smallest_side:
+                told = f"{width} x {height} px, expected at least {smallest_side} on the short side"
+                raise UnusableError("too small", told)
+            # Of an MPO the others are previews.
+            if getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO":
+                mended.append("first frame of an animation")
+            plain = opened.format == "JPEG" and opened.mode == "RGB"
+            enough = [side * stored_short_side // short_side + 1 for side in opened.size]
+            opened.draft("RGB", (enough[0], enough[1]))
+            image = to_rgb(opened, mended)
+            # They may tell where and by whom it was taken.
+            private = {"exif", "xmp", "comment", "photoshop"} & set(opened.info)
+    as_is = plain and short_side <= stored_short_side and not mended and not private
+    if min(image.size) > stored_short_side:
+        scale = stored_short_side / min(image.size)
+        size = [max(1, round(side * scale)) for side in image.size]
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    if image.getcolors(maxcolors=1):
+        raise UnusableError("blank", "every pixel has the same colour")
     side = 4 * HASH_SIDE  # to which imagehash shrinks
     small = image.convert("L").resize((side, side), Image.Resampling.LANCZOS)
     stored = content if as_is else encode_jpeg(image, JPEG_QUALITY)
@@ -88,33 +108,3 @@ def _verified(
         "mirrored_phash": str(imagehash.phash(ImageOps.mirror(small), hash_size=HASH_SIDE)),
         "mended": "; ".join(mended) or None,
     }
-
-
-def _read(
-    opened: Image.Image, stored_short_side: int, smallest_side: int
-) -> tuple[Image.Image, list[str], bool]:
-    """The image as it is stored, what was mended, and whether the file can be stored as it is."""
-    width, height = opened.size
-    short_side = min(opened.size)
-    if short_side < smallest_side:
-        raise UnusableError(
-            "too small",
-            f"{width} x {height} px, expected at least {smallest_side} on the short side",
-        )
-    mended = []
-    # Of an MPO the others are previews.
-    if getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO":
-        mended.append("first frame of an animation")
-    plain = opened.format == "JPEG" and opened.mode == "RGB" and short_side <= stored_short_side
-    enough = [side * stored_short_side // short_side + 1 for side in (width, height)]
-    opened.draft("RGB", (enough[0], enough[1]))
-    image = to_rgb(opened, mended)
-    # They may tell where and by whom it was taken.
-    private = {"exif", "xmp", "comment", "photoshop"} & set(opened.info)
-    if min(image.size) > stored_short_side:
-        scale = stored_short_side / min(image.size)
-        size = [max(1, round(side * scale)) for side in image.size]
-        image = image.resize(size, Image.Resampling.BICUBIC)
-    if image.getcolors(maxcolors=1):
-        raise UnusableError("blank", "every pixel has the same colour")
-    return image, mended, plain and not mended and not private

@@ -57,25 +57,23 @@ def map_shards(
             "\n".join([settings, *(identity[index] for index in span)]).encode()
         ).hexdigest()
         shards.append((span, cache / key[:24]))
-    missing = sum(len(span) for span, folder in shards if not folder.is_dir())
-    _check_room(cache, missing * bytes_per_row, description)
+    todo = [(span, folder) for span, folder in shards if not folder.is_dir()]
+    missing = sum(len(span) for span, _ in todo)
+    cache.mkdir(parents=True, exist_ok=True)
+    needed, free = missing * bytes_per_row, shutil.disk_usage(cache).free
+    if needed > free:
+        raise OSError(
+            f"{description} needs {needed / 1e9:.1f} GB in '{cache}', where {free / 1e9:.1f} GB "
+            "are free; make room"
+        )
     state.wait_for_everyone()  # so that all have looked before one of them writes
-    mine = [
-        shard
-        for shard in shards[state.process_index :: state.num_processes]
-        if not shard[1].is_dir()
-    ]
+    mine = todo[state.process_index :: state.num_processes]
     workers = min((os.cpu_count() or 1) // state.num_processes, len(mine)) if parallel else 1
-    with tqdm(
-        total=len(rows),
-        desc=description,
-        unit="img",
-        leave=False,
-        disable=not state.is_local_main_process,
-    ) as progress:
-        progress.update(len(rows) - state.num_processes * sum(len(span) for span, _ in mine))
+    hidden = not state.is_local_main_process
+    with tqdm(total=len(rows), desc=description, unit="img", leave=False, disable=hidden) as bar:
+        bar.update(len(rows) - missing)
         for done in _finished(rows, step, mine, workers):
-            progress.update(state.num_processes * done)
+            bar.update(state.num_processes * done)
     state.wait_for_everyone()
     if state.is_main_process:
         wanted = {folder.name for _, folder in shards}
@@ -100,16 +98,6 @@ def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _check_room(cache: Path, needed: int, what: str) -> None:
-    cache.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(cache).free
-    if needed > free:
-        raise OSError(
-            f"{what} needs {needed / 1e9:.1f} GB in '{cache}', where {free / 1e9:.1f} GB are "
-            "free; make room"
-        )
-
-
 def _finished(
     rows: datasets.Dataset, step: Step, shards: list[tuple[range, Path]], workers: int
 ) -> Iterator[int]:
@@ -118,26 +106,20 @@ def _finished(
         for span, folder in shards:
             yield _finish(rows.select(span), step, folder)
         return
-    with ProcessPoolExecutor(workers, initializer=_end_with_parent) as pool:
-        futures = [
-            pool.submit(_finish, _portable(rows.select(span)), step, folder)
-            for span, folder in shards
-        ]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    pool = ProcessPoolExecutor(workers, initializer=_end_with_parent)
+    try:
+        parts = ((_portable(rows.select(span)), step, folder) for span, folder in shards)
+        for future in as_completed([pool.submit(_finish, *part) for part in parts]):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _portable(rows: datasets.Dataset) -> datasets.Dataset:
     """A shard of a table in memory would carry the whole table along when it is pickled."""
-    return (
-        rows
-        if rows.cache_files
-        else datasets.Dataset.from_list(rows.to_list(), features=rows.features)
-    )
+    if rows.cache_files:
+        return rows
+    return datasets.Dataset.from_list(rows.to_list(), features=rows.features)
 
 
 def _end_with_parent() -> None:

@@ -8,11 +8,11 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
 from data_prep.clusters import agreement, main, measure, propose, soft_confusion
-from data_prep.divide import Catalogue, Division
 from nicheclip.domain import Domain
 
 
@@ -69,10 +69,10 @@ def test_confusions_are_measured_on_what_trains_and_on_validation_alone(domain):
     zero_shot[(labels == 2), 3] += 1
     names = [f"{part}/{index}" for index, part in enumerate(parts)]
     dropped = {name for name in names if name.startswith("train/1")}
-    class_names = [domain.class_names[i] for i in labels]
-    catalogue = Catalogue(names, class_names, labels, names, [None] * 400)
-    arguments = domain, catalogue, Division(parts, np.array(names), {}), dropped
-    found = measure(*arguments, image_embeds, zero_shot)
+    images = pd.DataFrame({"source_id": names, "group_id": names, "split": parts})
+    images["label"] = [domain.class_names[i] for i in labels]
+    kept = images[(parts != "") & ~images.source_id.isin(dropped)]
+    found = measure(domain, kept, image_embeds, zero_shot)
 
     train = (parts == "train") & ~np.isin(names, list(dropped))
     used = train | (parts == "validation")
@@ -92,7 +92,7 @@ def test_confusions_are_measured_on_what_trains_and_on_validation_alone(domain):
     assert any(way["surest"] for way in found["pairs"])
 
     image_embeds[~used], zero_shot[~used] = 0, 1 / 12
-    assert measure(*arguments, image_embeds, zero_shot) == found
+    assert measure(domain, kept, image_embeds, zero_shot) == found
 
 
 def noise(classes: int, seed: int) -> np.ndarray:
@@ -103,14 +103,18 @@ def noise(classes: int, seed: int) -> np.ndarray:
     return affinity
 
 
+def members(affinity: np.ndarray, **options: int) -> list[list[int]]:
+    return list(propose(range(len(affinity)), affinity, **options).values())
+
+
 def test_planted_blocks_are_found():
     blocks = [[0, 5, 9], [1, 2], [3, 7, 8, 11]]
     affinity = noise(12, seed=0)
     for block in blocks:
         affinity[np.ix_(block, block)] += 0.15
     np.fill_diagonal(affinity, 0)
-    assert propose(affinity) == [*blocks, [4], [6], [10]]
-    smaller = propose(affinity, largest=3)
+    assert members(affinity) == [*blocks, [4], [6], [10]]
+    smaller = members(affinity, largest=3)
     assert max(map(len, smaller)) == 3 and [0, 5, 9] in smaller
     assert sorted(sum(smaller, [])) == list(range(12))
 
@@ -119,13 +123,13 @@ def test_planted_blocks_are_found():
     "affinity", [noise(12, seed=1), np.zeros((12, 12)), np.ones((2, 2)) - np.eye(2)]
 )
 def test_without_a_pair_that_stands_out_every_class_is_alone(affinity):
-    assert propose(affinity) == [[index] for index in range(len(affinity))]
+    assert members(affinity) == [[index] for index in range(len(affinity))]
 
 
 def test_rare_mistakes_join_nothing():
     affinity = np.zeros((5, 5))
     affinity[0, 1] = affinity[1, 0] = 0.005  # far above the mean, and yet next to nothing
-    assert propose(affinity) == [[0], [1], [2], [3], [4]]
+    assert members(affinity) == [[0], [1], [2], [3], [4]]
 
 
 def test_confusion_does_not_depend_on_class_sizes():

@@ -6,18 +6,19 @@ import hashlib
 import io
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from data_prep.divide import assign_splits
 from data_prep.duplicates import Fingerprints, connected_groups
 from data_prep.prepare import prepare
 from data_prep.quality import judge, out_of_fold_probabilities, samples_per_epoch
 from data_prep.sources.folders import read_folders
-from data_prep.splits import assign_splits
-from data_prep.verify import verify_image
+from data_prep.verify import verify_rows
 from domains.facades.painter import STYLES, draw
 from domains.facades.score import score
 from nicheclip.clip import encode_images, load_clip
@@ -219,18 +220,10 @@ def test_a_split_without_images_of_a_class_is_refused(tmp_path, two_styles):
 
 
 def prints(pictures: list[Image.Image], domain: Domain) -> Fingerprints:
-    model, processor = load_clip(domain.base)
-    encoded = [
-        verify_image({"bytes": as_file(picture), "path": None}, stored_short_side=96)
-        for picture in pictures
-    ]
-    return Fingerprints.make(
-        [entry["phash"] for entry in encoded],
-        [entry["mirrored_phash"] for entry in encoded],
-        encode_images(model, processor, pictures, len(pictures), progress=False),
-        picture=pictures.__getitem__,
-        encode=lambda copies: encode_images(model, processor, copies, len(copies), progress=False),
-    )
+    encode = partial(encode_images, *load_clip(domain.base), progress=False)
+    files = [{"image": {"bytes": as_file(picture), "path": None}} for picture in pictures]
+    rows = verify_rows(files, stored_short_side=96, smallest_side=1)
+    return Fingerprints.make(rows, encode(pictures, len(pictures)), encode)
 
 
 def as_file(picture: Image.Image, **options) -> bytes:
@@ -302,15 +295,16 @@ def test_the_filter_never_deletes_a_class_that_the_base_model_does_not_know(mode
     labels = np.repeat([0, 1], 100)
     own = np.concatenate([np.full(100, 0.9), np.linspace(0, 0.056, 100)])
     probabilities = np.where(labels[:, None] == [0, 1], own[:, None], 1 - own[:, None])
-    verdict = judge(probabilities, labels, QualityFilter(mode=mode))
-    assert verdict.classes[0] == {"images": 100, "wanted": 0, "suspect": 0}
-    assert verdict.classes[1]["suspect"] <= 30
-    assert verdict.classes[1]["wanted"] == (89 if mode == "zero_shot" else 10)
+    trusted = np.zeros(200, dtype=bool)
+    verdict = judge(probabilities, labels, QualityFilter(mode=mode), trusted)
+    counts = verdict[["wanted", "suspect"]].groupby(labels).sum()
+    assert counts.wanted.tolist() == [0, 89 if mode == "zero_shot" else 10]
+    assert counts.suspect[0] == 0 and counts.suspect[1] <= 30
     assert own[verdict.suspect].max() < own[(labels == 1) & ~verdict.suspect].min(), (
         "the least likely go first"
     )
-    assert set(verdict.suspected_labels[labels == 1]) == {0}
-    assert not judge(probabilities, labels, QualityFilter(mode="none")).suspect.any()
+    assert set(verdict.suspected_label[labels == 1]) == {0}
+    assert not judge(probabilities, labels, QualityFilter(mode="none"), trusted).suspect.any()
 
 
 def test_what_a_person_has_kept_is_not_suspected():
@@ -328,7 +322,8 @@ def test_classes_of_few_images_are_judged_or_left_alone(size):
     embeds = np.eye(8)[labels] + 0.05 * rng.normal(size=(3 * size, 8))
     probabilities = out_of_fold_probabilities(embeds, labels, np.arange(3 * size), 3)
     assert np.isfinite(probabilities).all()
-    assert not judge(probabilities, labels, QualityFilter()).suspect.any()
+    trusted = np.zeros(3 * size, dtype=bool)
+    assert not judge(probabilities, labels, QualityFilter(), trusted).suspect.any()
 
 
 def test_the_probe_judges_an_image_without_having_seen_its_near_duplicates():

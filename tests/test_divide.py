@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from data_prep.divide import Catalogue, Reason, divide
+from data_prep.divide import Reason, divide
 from data_prep.duplicates import Fingerprints
 from nicheclip.domain import Domain
 
@@ -46,9 +47,17 @@ class World:
         return Fingerprints(bits, embeds, (0.5, 0.5, 2.0))
 
     def divide(self, decisions=None):
-        source_ids, names, sha256, given = map(list, zip(*self.rows, strict=True))
-        catalogue = Catalogue(source_ids, names, self.domain.indices(names), sha256, given)
-        return divide(catalogue, self.prints(), self.domain, decisions or {})
+        images = pd.DataFrame(self.rows, columns=["source_id", "label", "sha256", "given"])
+        images = images.astype(object).where(images.notna(), None)
+        keys = zip(images.sha256, images.label, strict=True)
+        images["decision"] = [(decisions or {}).get(key, "") for key in keys]
+        return divide(images, self.prints().near_duplicates(), self.domain)
+
+
+def reasons(found: pd.DataFrame) -> dict[int, tuple]:
+    aside = found[found.kind.notna()]
+    assert (aside.split == "").all() and (found.split[found.kind.isna()] != "").all()
+    return {row.Index: (row.kind, row.other, row.detail) for row in aside.itertuples()}
 
 
 @pytest.fixture
@@ -60,8 +69,8 @@ def test_a_train_copy_of_an_exam_picture_is_a_leak_and_names_it(world):
     name = world.domain.class_names[0]
     copy = world.add(name, "train", near=0, distance=10)
     found = world.divide()
-    assert found.parts[copy] == "" and found.parts[0] == "test"
-    assert found.reasons == {copy: Reason("leak", "image 0", "test")}
+    assert found.split[copy] == "" and found.split[0] == "test"
+    assert reasons(found) == {copy: Reason("leak", "image 0", "test")}
 
 
 @pytest.mark.parametrize("split", SPLITS[1:])
@@ -74,10 +83,10 @@ def test_the_test_split_loses_nothing_to_the_others(world, split, same_file, oth
     copy = world.add(name, split, near=0, distance=distance, same_file=same_file)
     found = world.divide()
     if same_file and other_label:  # one file under two labels tells nothing, not even in an exam
-        assert {0, copy} == set(found.reasons)
+        assert {0, copy} == set(reasons(found))
         return
-    assert found.parts[0] == "test"
-    assert set(found.reasons) == {copy}
+    assert found.split[0] == "test"
+    assert set(reasons(found)) == {copy}
 
 
 def test_groups_go_to_one_split_as_a_whole(domain):
@@ -86,9 +95,9 @@ def test_groups_go_to_one_split_as_a_whole(domain):
     for number in range(60):
         world.add(world.rows[number][1], None, near=number, distance=12)
     found = world.divide()
-    assert not found.reasons
-    assert (found.parts[240:] == found.parts[:60]).all()
-    assert len(set(found.parts[:60])) == 4
+    assert not reasons(found)
+    assert found.split[240:].tolist() == found.split[:60].tolist()
+    assert len(set(found.split[:60])) == 4
 
 
 def test_no_pair_of_near_duplicates_lies_in_two_splits(domain, monkeypatch):
@@ -102,7 +111,7 @@ def test_no_pair_of_near_duplicates_lies_in_two_splits(domain, monkeypatch):
     found = world.divide()
     pairs = world.prints().near_duplicates()
     assert {(number, 80 + 2 * number) for number in range(40)} <= set(map(tuple, pairs.tolist()))
-    assert (found.parts[pairs[:, 0]] == found.parts[pairs[:, 1]]).all()
+    assert found.split[pairs[:, 0]].tolist() == found.split[pairs[:, 1]].tolist()
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -118,7 +127,7 @@ def test_a_person_decides_between_two_labels(world):
     own, other = world.domain.class_names
     copy = world.add(other, "train", near=20, same_file=True)
     sha256 = world.rows[20][2]
-    assert set(world.divide().reasons) == {20, copy}
-    assert set(world.divide({(sha256, world.rows[20][1]): "keep"}).reasons) == {copy}
-    dropped = world.divide({(sha256, other): "drop"}).reasons
+    assert set(reasons(world.divide())) == {20, copy}
+    assert set(reasons(world.divide({(sha256, world.rows[20][1]): "keep"}))) == {copy}
+    dropped = reasons(world.divide({(sha256, other): "drop"}))
     assert dropped == {copy: Reason("dropped by hand")}

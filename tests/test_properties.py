@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from scipy.special import softmax
 
-from data_prep.splits import HELD_OUT, assign_splits
+from data_prep.divide import HELD_OUT, assign_splits
 from nicheclip.domain import Domain, DomainError, Splits, class_key
 from nicheclip.evaluation.calibration import (
     FEW_ERRORS,

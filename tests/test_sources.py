@@ -16,7 +16,7 @@ from PIL import Image
 from data_prep.prepare import prepare
 from data_prep.sources import fetch_images
 from data_prep.sources.folders import read_folders
-from data_prep.sources.rows import no_class
+from data_prep.sources.rows import unusable
 from data_prep.sources.tables import is_table, read_table
 from domains.facades.painter import STYLES, draw
 from nicheclip.domain import Domain, QualityFilter, Source, Splits
@@ -114,7 +114,7 @@ def test_rows_without_a_label_are_named(table, tmp_path):
     )
     rows, unlabelled = read_table(tmp_path / "table.parquet", CLASSES)
     assert len(rows) == 23
-    assert unlabelled == [no_class("table/0000003", "no label")]
+    assert unlabelled == [unusable("table/0000003", "no class", "no label")]
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_files_outside_of_a_class_are_named(folder, tmp_path):
     (tmp_path / "stray.png").write_bytes((folder / CLASSES[0] / "01.png").read_bytes())
     rows, outside = read_folders(tmp_path, CLASSES)
     assert len(rows) == 2
-    assert outside == [no_class("stray.png", "not in a class folder")]
+    assert outside == [unusable("stray.png", "no class", "not in a class folder")]
 
 
 def test_a_class_may_be_called_like_a_split(tmp_path):

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 from scipy.special import softmax
 
-from data_prep import prepare as preparing
+from data_prep import quality
+from data_prep.divide import assign_splits
 from data_prep.duplicates import CERTAIN, Fingerprints
-from data_prep.quality import judge
+from data_prep.prepare import prepare
 from data_prep.review import Suspicion, read_decisions, write_review
-from data_prep.splits import assign_splits
 from data_prep.verify import verify_image
 from nicheclip import NicheClassifier
 from nicheclip.clip import load_clip
@@ -134,8 +134,7 @@ def test_hashes_exactly_the_certain_distance_apart_are_the_same_picture():
         hashes = np.packbits(np.stack([first, second]), axis=1)
         far = np.full_like(hashes, 0b10101010)
         prints = Fingerprints(np.stack([hashes, far]), np.array([[1.0], [-1.0]]), (0.5, 0.5, 2.0))
-        same = prints.same(np.array([0]), np.array([1]))
-        assert same[0] == (distance == CERTAIN)
+        assert len(prints.near_duplicates()) == (distance == CERTAIN)
 
 
 @pytest.mark.parametrize(("distance", "same"), [(8, True), (9, False)])
@@ -146,7 +145,7 @@ def test_a_mirror_image_must_be_nearer_than_a_copy(distance, same):
     bits[1, 1, :distance] = 1
     hashes = np.packbits(bits, axis=2)
     prints = Fingerprints(hashes, np.array([[1.0], [-1.0]]), (0.5, 0.5, 2.0))
-    assert prints.same(np.array([0]), np.array([1]))[0] == same
+    assert len(prints.near_duplicates()) == same
 
 
 def test_shares_are_of_what_counts_leave():
@@ -160,7 +159,8 @@ def test_shares_are_of_what_counts_leave():
 def test_the_cap_of_the_filter_rounds_down():
     probabilities = np.full((18, 2), [0.01, 0.99])
     how = QualityFilter(mode="zero_shot", threshold=0.5, max_drop_share=0.3)
-    assert judge(probabilities, np.repeat([0, 1], 9), how).suspect.sum() == 2
+    trusted = np.zeros(18, dtype=bool)
+    assert quality.judge(probabilities, np.repeat([0, 1], 9), how, trusted).suspect.sum() == 2
 
 
 @pytest.mark.parametrize("block", ["xmp", "photoshop"])
@@ -220,21 +220,21 @@ def test_review_csv_wins_over_the_errors_page(prepared, domain, tmp_path):
     name = rows.features["label"].int2str(rows["label"][0])
     for file, decision in (("review.csv", "drop"), ("review_errors.csv", "keep")):
         write_review(run / file, [Suspicion(source_id, name, sha256, "look", decision=decision)])
-    preparing.prepare(domain, run)
+    prepare(domain, run)
     assert source_id not in load_prepared(run)["train"]["source_id"][:]
 
 
 def test_near_duplicates_share_a_fold_of_the_label_filter(prepared, domain, tmp_path, monkeypatch):
     seen = {}
-    judging = preparing.out_of_fold_probabilities
+    judging = quality.out_of_fold_probabilities
 
     def recording(image_embeds, labels, groups, *others):
         seen["groups"] = sorted(groups)
         return judging(image_embeds, labels, groups, *others)
 
-    monkeypatch.setattr(preparing, "out_of_fold_probabilities", recording)
+    monkeypatch.setattr(quality, "out_of_fold_probabilities", recording)
     run = shutil.copytree(prepared, tmp_path / "run", ignore=shutil.ignore_patterns("data"))
-    report = preparing.prepare(domain, run)
+    report = prepare(domain, run)
     train = load_prepared(run)["train"]
     dropped = report["counts"]["dropped_by_filter"]
     assert len(seen["groups"]) == len(train) + dropped

@@ -2,7 +2,7 @@
 
 Rows are a `datasets.Dataset` of image (not decoded), source_id (its name inside the source),
 version (changes when the content does), class_name, split (None: to be decided) and attribution
-(None: not known). What it could not take are entries of report.json, see `rows.no_class`.
+(None: not known). What it could not take are entries of report.json, see `rows.unusable`.
 """
 
 from __future__ import annotations
@@ -109,21 +109,18 @@ def retention_rows(domain: Domain, drawn: Path, seed: int = 0) -> datasets.Datas
     of_class, splits = np.array(rows["class_name"]), np.array(rows["split"])
     taken = splits == "test" if "test" in splits else np.ones(len(rows), bool)
     rng = np.random.default_rng(seed)
-    images, labels = [], []
+    entries = []
     for label, name in enumerate(names):
         drawn_rows = rng.permutation(np.flatnonzero(taken & (of_class == name)))
         chosen = rows.select(np.sort(drawn_rows[: task.images_per_class]))
         verified = [verify_image(row["image"], domain.stored_short_side) for row in chosen]
-        readable = [entry["image"] for entry in verified if entry["error_kind"] is None]
-        if not readable:
+        images = [entry["image"] for entry in verified if entry["error_kind"] is None]
+        if not images:
             raise ValueError(
                 f"no image of the retention class '{name}' can be read; check retention.source"
             )
-        if unreadable := len(verified) - len(readable):
+        if unreadable := len(verified) - len(images):
             logger.warning("retention: left out %d unreadable images of '%s'", unreadable, name)
-        images += readable
-        labels += [label] * len(readable)
-    columns = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
-    )
-    return datasets.Dataset.from_dict({"image": images, "label": labels}, features=columns)
+        entries += [{"image": image, "label": label} for image in images]
+    columns = {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+    return datasets.Dataset.from_list(entries, features=datasets.Features(columns))

@@ -11,20 +11,21 @@ import json
 import re
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, replace
-from itertools import zip_longest
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import httpx
+import pandas as pd
 from pydantic import NonNegativeInt, PositiveInt
 from tqdm.auto import tqdm
 
 from data_prep.sources.rows import check_classes, read_options
-from data_prep.sources.wikimedia import Commons, CommonsFile
+from data_prep.sources.wikimedia import STOPPED, Commons, Listed
 from nicheclip.files import read_json, replaced_file, write_json
 
-Listed = tuple[str, CommonsFile]  # the name of a class, and a file of it
-OUR_NAMES = re.compile(r"\d+_(.+_)?\d+px_[0-9a-f]{8}\.\w+")  # those of `CommonsFile.name`
+TOLD = "title category page_id author license license_url source_url sha1".split()
+OUR_NAMES = re.compile(r"\d+_(.+_)?\d+px_[0-9a-f]{8}\.\w+")  # those of `_place`
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ def download_commons(
     commons = Commons(contact, chosen.api, chosen.width, chosen.first_wait)
     with commons.client:
         ordered = {name: categories[name] for name in class_names}
-        listed = _choose(_listings(commons, folder, ordered, chosen), chosen)
-        _download(commons, folder, listed, chosen.parallel)
+        files = _choose(_list(commons, folder, ordered, chosen), chosen)
+        _download(commons, folder, files, chosen.parallel)
     return folder
 
 
@@ -82,10 +83,10 @@ def _canonical(categories: list[str]) -> list[str]:
     return list(dict.fromkeys(name[:1].upper() + name[1:] for name in names))
 
 
-def _listings(
+def _list(
     commons: Commons, folder: Path, categories: dict[str, list[str]], options: CommonsOptions
-) -> dict[str, list[CommonsFile]]:
-    """The files of each class; kept in `folder`/.listing for the next run with these options."""
+) -> pd.DataFrame:
+    """The files of all classes; kept in `folder`/.listing for the next run with these options."""
     settings = [options.api, options.width, options.depth, options.per_category]
     paths = {}
     for name, own in categories.items():
@@ -101,21 +102,19 @@ def _listings(
             "are called now, or take them out"
         )
     for name in tqdm(todo, desc="listing Commons", unit="class", disable=not todo):
-        files = _list_class(commons, categories[name], options)
-        write_json(paths[name], [asdict(file) for file in files])
-    listings = {name: read_json(path, "remove it") for name, path in paths.items()}
-    return {name: [CommonsFile(**file) for file in files] for name, files in listings.items()}
+        write_json(paths[name], _list_class(commons, categories[name], options))
+    listed = {name: read_json(path, "remove it") for name, path in paths.items()}
+    files = [file | {"class_name": name} for name, found in listed.items() for file in found]
+    return pd.DataFrame(files, columns=[*TOLD, "class_name", "url", "reason"], dtype=object)
 
 
-def _list_class(
-    commons: Commons, categories: list[str], options: CommonsOptions
-) -> list[CommonsFile]:
+def _list_class(commons: Commons, categories: list[str], options: CommonsOptions) -> list[Listed]:
     """Walks the categories breadth-first; stops when there is twice what is wanted.
 
     A level is walked in an order that is fixed but not that of the alphabet: cut short, that would
     give one country.
     """
-    files: dict[str, CommonsFile] = {}
+    files: dict[str, Listed] = {}
     level, seen, usable, enough = categories, set(categories), 0, 2 * options.images_per_class
     for depth in range(options.depth + 1):
         if depth and usable < enough:
@@ -126,81 +125,83 @@ def _list_class(
             if depth and usable >= enough:
                 break
             found = commons.files(category, options.per_category)
-            new = {file.title: file for file in found if file.title not in files}
-            files |= new
-            usable += min(options.per_category, sum(file.reason is None for file in new.values()))
+            new = [file for file in found if file["title"] not in files]
+            files |= {file["title"]: file for file in new}
+            usable += min(options.per_category, sum(file["reason"] is None for file in new))
     return list(files.values())
 
 
-def _choose(listings: dict[str, list[CommonsFile]], options: CommonsOptions) -> list[Listed]:
-    """What each class takes from its categories in turn; what it does not take gets a reason."""
-    homes: dict[str, list[str]] = {}
-    for class_name, files in listings.items():
-        for file in files:
-            homes.setdefault(file.title, []).append(class_name)
-    listed: list[Listed] = []
-    for class_name, files in listings.items():
-        queues: dict[str, list[CommonsFile]] = {}
-        for file in files:
-            queue = queues.setdefault(file.category, [])
-            reason = file.reason
-            if reason is None and len(homes[file.title]) > 1:
-                reason = f"listed for several classes: {', '.join(homes[file.title])}"
-            if reason is None and len(queue) == options.per_category:
-                reason = f"its category has {len(queue)} others already (per_category)"
-            if reason is None:
-                queue.append(file)
-            else:
-                listed.append((class_name, replace(file, reason=reason)))
-        rounds = zip_longest(*queues.values())
-        turns = [file for round_ in rounds for file in round_ if file is not None]
-        for turn, file in enumerate(turns):
-            if turn >= options.images_per_class:
-                reason = (
-                    f"its class has {options.images_per_class} others already (images_per_class)"
-                )
-                file = replace(file, reason=reason)
-            listed.append((class_name, file))
-    return listed
+def _choose(files: pd.DataFrame, options: CommonsOptions) -> pd.DataFrame:
+    """Lets each class take from its categories in turn; what it does not take gets a reason."""
+    homes = files.groupby("title").class_name
+    several = files.reason.isna() & (homes.transform("size") > 1)
+    told = homes.transform(lambda names: f"listed for several classes: {', '.join(names)}")
+    reason = files.reason.mask(several, told)
+    turn = files[reason.isna()].groupby(["class_name", "category"]).cumcount()
+    most = options.per_category
+    late = turn.index[turn >= most]
+    reason[late] = f"its category has {most} others already (per_category)"
+    turn = turn.drop(late).sort_values(kind="stable")
+    place = turn.groupby(files.class_name).cumcount()
+    most = options.images_per_class
+    late = place.index[place >= most]
+    reason[late] = f"its class has {most} others already (images_per_class)"
+    return files.assign(reason=reason)
 
 
-def _download(commons: Commons, folder: Path, listed: list[Listed], parallel: int) -> None:
+def _place(file: Listed, width: int) -> str:
+    """Of the image here: another width, or a new version on Commons, is another file."""
+    plain = unicodedata.normalize("NFKD", Path(file["title"]).stem).encode("ascii", "ignore")
+    slug = "_".join(re.findall("[a-z0-9]+", plain.decode().lower()))[:60].strip("_")
+    stem = "_".join(filter(None, [str(file["page_id"]), slug, f"{width}px", file["sha1"][:8]]))
+    suffix = Path(httpx.URL(file["url"]).path).suffix.lower().replace("jpeg", "jpg")
+    return f"{file['class_name']}/{stem}{suffix}"
+
+
+def _attribution(file: Listed) -> str:
+    terms = f" ({file['license_url']})" if file["license_url"] else ""
+    return f"{file['title']}, {file['author']}, {file['license']}{terms}, {file['source_url']}"
+
+
+def _download(commons: Commons, folder: Path, files: pd.DataFrame, parallel: int) -> None:
     """Fetches what is missing, removes what is not chosen any more, and writes both lists."""
-    places = [folder / class_name / file.name(commons.width) for class_name, file in listed]
-    wanted = {
-        path: file for path, (_, file) in zip(places, listed, strict=True) if file.reason is None
-    }
+    chosen = files[files.reason.isna()].to_dict("records")
+    wanted = {folder / _place(file, commons.width): file for file in chosen}
     for path in folder.glob("*/*"):
         if path not in wanted and OUR_NAMES.fullmatch(path.name):
             path.unlink()
     todo = [path for path in wanted if not path.is_file()]
     for parent in {path.parent for path in todo}:
         parent.mkdir(parents=True, exist_ok=True)
-    problems: dict[Path, str | None] = {}
+
+    def fetch(path: Path) -> None:
+        wanted[path]["reason"] = commons.store(wanted[path]["url"], path)
+
     pool = ThreadPoolExecutor(parallel)
     try:
-        futures = {pool.submit(commons.store, wanted[path].url, path): path for path in todo}
-        done = as_completed(futures)
+        done = as_completed([pool.submit(fetch, path) for path in todo])
         for future in tqdm(done, "downloading from Commons", len(todo), unit="img"):
-            problems[futures[future]] = future.result()
+            future.result()
     finally:  # after an error or a Ctrl-C nothing more is begun
         commons.stopped.set()
         pool.shutdown(cancel_futures=True)
-        kept, skipped = [], []
-        for path, (class_name, file) in zip(places, listed, strict=True):
-            if file.reason is None and path.is_file():
-                kept.append(file.metadata(path.relative_to(folder).as_posix()))
-                continue
-            row = {"title": file.title, "class_name": class_name, "category": file.category}
-            reason = file.reason or problems.get(path) or "not downloaded yet: the run was stopped"
-            skipped.append({**row, "reason": reason})
-        _write_lines(folder / "metadata.jsonl", kept, "file_name")
-        _write_lines(folder / "skipped.jsonl", skipped, "class_name", "title")
+        skipped = files[files.reason.notna()].to_dict("records")
+        kept = []
+        for path, file in wanted.items():
+            if path.is_file():
+                name = path.relative_to(folder).as_posix()
+                kept.append(file | {"file_name": name, "attribution": _attribution(file)})
+            else:
+                skipped.append(file | {"reason": file["reason"] or STOPPED})
+        told = ["file_name", "attribution", *TOLD]
+        _write_lines(folder / "metadata.jsonl", kept, told, ["file_name"])
+        told = ["title", "class_name", "category", "reason"]
+        _write_lines(folder / "skipped.jsonl", skipped, told, ["class_name", "title"])
 
 
-def _write_lines(path: Path, rows: list[dict[str, Any]], *order: str) -> None:
-    """JSON lines, in the order of some of their keys."""
+def _write_lines(path: Path, rows: list[Listed], keys: list[str], order: list[str]) -> None:
+    """JSON lines of some keys, in the order of some of them."""
     rows = sorted(rows, key=lambda row: [row[key] for key in order])
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    lines = (json.dumps({key: row[key] for key in keys}, ensure_ascii=False) for row in rows)
     with replaced_file(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+        unfinished.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

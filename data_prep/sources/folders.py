@@ -15,7 +15,7 @@ from typing import Any
 
 import datasets
 
-from data_prep.sources.rows import SOURCE_FEATURES, check_classes, no_class
+from data_prep.sources.rows import SOURCE_FEATURES, check_classes, unusable
 from nicheclip.run import SPLITS
 
 SIDECARS = frozenset({"metadata.jsonl", "metadata.csv", "skipped.jsonl", "truth.json"})
@@ -49,9 +49,11 @@ def read_folders(
         if path.name in SIDECARS:
             continue
         if not folders:
-            aside.append(no_class(inside.as_posix(), "not in a class folder"))
+            aside.append(unusable(inside.as_posix(), "no class", "not in a class folder"))
         elif not path.is_file():
-            aside.append(no_class(inside.as_posix(), "not a file: a broken link, or a device"))
+            aside.append(
+                unusable(inside.as_posix(), "no class", "not a file: a broken link, or a device")
+            )
         else:
             status = path.stat()
             row: dict[str, Any] = {

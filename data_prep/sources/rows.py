@@ -19,10 +19,12 @@ SOURCE_FEATURES = datasets.Features(
 T = TypeVar("T")
 
 
-def no_class(source_id: str, detail: str) -> dict[str, str | None]:
-    """The entry of report.json for what has no class."""
-    nothing = dict.fromkeys(("label", "sha256", "other"))
-    return {"source_id": source_id, "kind": "no class", "detail": detail, **nothing}
+def unusable(
+    source_id: str, kind: str, detail: str, label: str | None = None
+) -> dict[str, str | None]:
+    """The entry of report.json for what has no class, or can't be read."""
+    named = {"source_id": source_id, "label": label, "sha256": None}
+    return {**named, "kind": kind, "other": None, "detail": detail}
 
 
 def read_options(kind: type[T], options: dict[str, Any], source: str) -> T:

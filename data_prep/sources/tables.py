@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import datasets
 
-from data_prep.sources.rows import SOURCE_FEATURES, check_classes, no_class, read_options
+from data_prep.sources.rows import SOURCE_FEATURES, check_classes, read_options, unusable
 from nicheclip.run import SPLITS
 
 SPLIT_NAMES = {name: name for name in SPLITS} | dict.fromkeys(("val", "valid", "dev"), "validation")
@@ -32,8 +32,7 @@ class TableOptions:
 def is_table(location: str | Path) -> bool:
     """Whether `location` is for `read_table`: everything but a folder of folders is."""
     path = Path(location)
-    saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
-    return not path.is_dir() or saved or any(any(path.rglob(f"*{suffix}")) for suffix in SUFFIXES)
+    return not path.is_dir() or any(any(path.rglob(f"*{suffix}")) for suffix in SUFFIXES)
 
 
 def read_table(
@@ -62,37 +61,37 @@ def read_table(
     table = datasets.concatenate_datasets(list(tables.values()))
     labels = _labels(table, chosen, location)
     found = sorted({label for label in labels if label is not None})
-    canonical = check_classes(found, class_names, f"'{location}'")
+    canonical = {None: None} | check_classes(found, class_names, f"'{location}'")
     column, credit = chosen.image_column, chosen.attribution_column
     images = table.select_columns(column).rename_columns({column: "image"})
     images = images.cast_column("image", datasets.Image(decode=False))
     columns = {
         "source_id": [f"{name}/{n:07d}" for name, part in tables.items() for n in range(len(part))],
         "version": _versions(table, images),
-        "class_name": [None if label is None else canonical[label] for label in labels],
+        "class_name": [canonical[label] for label in labels],
         "split": [split_of.get(name) for name, part in tables.items() for _ in range(len(part))],
         "attribution": table[credit][:] if credit else [None] * len(table),
     }
-    texts = datasets.Dataset.from_dict(
-        columns, features=datasets.Features({name: SOURCE_FEATURES[name] for name in columns})
-    )
+    kinds = datasets.Features({name: SOURCE_FEATURES[name] for name in columns})
+    texts = datasets.Dataset.from_dict(columns, features=kinds)
     rows = datasets.concatenate_datasets([images, texts], axis=1)
     labelled = [index for index, label in enumerate(labels) if label is not None]
     ids = zip(columns["source_id"], labels, strict=True)
-    aside = [no_class(source_id, "no label") for source_id, label in ids if label is None]
+    aside = [unusable(name, "no class", "no label") for name, label in ids if label is None]
     return rows.select(labelled), aside
 
 
 def _versions(table: datasets.Dataset, images: datasets.Dataset) -> list[str]:
     """Change when the files of the table do, or those that its paths name."""
-    stats = [Path(file["filename"]).stat() for file in table.cache_files]
-    files = f"{table._fingerprint} {[(status.st_size, status.st_mtime_ns) for status in stats]}"
-    first = images[0]["image"] if len(images) else None
-    if first is None or first["bytes"] is not None:
-        return [files] * len(images)
-    paths = [Path((row["image"] or {}).get("path") or "") for row in images]
-    own = [path.stat() if path.is_file() else None for path in paths]
-    return [f"{files} {status and (status.st_size, status.st_mtime_ns)}" for status in own]
+    files = [_status(file["filename"]) for file in table.cache_files]
+    chunks = images.data.column("image").chunks
+    paths = (path for chunk in chunks for path in chunk.field("path").to_pylist())
+    return [f"{table._fingerprint} {files} {_status(path or '')}" for path in paths]
+
+
+def _status(path: str) -> tuple[int, int] | None:
+    status = Path(path).stat() if Path(path).is_file() else None
+    return status and (status.st_size, status.st_mtime_ns)
 
 
 def _load(location: str | Path, options: TableOptions) -> dict[str, datasets.Dataset]:

@@ -10,9 +10,7 @@ import logging
 import re
 import threading
 import time
-import unicodedata
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from email.utils import parsedate_to_datetime
 from html import unescape
 from importlib.metadata import version
@@ -29,48 +27,19 @@ logger = logging.getLogger(__name__)
 TRIES = 6
 PHOTOS = ("image/jpeg", "image/png", "image/webp", "image/tiff")
 LATER = "run the same command again later, it goes on where it stopped"
+STOPPED = "not downloaded yet: the run was stopped"
 LONG_WAIT = 30  # seconds; a longer one is told
 NO_CREDIT_OWED = r"(cc0|cc-zero|cc-pd|pd|public-domain)\b"
 CREDIT_OWED = r"(cc-by(-sa)?|gfdl|fal|free-art(-license)?)\b"
 
 
-@dataclass(frozen=True)
-class CommonsFile:
-    """A file as it was listed; `reason` says why it is not used, None if it can be."""
-
-    title: str
-    category: str
-    reason: str | None = None
-    page_id: int = 0
-    url: str = ""  # of the thumbnail
-    author: str = ""
-    license: str = ""
-    license_url: str = ""
-    source_url: str = ""  # the description page
-    sha1: str = ""  # of the original
-
-    def name(self, width: int) -> str:
-        """Of the image here: another width, or a new version on Commons, is another file."""
-        plain = unicodedata.normalize("NFKD", Path(self.title).stem).encode("ascii", "ignore")
-        slug = "_".join(re.findall("[a-z0-9]+", plain.decode().lower()))[:60].strip("_")
-        stem = "_".join(filter(None, [str(self.page_id), slug, f"{width}px", self.sha1[:8]]))
-        return stem + Path(httpx.URL(self.url).path).suffix.lower().replace("jpeg", "jpg")
-
-    def metadata(self, file_name: str) -> dict[str, Any]:
-        """Its line of metadata.jsonl."""
-        licence = f"{self.license} ({self.license_url})" if self.license_url else self.license
-        attribution = f"{self.title}, {self.author}, {licence}, {self.source_url}"
-        fields = asdict(self)
-        del fields["reason"], fields["url"]
-        return {"file_name": file_name, "attribution": attribution, **fields}
+# A file of a category: its title, category, and reason, which says why it is not used (None if it
+# can be); the address of the thumbnail; and what metadata.jsonl tells of it.
+Listed = dict[str, Any]
 
 
 class _BrokenError(ConnectionError):
     """One address does not give what it should, however often it is asked."""
-
-
-class _RefusedError(ConnectionError):
-    """The API answers a query with an error."""
 
 
 class Commons:
@@ -96,7 +65,7 @@ class Commons:
 
         Raises:
             ValueError: without a contact.
-            _BrokenError: if every try fails.
+            _BrokenError: if the address is wrong, or every try fails.
             ConnectionError: if the site can't be reached, or asks to wait at every try.
             PermissionError: if it refuses.
         """
@@ -108,24 +77,24 @@ class Commons:
         next_try = 0.0
         for attempt in range(TRIES):
             if self.stopped.wait(max(next_try, self.resume_at) - time.monotonic()):
-                raise _BrokenError("the run was stopped")
+                raise _BrokenError(STOPPED)
+            asked = 0.0
             try:
                 response = self.client.get(url, params=params or None)
                 problem, whole_site = _passing_problem(response), response.status_code == 429
                 if problem is None:
                     return response
-                asked = _seconds_to_wait(response)
+                asked = _seconds_to_wait(response.headers.get("retry-after", "0"))
             except httpx.TransportError as error:  # also for a body that is shorter than announced
-                problem, asked = f"{type(error).__name__}: {error}", 0.0
+                problem = f"{type(error).__name__}: {error}"
                 whole_site = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
             if asked > LONG_WAIT:
                 logger.warning("%s asks to wait %.0f seconds (%s)", url, asked, problem)
             next_try = time.monotonic() + self.first_wait * 2**attempt
             with self.lock:
                 self.resume_at = max(self.resume_at, time.monotonic() + asked)
-        if whole_site:
-            raise ConnectionError(f"{url}: {problem} in each of {TRIES} tries; {LATER}")
-        raise _BrokenError(f"{problem} in each of {TRIES} tries")
+        problem = f"{problem} in each of {TRIES} tries"
+        raise ConnectionError(f"{url}: {problem}; {LATER}") if whole_site else _BrokenError(problem)
 
     def answers(self, **params: Any) -> Iterator[dict[str, Any]]:
         """The answers to one query, following `continue` to its end."""
@@ -133,26 +102,25 @@ class Commons:
         more: dict[str, Any] | None = {}
         while more is not None:
             try:
-                answer = self.get(self.api, **params, **more).raise_for_status().json()
-            except (_BrokenError, httpx.HTTPStatusError, json.JSONDecodeError) as error:
+                answer = self.get(self.api, **params, **more).json()
+            except (_BrokenError, json.JSONDecodeError) as error:
                 raise ConnectionError(f"{self.api}: {error}; {LATER}") from error
             if "error" in answer:
                 code, info = answer["error"]["code"], answer["error"]["info"]
-                raise _RefusedError(f"the API refuses ({code}): {info}")
+                raise ConnectionError(f"the API refuses ({code}): {info}")
             yield answer
             more = answer.get("continue")
 
     def empty(self, categories: list[str]) -> list[str]:
         """Those that don't exist, or are empty, as a renamed one is."""
-        filled = set()
+        sizes = {}
         for start in range(0, len(categories), 50):
             titles = "|".join(f"Category:{name}" for name in categories[start : start + 50])
             for answer in self.answers(prop="categoryinfo", titles=titles):
                 for page in answer["query"]["pages"]:
                     info = page.get("categoryinfo", {})
-                    if info.get("files") or info.get("subcats"):
-                        filled.add(page["title"])
-        return [name for name in categories if f"Category:{name}" not in filled]
+                    sizes[page["title"]] = info.get("files", 0) + info.get("subcats", 0)
+        return [name for name in categories if not sizes.get(f"Category:{name}")]
 
     def subcategories(self, category: str) -> list[str]:
         """Their names without "Category:", one level down."""
@@ -162,7 +130,7 @@ class Commons:
         members = (member for answer in answers for member in answer["query"]["categorymembers"])
         return [member["title"].removeprefix("Category:") for member in members]
 
-    def files(self, category: str, enough: int) -> list[CommonsFile]:
+    def files(self, category: str, enough: int) -> list[Listed]:
         """Whole batches of the category's files, until `enough` of them can be used."""
         query = {
             "generator": "categorymembers",
@@ -174,7 +142,7 @@ class Commons:
             "iiurlwidth": self.width,
             "iiextmetadatafilter": "Artist|Attribution|License|LicenseShortName|LicenseUrl|NonFree",
         }
-        files: list[CommonsFile] = []
+        files: list[Listed] = []
         batch: dict[str, dict[str, Any]] = {}
         try:
             for answer in self.answers(**query):
@@ -184,61 +152,60 @@ class Commons:
                 if "batchcomplete" in answer:
                     files += [_read_page(batch[title], category) for title in sorted(batch)]
                     batch = {}
-                    if sum(file.reason is None for file in files) >= enough:
+                    if sum(file["reason"] is None for file in files) >= enough:
                         break
-        except _RefusedError as error:
+        except ConnectionError as error:
             if "(urlparamnormal)" not in str(error):
                 raise
             # One file that can't be scaled spoils the answer for its whole batch, and hides what
             # comes after it.
             titles = [*(title.removeprefix("File:") for title in batch), f"Category:{category}"]
             reason = f"not listed to the end: {error}"
-            files += [CommonsFile(title, category, reason) for title in titles]
+            files += [{"title": title, "category": category, "reason": reason} for title in titles]
         return files
 
     def store(self, url: str, path: Path) -> str | None:
         """Downloads one image, or tells why it can't."""
         try:
-            response = self.get(url)
+            content = self.get(url).content
         except _BrokenError as error:
             return str(error)
-        if response.status_code != 200:
-            return f"HTTP {response.status_code}"
         try:
-            open_image(response.content)
+            open_image(content)
         except OSError as error:
             return f"what came is no image: {error.__cause__}"
         with replaced_file(path) as unfinished:
-            unfinished.write_bytes(response.content)
+            unfinished.write_bytes(content)
         return None
 
 
 def _passing_problem(response: httpx.Response) -> str | None:
-    """What may be over when one asks again later."""
+    """What may be over when one asks again later; raises an error for what stays."""
     if response.status_code == 403:
         raise PermissionError(
             f"{response.url} is refused (HTTP 403); check that --contact really reaches you"
         )
     if response.status_code == 429 or response.status_code >= 500:
         return f"HTTP {response.status_code}"
+    if not response.is_success:
+        raise _BrokenError(f"HTTP {response.status_code}")
     if response.headers.get("content-type", "").startswith("application/json"):
         code = response.json().get("error", {}).get("code")
         return code if code in ("maxlag", "ratelimited") else None
     return None
 
 
-def _seconds_to_wait(response: httpx.Response) -> float:
-    """As the site asks; the header gives seconds or a date."""
-    value = response.headers.get("retry-after", "0")
-    if value.isdigit():
-        return float(value)
+def _seconds_to_wait(retry_after: str) -> float:
+    """As the header says, which gives seconds or a date."""
+    if retry_after.isdigit():
+        return float(retry_after)
     try:
-        return parsedate_to_datetime(value).timestamp() - time.time()
+        return parsedate_to_datetime(retry_after).timestamp() - time.time()
     except ValueError:
         return 0.0
 
 
-def _read_page(page: dict[str, Any], category: str) -> CommonsFile:
+def _read_page(page: dict[str, Any], category: str) -> Listed:
     """A file as the API describes it; its texts may be HTML."""
     info = page.get("imageinfo", [{}])[0]
     entries = info.get("extmetadata") or {}
@@ -247,37 +214,29 @@ def _read_page(page: dict[str, Any], category: str) -> CommonsFile:
     author = texts.get("Artist") or texts.get("Attribution") or ""
     if re.fullmatch(r"(unknown|unidentified)( (author|artist|photographer))?", author.casefold()):
         author = ""
-    free, owes_credit = _rights(texts)
+    codes = [name.casefold().replace(" ", "-") for name in (texts.get("License", ""), licence)]
+    limited = texts.get("NonFree") or any(re.search(r"-(nc|nd)\b", code) for code in codes)
+    no_credit_owed = any(re.match(NO_CREDIT_OWED, code) for code in codes)
+    free = no_credit_owed or any(re.match(CREDIT_OWED, code) for code in codes)
     obstacles = {
         "the page has no file": not info,
         f"no photo: {info.get('mime')}": info.get("mime") not in PHOTOS,
-        f"not freely licensed: {licence or 'no licence named'}": not free,
-        f"{licence} asks for the author's name, and none is given": owes_credit and not author,
+        f"not freely licensed: {licence or 'no licence named'}": limited or not free,
+        f"{licence} asks for the author's name, and none is given": not (no_credit_owed or author),
         "no thumbnail": not info.get("thumburl"),
     }
-    return CommonsFile(
-        title=page["title"].removeprefix("File:"),
-        category=category,
-        reason=next((reason for reason, applies in obstacles.items() if applies), None),
-        page_id=page["pageid"],
-        url=info.get("thumburl", ""),
-        author=author or "unknown",
-        license=licence,
-        license_url=texts.get("LicenseUrl", ""),
-        source_url=info.get("descriptionurl", ""),
-        sha1=info.get("sha1", ""),
-    )
-
-
-def _rights(texts: dict[str, str]) -> tuple[bool, bool]:
-    """Is the licence one of the free ones, and does it ask for the author's name?"""
-    names = (texts.get("License", ""), texts.get("LicenseShortName", ""))
-    codes = [name.casefold().replace(" ", "-") for name in names]
-    if texts.get("NonFree") or any(re.search(r"-(nc|nd)\b", code) for code in codes):
-        return False, True
-    if any(re.match(NO_CREDIT_OWED, code) for code in codes):
-        return True, False
-    return any(re.match(CREDIT_OWED, code) for code in codes), True
+    return {
+        "title": page["title"].removeprefix("File:"),
+        "category": category,
+        "page_id": page["pageid"],
+        "author": author or "unknown",
+        "license": licence,
+        "license_url": texts.get("LicenseUrl", ""),
+        "source_url": info.get("descriptionurl", ""),
+        "sha1": info.get("sha1", ""),
+        "url": info.get("thumburl", ""),
+        "reason": next((reason for reason, applies in obstacles.items() if applies), None),
+    }
 
 
 def plain_text(html: str) -> str:
