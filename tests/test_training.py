@@ -495,7 +495,7 @@ def test_unknown_patterns_fail_before_anything_is_prepared_or_loaded(tmp_path):
         ({"warmup_steps": 5}, r"stages\[\].warmup"),
         ({"loss": "triplet"}, "expected one of multi_positive, info_nce, class_prompts"),
         ({"wise_ft": "1.5"}, "expected a number from 0 to 1, or auto"),
-        ({"save_strategy": "no"}, "use 'epoch', or 'steps'"),
+        ({"save_strategy": "no"}, "expected 'epoch', or 'steps'"),
         ({"logging_strategy": "steps"}, "epochs are compared"),
         ({"load_best_model_at_end": True}, "kept anyhow"),
         ({"save_total_limit": 1}, "expected 2 or more"),
