@@ -10,9 +10,8 @@ from types import FrameType
 from typing import Any
 
 import torch
+from accelerate.utils import gather
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-MAX_LOGIT_SCALE = math.log(100)
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -52,7 +51,7 @@ class StageEpochs(TrainerCallback):
     @torch.no_grad()
     def on_optimizer_step(self, args, state, control, model=None, **_: Any) -> None:
         """Keeps exp(logit_scale) at 100 or below, as CLIP does (Radford et al. 2021)."""
-        model.clip.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+        model.clip.logit_scale.clamp_(max=math.log(100))
 
     def on_step_end(self, args, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Saves where a signal ends the training; not an epoch before it is evaluated."""
@@ -81,17 +80,15 @@ class StopOnSignal(TrainerCallback):
         self.received: signal.Signals | None = None
         self._handlers: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> StopOnSignal:
+    def __enter__(self) -> None:
         # Signals can't be caught elsewhere.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._receive)
-        return self
 
     def __exit__(self, *exception: Any) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers = {}
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
@@ -102,9 +99,7 @@ class StopOnSignal(TrainerCallback):
         """The signal that any of the processes has received."""
         number = int(self.received or 0)
         if args.world_size > 1:
-            highest = torch.tensor(number, device=args.device)
-            torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
-            number = int(highest.item())
+            number = int(gather(torch.tensor([number], device=args.device)).max())
         return signal.Signals(number) if number else None
 
     def on_step_end(self, args, state, control: TrainerControl, **_: Any) -> None:
