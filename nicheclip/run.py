@@ -141,11 +141,11 @@ def check_exam(run: Path, splits: DatasetDict) -> None:
                     leaks.append(f"{source_id} ({name}; it or a near-duplicate is among {where})")
         seen = dict.fromkeys([*columns[1], *columns[2]], f"the {name} split") | seen
     if leaks:
+        told = ", ".join([*leaks[:5], "…"] if len(leaks) > 5 else leaks)
         raise ValueError(
             f"{len(leaks)} images of the calibration and test splits of '{run}' have been seen "
-            "before, so the scorecard would flatter: "
-            f"{', '.join(leaks[:5])}{', …' if len(leaks) > 5 else ''}; run `python -m data_prep` "
-            f"and `accelerate launch train.py {run}` again"
+            f"before, so the scorecard would flatter: {told}; run `python -m data_prep` again, "
+            f"then {remedy}"
         )
     trained_on = read_json(run / "training.json", remedy, ["data_fingerprint"])
     if trained_on["data_fingerprint"] != read_report(run)["fingerprint"]:
@@ -156,10 +156,7 @@ def check_exam(run: Path, splits: DatasetDict) -> None:
 
 
 def read_report(run: Path) -> dict[str, Any]:
-    """RUN/data/report.json.
-
-    Raises: FileNotFoundError or ValueError if data_prep has not written it as it is.
-    """
+    """RUN/data/report.json. Raises: FileNotFoundError or ValueError, as `read_json`."""
     remedy = f"run `python -m data_prep DOMAIN --run {run}` again"
     return read_json(run / "data" / "report.json", remedy, ["base", "settings", "fingerprint"])
 
