@@ -217,8 +217,8 @@ def test_a_stage_without_progress_ends_early_and_the_next_goes_on(prepared, tmp_
 )
 def test_a_stage_is_over_after_its_epochs_or_without_progress(step, best, over):
     """Of 40 steps, 10 an epoch, with a patience of two epochs, which count within the stage."""
-    state = TrainerState(global_step=step, best_global_step=best, max_steps=40)
-    assert is_over(state, 10, 2) is over
+    state = TrainerState(global_step=step, best_global_step=best, max_steps=40, num_train_epochs=4)
+    assert is_over(state, 2) is over
 
 
 @pytest.mark.parametrize("loss", ["info_nce", "class_prompts"])

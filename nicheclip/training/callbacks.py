@@ -25,9 +25,10 @@ class TrainingInterrupted(KeyboardInterrupt):
         self.signal = received
 
 
-def is_over(state: TrainerState, steps_per_epoch: int, patience: int) -> bool:
+def is_over(state: TrainerState, patience: int) -> bool:
     """Whether a stage has trained all its epochs, or `patience` of them without a better score."""
     since_best = state.global_step - (state.best_global_step or 0)
+    steps_per_epoch = state.max_steps // state.num_train_epochs
     return state.global_step >= state.max_steps or since_best >= patience * steps_per_epoch
 
 
@@ -36,12 +37,10 @@ class StageEpochs(TrainerCallback):
 
     Args:
         best: the score of the stages before, which this one has to surpass; None: the first.
-        steps_per_epoch: optimiser steps.
-        patience: epochs.
     """
 
-    def __init__(self, best: float | None, steps_per_epoch: int, patience: int):
-        self.best, self.steps_per_epoch, self.patience = best, steps_per_epoch, patience
+    def __init__(self, best: float | None):
+        self.best = best
 
     def on_train_begin(self, args, state: TrainerState, control, **_: Any) -> None:
         """Goes on from the best score so far."""
@@ -56,16 +55,16 @@ class StageEpochs(TrainerCallback):
     def on_step_end(self, args, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Saves where a signal ends the training; not an epoch before it is evaluated."""
         asked = control.should_save or control.should_training_stop
-        control.should_save = asked and state.global_step % self.steps_per_epoch != 0
+        control.should_save = asked and not float(state.epoch).is_integer()
 
     def on_epoch_end(self, args, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """An epoch that a signal has cut off has been saved already."""
-        whole = state.global_step % self.steps_per_epoch == 0
+        whole = float(state.epoch).is_integer()
         control.should_log = control.should_evaluate = control.should_save = whole
 
     def on_save(self, args, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Ends the stage."""
-        if is_over(state, self.steps_per_epoch, self.patience):
+        if is_over(state, args.early_stopping_patience):
             control.should_training_stop = True
 
 

@@ -90,7 +90,6 @@ class StagedTrainer:
             process_index=args.process_index,
         )
         self.steps_per_epoch = math.ceil(len(self.sampler) / args.gradient_accumulation_steps)
-        self.patience = self.steps_per_epoch, args.early_stopping_patience
         self.precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "float32"
         self.folders = [
             Path(args.output_dir) / f"{number}-{stage.name.replace('/', '_')}"
@@ -121,7 +120,7 @@ class StagedTrainer:
             self._check_asked(resume_from_checkpoint, [path for path in checkpoints if path])
         for stage, folder, path in zip(self.domain.stages, self.folders, checkpoints, strict=True):
             state = read_state(path) if path else None
-            if state is None or not is_over(state, *self.patience):
+            if state is None or not is_over(state, self.args.early_stopping_patience):
                 state = self._run(stage, folder, path)
             self._note(stage, folder, state)
         self._load(self.best)
@@ -176,7 +175,7 @@ class StagedTrainer:
             train_dataset=self.train_dataset,
             eval_dataset=self.eval_dataset,
             processing_class=self.processor,
-            callbacks=[self.signals, StageEpochs(self.best_metric, *self.patience)],
+            callbacks=[self.signals, StageEpochs(self.best_metric)],
         )
 
     def _load(self, checkpoint: Path | None) -> None:
