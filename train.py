@@ -71,14 +71,12 @@ def locate(target: Path) -> tuple[Domain, Path]:
 
 def fine_tune(domain: Domain, run: Path, args: StagedTrainingArguments) -> StagedTrainer:
     """Trains on RUN/data; writes RUN/model, training.json and trained_on.json."""
-    asked, checkpoints = args.resume_from_checkpoint or "false", Path(args.output_dir)
+    asked = args.resume_from_checkpoint or "false"
     resume = {"true": True, "false": None}.get(asked.lower(), asked)
     with args.main_process_first(desc="preparing data"):
         splits, report = run_directory.load_prepared(run), run_directory.read_report(run)
         names = splits["train"].features["label"].names
         run_directory.check_unchanged(domain, report, names)
-        if resume is None:
-            run_directory.check_not_begun(run, checkpoints)
     set_seed(args.seed)
     model, processor = load_clip(domain.base)
     samples = TrainingSamples(
@@ -88,11 +86,7 @@ def fine_tune(domain: Domain, run: Path, args: StagedTrainingArguments) -> Stage
     trainer = StagedTrainer(model, args, domain, processor, samples, validation)
     of_domain = domain.model_dump(mode="json", include={"classes", "clusters", "augmentation"})
     settings = {"data_fingerprint": report["fingerprint"], **trainer.settings(), **of_domain}
-    if resume is not None:
-        run_directory.check_begun_alike(checkpoints, settings)
-    processes().wait_for_everyone()  # so that all have looked before one of them writes
-    if processes().is_main_process:
-        run_directory.begin(run, checkpoints, settings, resume is not None)
+    run_directory.begin_training(run, Path(args.output_dir), settings, resume is not None)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume)
     if processes().is_main_process:

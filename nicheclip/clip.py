@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,12 +89,12 @@ def encode_images(
     """
     batches, tower = [], VisualTower(model)
     with tqdm(total=total, desc=description, unit="img", leave=False, disable=not progress) as bar:
-        for pixel_values in prefetched(
-            _pixel_values(processor, batch) for batch in _batched(images, batch_size)
+        for pixels in prefetched(
+            pixel_values(processor, batch) for batch in _batched(images, batch_size)
         ):
             with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-                batches.append(tower(pixel_values.to(model.device)).cpu().numpy())
-            bar.update(len(pixel_values))
+                batches.append(tower(pixels.to(model.device)).cpu().numpy())
+            bar.update(len(pixels))
     return np.concatenate(batches)
 
 
@@ -104,10 +105,12 @@ def zero_shot_logits(
     return model.logit_scale.exp().item() * image_embeds @ text_embeds.cpu().numpy().T
 
 
-def _pixel_values(processor: CLIPProcessor, images: Sequence[Image.Image]) -> torch.Tensor:
-    """(B, 3, S, S) as the processor makes them."""
+def pixel_values(
+    processor: CLIPProcessor, images: Sequence[Image.Image], **options: Any
+) -> torch.Tensor:
+    """(B, 3, S, S) as the processor makes them, with `options` of its own."""
     pictures = [to_rgb(image) for image in images]
-    return processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    return processor.image_processor(pictures, return_tensors="pt", **options)["pixel_values"]
 
 
 def prefetched(items: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -130,6 +133,11 @@ def tokenize(processor: CLIPProcessor, prompts: list[str]) -> BatchEncoding:
     return processor.tokenizer(
         prompts, padding=True, truncation=True, max_length=77, return_tensors="pt"
     )
+
+
+def token_lists(processor: CLIPProcessor, prompts: list[str]) -> list[list[int]]:
+    """The tokens of each prompt, from its start to its end."""
+    return processor.tokenizer(prompts, truncation=True, max_length=77)["input_ids"]
 
 
 def image_side(processor: CLIPProcessor) -> int:

@@ -8,52 +8,67 @@ from __future__ import annotations
 import difflib
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import ErrorDetails
 
-from nicheclip.files import replaced_file
+from nicheclip.files import read_yaml, replaced_file
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
-GatedMetric = Literal[
-    "accuracy",
-    "balanced_accuracy",
-    "macro_f1",
-    "top_3_accuracy",
-    "hard_negative_pass_rate",
-    "semantic_recall_at_1",
-    "image_recall_at_1",
-    "image_recall_at_5",
-    "ece",
-    "nll",
-    "brier",
-    "aurc",
-    "coverage",
-    "selective_accuracy",
-    "conformal_coverage",
-    "noise_confidence_p95",
-    "ood_auroc",
-    "ood_fpr95",
-    "same_answer",
-]
+GATED_METRICS = (
+    "accuracy balanced_accuracy macro_f1 top_3_accuracy hard_negative_pass_rate "
+    "semantic_recall_at_1 image_recall_at_1 image_recall_at_5 ece nll brier aurc coverage "
+    "selective_accuracy conformal_coverage noise_confidence_p95 ood_auroc ood_fpr95 same_answer"
+).split()
 
 
 class DomainError(ValueError):
     """A domain file that can't be used: names the file, the key, the value and the remedy."""
 
 
+def class_key(name: str) -> str:
+    """What spellings of one class share, whatever their case, accents' form, or "_", "-", " "."""
+    composed = unicodedata.normalize("NFC", name)
+    return re.sub(r"[\s_]+|(?<=\w)-+(?=\w)", " ", composed).strip().casefold()
+
+
+def _unmistakable(classes: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The classes, if no name or prompt of one could be taken for another's."""
+    names: dict[str, str] = {}
+    owners: dict[str, str] = {}
+    for name, prompts in classes.items():
+        if (other := names.setdefault(class_key(name), name)) != name:
+            raise ValueError(f"duplicate class: '{other}' and '{name}'; remove one")
+        for prompt in prompts:
+            if (other := owners.setdefault(prompt, name)) != name:
+                raise ValueError(f"prompt '{prompt}' is in both '{other}' and '{name}'; reword one")
+    return classes
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Text = Annotated[str, Field(pattern=r"\S")]
+Prompts = Annotated[list[Text], Field(min_length=1)]  # the canonical one first
+Classes = Annotated[dict[Text, Prompts], Field(min_length=2), AfterValidator(_unmistakable)]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class _Origin(_Section):
-    """Where images come from.
+class Source(_Section):
+    """Where images come from; `--images` overrides the path of the domain's.
 
     `path` names class folders, a dataset (Hub id, Parquet or Arrow), or a module that writes class
     folders; `options` are passed on, see `data_prep.sources`.
@@ -61,36 +76,27 @@ class _Origin(_Section):
 
     path: str | None = None
     options: dict[str, Any] = {}
+    kind: Literal["folder", "dataset", "commons", "module"] = "folder"
 
-    @field_validator("kind", mode="before", check_fields=False)
+    @field_validator("kind", mode="before")
     @classmethod
-    def _former_kinds(cls, kind: Any) -> Any:
-        if kind in ("facades", "shapes"):
-            module = {"facades": "paint", "shapes": "shapes"}[kind]
-            raise ValueError(
-                f"the kind '{kind}' of older versions is a module now; write `kind: module` and "
-                f"`path: domains.facades.{module}`"
-            )
+    def _module_is_named(cls, kind: Any, known: ValidationInfo) -> Any:
+        for former, module in (("facades", "paint"), ("shapes", "shapes")):
+            if kind == former:
+                raise ValueError(
+                    f"the kind '{kind}' of older versions is a module now; write `kind: module` "
+                    f"and `path: domains.facades.{module}`"
+                )
+        if kind == "module" and known.data.get("path", "") is None:
+            raise ValueError("no path; give the module that draws, as domains.facades.paint")
         return kind
 
 
-class Source(_Origin):
-    """Where the images of the domain come from; `--images` overrides its path."""
-
-    kind: Literal["folder", "dataset", "commons", "module"] = "folder"
-
-    @model_validator(mode="after")
-    def _module_is_named(self) -> Source:
-        if self.kind == "module" and self.path is None:
-            raise ValueError("no path; give the module that draws, as domains.facades.paint")
-        return self
-
-
-class RetentionSource(_Origin):
+class RetentionSource(Source):
     """Where the images of the retention task come from."""
 
-    kind: Literal["folder", "dataset", "module"] = "folder"
     path: str
+    kind: Literal["folder", "dataset", "module"] = "folder"
 
 
 class Retention(_Section):
@@ -98,13 +104,8 @@ class Retention(_Section):
 
     title: Text
     source: RetentionSource
-    classes: dict[Text, list[Text]]  # as those of the domain: prompts, the canonical one first
+    classes: Classes
     images_per_class: int = Field(100, ge=1)  # at most; where there are more, a draw decides
-
-    @field_validator("classes")
-    @classmethod
-    def _classes(cls, classes: dict[str, list[str]]) -> dict[str, list[str]]:
-        return _checked_classes(classes)
 
     @property
     def canonical_prompts(self) -> list[str]:
@@ -112,7 +113,7 @@ class Retention(_Section):
         return [prompts[0] for prompts in self.classes.values()]
 
 
-class Splits(_Section):
+class Splits(_Section, validate_default=True):
     """What each held-out split takes of each class: an integer of images, or a share below 1."""
 
     validation: float = Field(0.15, gt=0)
@@ -121,22 +122,13 @@ class Splits(_Section):
 
     @field_validator("*")
     @classmethod
-    def _share_or_count(cls, value: float) -> float:
+    def _leaves_something_to_train(cls, value: float, known: ValidationInfo) -> float:
         if value >= 1 and value != int(value):
-            raise ValueError(
-                f"{value:g} is neither a share below 1 nor a whole number of images a class"
-            )
+            raise ValueError(f"{value:g} is neither a share below 1 nor a whole number of images")
+        shares = sum(share for share in (*known.data.values(), value) if share < 1)
+        if shares >= 1:
+            raise ValueError(f"{shares:g} in all leaves nothing to train on; lower a share")
         return value
-
-    @model_validator(mode="after")
-    def _leave_something_to_train(self) -> Splits:
-        shares = [share for share in (self.validation, self.calibration, self.test) if share < 1]
-        if sum(shares) >= 1:
-            raise ValueError(
-                f"the shares add up to {sum(shares):g}, which leaves nothing to train on; lower "
-                "them"
-            )
-        return self
 
 
 class QualityFilter(_Section):
@@ -156,10 +148,7 @@ class QualityFilter(_Section):
 
 
 class Augmentation(_Section):
-    """A fresh draw at each visit of a training image.
-
-    Angles in degrees, the rest as factors or probabilities.
-    """
+    """A draw at each visit of an image: angles in degrees, the rest factors or probabilities."""
 
     crop_scale: tuple[Share, Share] = (0.75, 1.0)  # share of the area that is kept
     horizontal_flip: Share = 0.5
@@ -203,11 +192,10 @@ class Domain(_Section):
     title: Text
     description: Text
     base: Text  # a Hub id, or a folder relative to the domain file
-    classes: dict[Text, list[Text]]
-    # none: all classes are one cluster; `data_prep.clusters` proposes some
-    clusters: dict[Text, list[Text]] = {}
+    classes: Classes
+    clusters: dict[Text, list[Text]] = Field({}, validate_default=True)  # none: all are one
     stages: list[Stage] = Field(min_length=1)
-    gates: dict[GatedMetric, float]  # the target of each gated metric of the scorecard
+    gates: dict[str, float]  # the target of each, see `GATED_METRICS`
     source: Source = Source()
     retention: Retention | None = None  # none: nobody looks what fine-tuning forgets
     splits: Splits = Splits()
@@ -219,71 +207,68 @@ class Domain(_Section):
     training: dict[str, Any] = {}  # any field of StagedTrainingArguments
     selective_accuracy: float = Field(0.95, gt=0, lt=1)  # what the abstention threshold aims at
     answered_share: float | None = Field(None, gt=0, le=1)  # instead: the coverage that it aims at
-    # how often the prediction set should hold the label
-    conformal_coverage: float = Field(0.9, gt=0, lt=1)
+    conformal_coverage: float = Field(0.9, gt=0, lt=1)  # of the label by the prediction set
 
-    @field_validator("classes")
+    @field_validator("clusters", mode="wrap")
     @classmethod
-    def _classes(cls, classes: dict[str, list[str]]) -> dict[str, list[str]]:
-        return _checked_classes(classes)
+    def _each_class_has_one(
+        cls, raw: Any, check: Callable[[Any], dict], known: ValidationInfo
+    ) -> dict[str, list[str]]:
+        classes = known.data.get("classes", {})
+        clusters = check(raw or {"all": list(classes)})
+        members = [(name, f"in '{home}'") for home, names in clusters.items() for name in names]
+        for name, home in members:
+            if classes and name not in classes:
+                raise ValueError(f"'{name}' {home} is no class{_did_you_mean(name, classes)}")
+        for name in classes:
+            homes = [home for member, home in members if member == name]
+            if len(homes) != 1:
+                raise ValueError(
+                    f"class '{name}' is {' and '.join(homes) or 'in no cluster'}; keep it in one, "
+                    "with the classes it is confused with, or alone"
+                )
+        return clusters
 
-    @model_validator(mode="before")
+    @field_validator("gates")
     @classmethod
-    def _former_names_and_no_clusters(cls, raw: dict[str, Any]) -> dict[str, Any]:
-        if "outside" in raw:
-            raise ValueError("the key 'outside' of older versions is 'retention' now; rename it")
-        if not raw.get("clusters") and isinstance(raw.get("classes"), dict):
-            return raw | {"clusters": {"all": list(raw["classes"])}}
-        return raw
-
-    @model_validator(mode="after")
-    def _clusters_fit_classes_and_gates(self) -> Domain:
-        homes: dict[str, str] = {}
-        for cluster, members in self.clusters.items():
-            for member in members:
-                if member not in self.classes:
-                    close = _did_you_mean(member, self.classes)
-                    raise ValueError(f"clusters.{cluster}: '{member}' is no class{close}")
-                if homes.setdefault(member, cluster) != cluster or members.count(member) > 1:
-                    raise ValueError(
-                        f"clusters: class '{member}' is in '{homes[member]}' and in '{cluster}'; "
-                        "keep it in one"
-                    )
-        if missing := [name for name in self.classes if name not in homes]:
+    def _can_be_judged(cls, gates: dict[str, float], known: ValidationInfo) -> dict[str, float]:
+        for metric in gates:
+            if metric not in GATED_METRICS:
+                close = _did_you_mean(metric, GATED_METRICS)
+                raise ValueError(f"'{metric}' is no metric of the scorecard{close}")
+        clusters = known.data.get("clusters")
+        alone = clusters and all(len(members) < 2 for members in clusters.values())
+        if "hard_negative_pass_rate" in gates and alone:
             raise ValueError(
-                f"clusters: {_quote(missing)} in no cluster; put it with the classes it is "
-                "confused with, or alone"
+                "hard_negative_pass_rate: no class shares its cluster with another, so nothing is "
+                "a hard negative; remove the gate, or join classes that are confused"
             )
-        alone = all(len(members) < 2 for members in self.clusters.values())
-        if "hard_negative_pass_rate" in self.gates and alone:
-            raise ValueError(
-                "gates.hard_negative_pass_rate: no class shares its cluster with another, so "
-                "nothing is a hard negative; remove the gate, or put classes that are confused "
-                "into one cluster"
-            )
-        return self
+        return gates
 
     @classmethod
-    def load(cls, path: str | Path, **overrides: Any) -> Domain:
+    def load(cls, path: str | Path, base: str | None = None) -> Domain:
         """Reads and checks a domain file.
 
         Args:
             path: the YAML file, or the folder that holds it as `domain.yaml`.
-            overrides: top-level keys to replace, such as `base="…"`; None is ignored.
+            base: takes the place of the file's.
 
         Raises:
             DomainError: if it is missing or wrong; lists every problem with key, value, remedy.
         """
         path = Path(path)
         path = path / "domain.yaml" if path.is_dir() else path
-        raw = _read(path)
-        overrides = {key: value for key, value in overrides.items() if value is not None}
-        folder = (
-            Path(overrides["base"]) if "base" in overrides else path.parent / str(raw.get("base"))
-        )
-        raw |= overrides
+        if not path.is_file():
+            raise DomainError(f"no domain file at '{path}'; domains/facades/domain.yaml is one")
+        try:
+            raw = read_yaml(path)
+        except ValueError as error:
+            raise DomainError(error) from error
+        folder = path.parent / str(raw.get("base")) if base is None else Path(base)
         if folder.is_dir():
-            raw["base"] = str(folder.resolve())
+            base = str(folder.resolve())
+        if base is not None:
+            raw["base"] = base
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
@@ -315,12 +300,9 @@ class Domain(_Section):
     @property
     def prompt_bank(self) -> tuple[list[str], list[int]]:
         """All prompts, and the class index of each."""
-        bank = [
-            (prompt, index)
-            for index, prompts in enumerate(self.classes.values())
-            for prompt in prompts
-        ]
-        return [prompt for prompt, _ in bank], [index for _, index in bank]
+        bank = list(self.classes.values())
+        classes = [index for index, prompts in enumerate(bank) for _ in prompts]
+        return [prompt for prompts in bank for prompt in prompts], classes
 
     @property
     def class_clusters(self) -> list[int]:
@@ -331,115 +313,38 @@ class Domain(_Section):
         return [homes[name] for name in self.classes]
 
     @property
-    def by_cluster(self) -> list[int]:
-        """The class indices, those of one cluster side by side."""
-        return [
-            self.class_names.index(name) for members in self.clusters.values() for name in members
-        ]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The keys of a domain file, not checked yet."""
-    if not path.is_file():
-        raise DomainError(
-            f"no domain file at '{path}'; expected a YAML file like domains/facades/domain.yaml"
-        )
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    # PyYAML lets through what its constructors raise, as for a 13th month or a list as a key.
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise DomainError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise DomainError(
-            f"{path} holds a {type(raw).__name__}; expected keys such as name, base, classes"
-        )
-    return raw
-
-
-def _checked_classes(classes: dict[str, list[str]]) -> dict[str, list[str]]:
-    """The classes, if there are two or more, each with prompts and a name of its own.
-
-    Raises:
-        ValueError: if not.
-    """
-    if len(classes) < 2:
-        raise ValueError(f"{len(classes)} classes; a classifier needs at least two")
-    owners: dict[str, str] = {}
-    for name, prompts in classes.items():
-        if not prompts:
-            raise ValueError(
-                f"class '{name}' has no prompt; give it at least one, the canonical one first"
-            )
-        for prompt in prompts:
-            if owners.setdefault(prompt, name) != name:
-                raise ValueError(
-                    f"prompt '{prompt}' is in both '{owners[prompt]}' and '{name}'; reword one"
-                )
-    folded: dict[str, str] = {}
-    for name in classes:
-        if folded.setdefault(class_key(name), name) != name:
-            raise ValueError(
-                f"duplicate class: '{folded[class_key(name)]}' and '{name}'; remove one"
-            )
-    return classes
-
-
-def class_key(name: str) -> str:
-    """What spellings of one class share, whatever their case, accents' form, or "_", "-", " "."""
-    composed = unicodedata.normalize("NFC", name)
-    return re.sub(r"[\s_]+|(?<=\w)-+(?=\w)", " ", composed).strip().casefold()
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys and says nothing; here that is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
-            if key in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"duplicate key '{key}'; remove or rename one",
-                    problem_mark=key_node.start_mark,
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+    def by_cluster(self) -> np.ndarray:
+        """The class indices (C,), those of one cluster side by side."""
+        return self.indices(name for members in self.clusters.values() for name in members)
 
 
 def _explain(problem: ErrorDetails) -> str:
     """One line of plain words for one of pydantic's problems."""
-    location = [str(part) for part in problem["loc"]]
-    key = ".".join(location)
+    *section, name = [str(part) for part in problem["loc"]]
+    key = ".".join([*section, name])
     if problem["type"] == "extra_forbidden":
-        return f"unknown key '{key}'{_did_you_mean(location[-1], _fields_at(location[:-1]))}"
+        return f"unknown key '{key}'{_did_you_mean(name, _fields_at(section))}"
     if problem["type"] == "missing":
         return f"missing key '{key}'; add it (domains/facades/domain.yaml shows all keys)"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "string_pattern_mismatch" or problem["type"] == "string_too_short":
-        message = (
-            "expected lower-case letters, digits, '-', '_' or '.'; rename it"
-            if key == "name"
-            else "expected some text"
-        )
-    value = "" if problem["type"] == "value_error" else f" (got {problem['input']!r})"
-    return f"{key + ': ' if key else ''}{message}{value}"
+    if problem["type"] == "value_error":
+        return f"{key}: {problem['msg'].removeprefix('Value error, ')}"
+    message = problem["msg"]
+    if problem["type"] == "string_pattern_mismatch":
+        letters = "lower-case letters, digits, '-', '_' or '.'"
+        message = f"expected {letters if key == 'name' else 'some text'}"
+    return f"{key}: {message} (got {problem['input']!r})"
 
 
 def _fields_at(location: list[str]) -> Iterable[str]:
-    """The keys of the section of the domain file that lies at `location`."""
     section: type[BaseModel] = Domain
     for name in location:
-        if name in section.model_fields:
-            annotation = section.model_fields[name].annotation
-            kinds = [annotation, *get_args(annotation)]
+        if field := section.model_fields.get(name):
+            kinds = [field.annotation, *get_args(field.annotation)]
             section = next(kind for kind in kinds if isinstance(kind, type(BaseModel)))
     return section.model_fields
 
 
 def _did_you_mean(word: str, candidates: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(candidates), n=1)
-    return f"; did you mean '{close[0]}'?" if close else f"; expected one of {_quote(candidates)}"
-
-
-def _quote(words: Iterable[str]) -> str:
-    return ", ".join(f"'{word}'" for word in words)
+    expected = ", ".join(f"'{candidate}'" for candidate in candidates)
+    return f"; did you mean '{close[0]}'?" if close else f"; expected one of {expected}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import yaml
 
 
 @contextmanager
@@ -85,6 +86,38 @@ def read_json(path: str | Path, remedy: str, keys: Sequence[str] = ()) -> Any:
             f"{remedy}"
         )
     return content
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Reads a YAML file that a user wrote.
+
+    Raises:
+        ValueError: if it is not valid, has a key twice, or holds something else than keys.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    # PyYAML lets through what its constructors raise, as for a 13th month or a list as a key.
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}; expected `key: value` lines")
+    return content
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys and says nothing; here that is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"duplicate key '{key}'; remove or rename one",
+                    problem_mark=key_node.start_mark,
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
 
 
 @contextmanager

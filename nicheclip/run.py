@@ -49,9 +49,8 @@ def run_lock(run: Path) -> Iterator[None]:
         yield
         return
     run.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run / LOCK)
     try:
-        lock.acquire(timeout=LOCK_SECONDS)
+        held = FileLock(run / LOCK).acquire(timeout=LOCK_SECONDS)
     except Timeout:
         named = run / HOLDER
         holder = named.read_text(encoding="utf-8") if named.is_file() else "another command"
@@ -59,11 +58,9 @@ def run_lock(run: Path) -> Iterator[None]:
             f"{holder} is at work on '{run}'; wait for it or end it, or choose another run "
             "directory"
         ) from None
-    try:
+    with held:
         (run / HOLDER).write_text(f"process {os.getpid()} ({_command()})", encoding="utf-8")
         yield
-    finally:
-        lock.release()
 
 
 def provenance() -> dict[str, Any]:
@@ -85,48 +82,36 @@ def _command() -> str:
     return shlex.join(["python", *sys.orig_argv[1:]])
 
 
-def check_not_begun(run: Path, checkpoints: Path) -> None:
-    """Refuses to begin a training beside an unfinished one.
+def begin_training(run: Path, checkpoints: Path, settings: dict[str, Any], resume: bool) -> None:
+    """Removes what speaks of the model that goes and, but for a resume, its checkpoints.
 
     Raises:
-        ValueError: if there are checkpoints and no RUN/training.json.
+        ValueError: if they are of an unfinished training that is not resumed, or of one that was
+            begun on other data or with other settings; names the setting.
     """
-    if any(checkpoints.rglob("checkpoint-*")) and not (run / "training.json").is_file():
+    if resume:
+        begun = read_json(checkpoints / BEGUN, "there is no training to resume")
+        for name, value in json.loads(json.dumps(settings)).items():
+            if (then := begun.get(name)) != value:
+                compound = isinstance(value, dict | list)
+                change = "has changed" if compound else f"was {then} and is {value} now"
+                raise ValueError(
+                    f"since '{checkpoints}' was begun, {name} {change}; change it back, or remove "
+                    "the folder and train afresh"
+                )
+    elif any(checkpoints.rglob("checkpoint-*")) and not (run / "training.json").is_file():
         raise ValueError(
             f"'{checkpoints}' holds an unfinished training; go on with --resume_from_checkpoint "
             "True, or remove it"
         )
-
-
-def check_begun_alike(checkpoints: Path, settings: dict[str, Any]) -> None:
-    """Refuses to resume a training that was begun on other data or with other settings.
-
-    Raises:
-        ValueError: naming the setting.
-    """
-    begun = read_json(checkpoints / BEGUN, "there is no training to resume")
-    for name, value in json.loads(json.dumps(settings)).items():
-        if begun.get(name) != value:
-            change = f"was {begun.get(name)} and is {value} now"
-            if isinstance(value, dict | list):
-                change = "has changed"
-            raise ValueError(
-                f"since '{checkpoints}' was begun, {name} {change}; change it back, or remove the "
-                "folder and train afresh"
-            )
-
-
-def begin(run: Path, checkpoints: Path, settings: dict[str, Any], resume: bool) -> None:
-    """Removes what speaks of the model that goes.
-
-    And, but for a resume, the checkpoints of a finished training.
-    """
-    for name in RESULTS:
-        (run / name).unlink(missing_ok=True)
-    if not resume:
-        for checkpoint in list(checkpoints.rglob("checkpoint-*")):
-            shutil.rmtree(checkpoint)
-        write_json(checkpoints / BEGUN, settings)
+    processes().wait_for_everyone()  # so that all have looked before one of them writes
+    if processes().is_main_process:
+        for name in RESULTS:
+            (run / name).unlink(missing_ok=True)
+        if not resume:
+            for checkpoint in list(checkpoints.rglob("checkpoint-*")):
+                shutil.rmtree(checkpoint)
+            write_json(checkpoints / BEGUN, settings)
 
 
 def write_trained_on(run: Path, splits: DatasetDict) -> None:
@@ -142,29 +127,25 @@ def check_exam(run: Path, splits: DatasetDict) -> None:
         ValueError: if near-duplicates of the exam were seen, or the data is another than then.
     """
     remedy = f"run `accelerate launch train.py {run}` again"
-    seen = read_json(run / TRAINED_ON, remedy)
-    trained = {
-        sha256: f"the {name} images of the training" for name in seen for sha256 in seen[name]
-    }
-    grouped = {
-        group: f"the {name} split"
-        for name in ("train", "validation")
-        for group in splits[name]["group_id"]
+    seen = {
+        sha256: f"the {name} images of the training"
+        for name, images in read_json(run / TRAINED_ON, remedy).items()
+        for sha256 in images
     }
     leaks = []
-    for name in ("calibration", "test"):
-        columns = (splits[name][column][:] for column in ("source_id", "sha256", "group_id"))
-        for source_id, sha256, group in zip(*columns, strict=True):
-            if where := trained.get(sha256) or grouped.get(group):
-                leaks.append(f"{source_id} ({name}; it or a near-duplicate is among {where})")
-        trained |= {sha256: f"the {name} split" for sha256 in splits[name]["sha256"]}
-        grouped |= {group: f"the {name} split" for group in splits[name]["group_id"]}
+    for name in SPLITS:
+        columns = [splits[name][column][:] for column in ("source_id", "sha256", "group_id")]
+        if name in ("calibration", "test"):
+            for source_id, sha256, group in zip(*columns, strict=True):
+                if where := seen.get(sha256) or seen.get(group):
+                    leaks.append(f"{source_id} ({name}; it or a near-duplicate is among {where})")
+        seen = dict.fromkeys([*columns[1], *columns[2]], f"the {name} split") | seen
     if leaks:
+        told = ", ".join([*leaks[:5], "…"] if len(leaks) > 5 else leaks)
         raise ValueError(
             f"{len(leaks)} images of the calibration and test splits of '{run}' have been seen "
-            "before, so the scorecard would flatter: "
-            f"{', '.join(leaks[:5])}{', …' if len(leaks) > 5 else ''}; run `python -m data_prep` "
-            f"and `accelerate launch train.py {run}` again"
+            f"before, so the scorecard would flatter: {told}; run `python -m data_prep` again, "
+            f"then {remedy}"
         )
     trained_on = read_json(run / "training.json", remedy, ["data_fingerprint"])
     if trained_on["data_fingerprint"] != read_report(run)["fingerprint"]:
@@ -175,10 +156,7 @@ def check_exam(run: Path, splits: DatasetDict) -> None:
 
 
 def read_report(run: Path) -> dict[str, Any]:
-    """RUN/data/report.json.
-
-    Raises: FileNotFoundError or ValueError if data_prep has not written it as it is.
-    """
+    """RUN/data/report.json. Raises: FileNotFoundError or ValueError, as `read_json`."""
     remedy = f"run `python -m data_prep DOMAIN --run {run}` again"
     return read_json(run / "data" / "report.json", remedy, ["base", "settings", "fingerprint"])
 
@@ -205,12 +183,7 @@ def check_unchanged(domain: Domain, report: dict, class_names: list[str]) -> Non
 
 
 def features(class_names: list[str]) -> datasets.Features:
-    """The columns of a prepared dataset.
-
-    `repeats` is how often an epoch visits the image (oversampling without copies);
-    `zero_shot_score` is the base model's probability for the image's own label, and is null outside
-    of train, which alone is filtered.
-    """
+    """The columns of a prepared dataset."""
     return datasets.Features(
         {
             "image": datasets.Image(),
@@ -218,8 +191,9 @@ def features(class_names: list[str]) -> datasets.Features:
             "source_id": datasets.Value("string"),
             "group_id": datasets.Value("string"),
             "sha256": datasets.Value("string"),
+            # the base's probability of the own label; null outside of train, which is filtered
             "zero_shot_score": datasets.Value("float32"),
-            "repeats": datasets.Value("int32"),
+            "repeats": datasets.Value("int32"),  # visits in an epoch: oversampling without copies
             "attribution": datasets.Value("string"),
         }
     )
@@ -228,21 +202,16 @@ def features(class_names: list[str]) -> datasets.Features:
 def load_prepared(run: str | Path) -> datasets.DatasetDict:
     """Reads `RUN/data`.
 
-    Raises:
-        FileNotFoundError: if data_prep has not made it.
-        ValueError: if it is damaged.
+    Raises: ValueError if data_prep has not made it, or it is damaged.
     """
     folder = Path(run) / "data"
-    if not (folder / "dataset_dict.json").is_file():
-        raise FileNotFoundError(
-            f"'{folder}' holds no prepared data; run `python -m data_prep DOMAIN --run {run}` first"
-        )
     try:
         return datasets.load_from_disk(folder)
     # a file of it is missing, cut short or foreign
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(
-            f"'{folder}' is damaged ({error}); run `python -m data_prep DOMAIN --run {run}` again"
+            f"'{folder}' holds no prepared data, or it is damaged ({error}); run `python -m "
+            f"data_prep DOMAIN --run {run}`"
         ) from error
 
 

@@ -84,26 +84,26 @@ def test_a_retention_task_is_optional_and_survives_saving(tmp_path):
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
-        (broken(clusters={"garden": ["wren"]}), ["clusters", "'robin' in no cluster"]),
+        (broken(clusters={"garden": ["wren"]}), ["clusters", "'robin' is in no cluster"]),
         (
             broken(clusters={"a": ["wren", "robin"], "b": ["robin"]}),
             ["'robin' is in 'a' and in 'b'", "keep"],
         ),
         (
             broken(clusters={"garden": ["wren", "robbin"]}),
-            ["'robbin' is no class", "did you mean 'robin'"],
+            ["'robbin' in 'garden' is no class", "did you mean 'robin'"],
         ),
         (
             broken(classes={"wren": ["a wren"], "robin": ["  "]}),
             ["classes.robin.0", "expected some text", "'  '"],
         ),
-        (broken(classes={"wren": ["a wren"], "robin": []}), ["class 'robin' has no prompt"]),
+        (broken(classes={"wren": ["a wren"], "robin": []}), ["classes.robin", "at least 1 item"]),
         (
             broken(classes={"wren": ["a bird"], "robin": ["a bird"]}),
             ["'a bird' is in both", "reword"],
         ),
         (broken(classes={"wren": ["a"], "Wren": ["b"]}), ["duplicate class", "'Wren'"]),
-        (broken(classes={"wren": ["a wren"]}), ["at least two"]),
+        (broken(classes={"wren": ["a wren"]}), ["at least 2 items"]),
         (broken(learning_rate=1), ["unknown key 'learning_rate'"]),
         (broken(gates={"acuracy": 0.9}), ["gates", "acuracy", "accuracy"]),
         (broken(splits={"test": 0.9, "validation": 0.2}), ["splits", "leaves nothing to train on"]),
@@ -122,8 +122,8 @@ def test_a_retention_task_is_optional_and_survives_saving(tmp_path):
             broken(augmentation={"crop_scale": [0.9, 0.5]}),
             ["augmentation.crop_scale", "smallest <= largest"],
         ),
-        (retention(classes={"cat": ["a cat"]}), ["retention.classes", "at least two"]),
-        (retention(classes={"cat": ["a cat"], "dog": []}), ["class 'dog' has no prompt"]),
+        (retention(classes={"cat": ["a cat"]}), ["retention.classes", "at least 2 items"]),
+        (retention(classes={"cat": ["a cat"], "dog": []}), ["classes.dog", "at least 1 item"]),
         (
             retention(classes={"cat": ["a cat"], "dog": [" "]}),
             ["retention.classes.dog.0", "expected some text"],

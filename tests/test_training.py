@@ -206,8 +206,8 @@ def test_a_stage_without_progress_ends_early_and_the_next_goes_on(prepared, tmp_
 )
 def test_a_stage_is_over_after_its_epochs_or_without_progress(step, best, over):
     """Of 40 steps, 10 an epoch, with a patience of two epochs, which count within the stage."""
-    state = TrainerState(global_step=step, best_global_step=best, max_steps=40)
-    assert is_over(state, 10, 2) is over
+    state = TrainerState(global_step=step, best_global_step=best, max_steps=40, num_train_epochs=4)
+    assert is_over(state, 2) is over
 
 
 @pytest.mark.parametrize("loss", ["info_nce", "class_prompts"])
@@ -444,7 +444,7 @@ def test_unknown_patterns_fail_before_anything_is_prepared_or_loaded(tmp_path):
         ({"warmup_steps": 5}, r"stages\[\].warmup"),
         ({"loss": "triplet"}, "expected one of multi_positive, info_nce, class_prompts"),
         ({"wise_ft": "1.5"}, "expected a number from 0 to 1, or auto"),
-        ({"save_strategy": "no"}, "use 'epoch', or 'steps'"),
+        ({"save_strategy": "no"}, "expected 'epoch', or 'steps'"),
         ({"logging_strategy": "steps"}, "epochs are compared"),
         ({"load_best_model_at_end": True}, "kept anyhow"),
         ({"save_total_limit": 1}, "expected 2 or more"),

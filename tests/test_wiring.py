@@ -196,13 +196,13 @@ def test_the_exams_groups_decide_the_intervals_of_a_mixture(prepared, domain):
         "group_id", [str(c) for c in rows["label"]]
     )
     found = [
-        choose_alpha(
-            model, model, processor, each, domain.canonical_prompts, None, [1.0], progress=False
-        )[1][0].accuracy
+        choose_alpha(model, model, processor, each, domain.canonical_prompts, None, [1.0])[1][0][
+            "accuracy"
+        ]
         for each in (rows, by_class)
     ]
-    assert found[0].value == found[1].value
-    assert (found[0].low, found[0].high) != (found[1].low, found[1].high)
+    assert found[0]["value"] == found[1]["value"]
+    assert (found[0]["low"], found[0]["high"]) != (found[1]["low"], found[1]["high"])
 
 
 def test_an_index_says_of_each_image_which_split_it_is_of(run, tmp_path):

@@ -103,18 +103,19 @@ def test_each_alpha_is_measured_as_the_model_it_gives(base, prepared, facades, c
     prompts, retention = facades.canonical_prompts, (colours, facades.retention.canonical_prompts)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     alpha, table = choose_alpha(
-        model, tuned, processor, validation, prompts, retention, (0, 0.5, 1), progress=False
+        model, tuned, processor, validation, prompts, retention, (0, 0.5, 1)
     )
-    assert [row.alpha for row in table] == [0, 0.5, 1]
+    assert [row["alpha"] for row in table] == [0, 0.5, 1]
     middle = copy.deepcopy(model)
     middle.load_state_dict(interpolate(model.state_dict(), tuned.state_dict(), 0.5))
-    assert len({row.nll for row in table}) == 3
+    assert len({row["nll"] for row in table}) == 3
     for row, same in zip(table, (model, middle, tuned), strict=True):
-        assert row.accuracy.value == asked(same, processor, validation, prompts)
-        assert row.retention.value == asked(same, processor, *retention)
-    assert (table[0].accuracy.n, table[0].retention.n) == (len(validation), len(colours))
-    best = max(row.accuracy.value for row in table)
-    assert alpha == min(row.alpha for row in table if row.accuracy.value == best)
+        assert row["accuracy"]["value"] == asked(same, processor, validation, prompts)
+        assert row["retention"]["value"] == asked(same, processor, *retention)
+    counts = table[0]["accuracy"]["n"], table[0]["retention"]["n"]
+    assert counts == (len(validation), len(colours))
+    best = max(row["accuracy"]["value"] for row in table)
+    assert alpha == min(row["alpha"] for row in table if row["accuracy"]["value"] == best)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -122,11 +123,9 @@ def test_of_equals_the_one_nearest_to_the_base_is_chosen(base, prepared, facades
     model, processor = base
     validation = load_prepared(prepared)["validation"]
     prompts = facades.canonical_prompts
-    alpha, table = choose_alpha(
-        model, model, processor, validation, prompts, alphas=(1, 0.5, 0.25), progress=False
-    )
-    assert (alpha, len({row.accuracy.value for row in table})) == (0.25, 1)
-    assert table[0].to_dict()["retention"] is None
+    alpha, table = choose_alpha(model, model, processor, validation, prompts, alphas=(1, 0.5, 0.25))
+    assert (alpha, len({row["accuracy"]["value"] for row in table})) == (0.25, 1)
+    assert table[0]["retention"] is None
 
 
 def test_a_destroyed_model_is_not_chosen(base, prepared, facades):
@@ -140,10 +139,9 @@ def test_a_destroyed_model_is_not_chosen(base, prepared, facades):
         validation,
         facades.canonical_prompts,
         alphas=(0, 0.7, 1),
-        progress=False,
     )
     assert alpha == 0
-    assert table[0].nll < table[-1].nll
+    assert table[0]["nll"] < table[-1]["nll"]
 
 
 def test_the_views_of_large_photos_are_those_of_the_processor(base, prepared, facades):
@@ -154,10 +152,8 @@ def test_the_views_of_large_photos_are_those_of_the_processor(base, prepared, fa
     large = validation.map(
         lambda row, index: {"image": row["image"].resize(sizes[index % 3])}, with_indices=True
     )
-    _, (row,) = choose_alpha(
-        model, model, processor, large, facades.canonical_prompts, alphas=(0,), progress=False
-    )
-    assert row.accuracy.value == asked(model, processor, large, facades.canonical_prompts)
+    _, (row,) = choose_alpha(model, model, processor, large, facades.canonical_prompts, alphas=(0,))
+    assert row["accuracy"]["value"] == asked(model, processor, large, facades.canonical_prompts)
 
 
 def test_the_shipped_retention_task_is_even_repeatable_and_known_to_the_base(

@@ -14,20 +14,21 @@ from nicheclip.domain import Domain, DomainError
 from nicheclip.training.losses import LOSSES
 
 METRICS = ("accuracy", "macro_f1", "ece", "loss")  # of validation, each epoch
-OF_STAGES = {
-    "learning_rate": "learning_rate",
-    "num_train_epochs": "epochs",
-    "max_steps": "epochs",
-    "warmup_steps": "warmup",
-}
-REFUSED = {
+# Why these keep their defaults.
+FIXED = {
+    "learning_rate": "each stage has its own, stages[].learning_rate in the domain file",
+    "num_train_epochs": "each stage has its own, stages[].epochs in the domain file",
+    "max_steps": "each stage has its own stages[].epochs in the domain file",
+    "warmup_steps": "each stage has its own, stages[].warmup in the domain file",
+    "eval_strategy": "epochs are compared",
+    "logging_strategy": "epochs are compared",
+    "eval_on_start": "epochs are compared",
     "load_best_model_at_end": "the best epoch of all stages is kept anyhow",
     "save_only_model": "stages go on from whole checkpoints",
     "ignore_data_skip": "a resumed epoch would be trained twice in part",
     "dataloader_persistent_workers": "such workers would repeat the first epoch's views",
     "dataloader_drop_last": "all batches are full",
     "auto_find_batch_size": "the batches are composed beforehand",
-    "eval_on_start": "epochs are compared",
     "fsdp": "the loss needs the whole model in each process",
     "deepspeed": "the loss needs the whole model in each process",
 }
@@ -47,12 +48,8 @@ class StagedTrainingArguments(TrainingArguments):
 
     output_dir: str = "trainer_output"
     loss: str = _argument("multi_positive", f"One of {', '.join(LOSSES)}.")
-    cluster_share: float = _argument(
-        0.5, "Share of each batch that comes from one cluster of confusable classes."
-    )
-    early_stopping_patience: int = _argument(
-        5, "End a stage after this many epochs of it without a better validation score."
-    )
+    cluster_share: float = _argument(0.5, "Share of a batch that comes from one cluster.")
+    early_stopping_patience: int = _argument(5, "Epochs without a better score that end a stage.")
     initial_logit_scale: float | None = _argument(
         None, "exp(logit_scale) to begin with, e.g. the recipe's 14.3; default: the base model's."
     )
@@ -63,9 +60,8 @@ class StagedTrainingArguments(TrainingArguments):
     )
     cached_views: int = _argument(
         4,
-        "Augmented views of each image; what the frozen part of the visual tower makes of them is "
-        "kept on disk and its samples take them in turn. 0: a new view for each sample, and "
-        "nothing is kept.",
+        "Augmented views of each image, kept as the frozen part of the visual tower sees them; "
+        "its samples take them in turn. 0: a new view for each sample, and nothing is kept.",
     )
     feature_cache: str | None = _argument(
         None, "Where it is kept; default: RUN/cache/features, which may be removed any time."
@@ -74,9 +70,7 @@ class StagedTrainingArguments(TrainingArguments):
         None, "Mixed precision in bfloat16; default: where there is a GPU that supports it."
     )
     gradient_accumulation_steps: int = _argument(
-        1,
-        "Batches whose gradients are averaged before a step. The pair losses see the negatives of "
-        "one batch at a time, so accumulating is no larger batch to them; to class_prompts it is.",
+        1, "Batches that make a step; a larger batch to class_prompts, not to the pair losses."
     )
     # The recipe's optimiser: CLIP's betas and eps, strong decay, cosine.
     per_device_train_batch_size: int = 16
@@ -104,20 +98,28 @@ class StagedTrainingArguments(TrainingArguments):
     dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
 
     def __post_init__(self) -> None:
-        for name, of_stage in OF_STAGES.items():
-            if getattr(self, name) != TrainingArguments.__dataclass_fields__[name].default:
-                raise ValueError(
-                    f"--{name} is {getattr(self, name)}, but it belongs to the stages; "
-                    f"set stages[].{of_stage} in the domain file"
-                )
-        for name, reason in REFUSED.items():
-            if getattr(self, name):
+        for name, reason in FIXED.items():
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise ValueError(f"--{name} is {getattr(self, name)}, but {reason}; leave it out")
-        self.metric_for_best_model = self.metric_for_best_model.removeprefix("eval_")
-        for name, (fits, expected) in self._expected().items():
+        metric = self.metric_for_best_model = self.metric_for_best_model.removeprefix("eval_")
+        scale = self.initial_logit_scale
+        for name, fits, expected in (
+            ("loss", self.loss in LOSSES, f"one of {', '.join(LOSSES)}"),
+            ("metric_for_best_model", metric in METRICS, f"one of {', '.join(METRICS)}"),
+            ("wise_ft", _is_share(self.wise_ft), "a number from 0 to 1, or auto"),
+            ("initial_logit_scale", scale is None or scale > 0, "a number above 0"),
+            ("cached_views", self.cached_views >= 0, "0 (none) or more"),
+            ("early_stopping_patience", self.early_stopping_patience >= 1, "1 or more epochs"),
+            ("save_total_limit", self.save_total_limit != 1, "2 or more: the last and the best"),
+            (
+                "save_strategy",
+                self.save_strategy in ("epoch", "steps"),
+                "'epoch', or 'steps' for checkpoints in the middle of an epoch as well",
+            ),
+        ):
             if not fits:
                 raise ValueError(f"--{name} is '{getattr(self, name)}'; expected {expected}")
-        self.greater_is_better = self.metric_for_best_model not in ("ece", "loss")
+        self.greater_is_better = metric not in ("ece", "loss")
         # Else --bf16 asks for a GPU.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
@@ -125,29 +127,6 @@ class StagedTrainingArguments(TrainingArguments):
             free = not (self.fp16 or self.use_cpu or asked)
             self.bf16 = free and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         super().__post_init__()
-
-    def _expected(self) -> dict[str, tuple[bool, str]]:
-        """Whether each argument is as it should be, and what that is."""
-        epochs = "'epoch', as epochs are compared"
-        scale = self.initial_logit_scale
-        return {
-            "loss": (self.loss in LOSSES, f"one of {', '.join(LOSSES)}"),
-            "wise_ft": (_is_share(self.wise_ft), "a number from 0 to 1, or auto"),
-            "eval_strategy": (self.eval_strategy == "epoch", epochs),
-            "logging_strategy": (self.logging_strategy == "epoch", epochs),
-            "save_strategy": (
-                self.save_strategy in ("epoch", "steps"),
-                "'epoch', or 'steps' for checkpoints in the middle of an epoch as well",
-            ),
-            "save_total_limit": (self.save_total_limit != 1, "2 or more: the last and the best"),
-            "cached_views": (self.cached_views >= 0, "0 (none) or more"),
-            "early_stopping_patience": (self.early_stopping_patience >= 1, "1 or more epochs"),
-            "initial_logit_scale": (scale is None or scale > 0, "a number above 0"),
-            "metric_for_best_model": (
-                self.metric_for_best_model in METRICS,
-                f"one of {', '.join(METRICS)}",
-            ),
-        }
 
 
 def _is_share(text: str) -> bool:

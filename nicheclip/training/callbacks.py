@@ -10,9 +10,8 @@ from types import FrameType
 from typing import Any
 
 import torch
+from accelerate.utils import gather
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-MAX_LOGIT_SCALE = math.log(100)
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -26,9 +25,10 @@ class TrainingInterrupted(KeyboardInterrupt):
         self.signal = received
 
 
-def is_over(state: TrainerState, steps_per_epoch: int, patience: int) -> bool:
+def is_over(state: TrainerState, patience: int) -> bool:
     """Whether a stage has trained all its epochs, or `patience` of them without a better score."""
     since_best = state.global_step - (state.best_global_step or 0)
+    steps_per_epoch = state.max_steps // state.num_train_epochs
     return state.global_step >= state.max_steps or since_best >= patience * steps_per_epoch
 
 
@@ -37,12 +37,10 @@ class StageEpochs(TrainerCallback):
 
     Args:
         best: the score of the stages before, which this one has to surpass; None: the first.
-        steps_per_epoch: optimiser steps.
-        patience: epochs.
     """
 
-    def __init__(self, best: float | None, steps_per_epoch: int, patience: int):
-        self.best, self.steps_per_epoch, self.patience = best, steps_per_epoch, patience
+    def __init__(self, best: float | None):
+        self.best = best
 
     def on_train_begin(self, args, state: TrainerState, control, **_: Any) -> None:
         """Goes on from the best score so far."""
@@ -52,21 +50,21 @@ class StageEpochs(TrainerCallback):
     @torch.no_grad()
     def on_optimizer_step(self, args, state, control, model=None, **_: Any) -> None:
         """Keeps exp(logit_scale) at 100 or below, as CLIP does (Radford et al. 2021)."""
-        model.clip.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+        model.clip.logit_scale.clamp_(max=math.log(100))
 
     def on_step_end(self, args, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Saves where a signal ends the training; not an epoch before it is evaluated."""
         asked = control.should_save or control.should_training_stop
-        control.should_save = asked and state.global_step % self.steps_per_epoch != 0
+        control.should_save = asked and not float(state.epoch).is_integer()
 
     def on_epoch_end(self, args, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """An epoch that a signal has cut off has been saved already."""
-        whole = state.global_step % self.steps_per_epoch == 0
+        whole = float(state.epoch).is_integer()
         control.should_log = control.should_evaluate = control.should_save = whole
 
     def on_save(self, args, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Ends the stage."""
-        if is_over(state, self.steps_per_epoch, self.patience):
+        if is_over(state, args.early_stopping_patience):
             control.should_training_stop = True
 
 
@@ -81,17 +79,15 @@ class StopOnSignal(TrainerCallback):
         self.received: signal.Signals | None = None
         self._handlers: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> StopOnSignal:
+    def __enter__(self) -> None:
         # Signals can't be caught elsewhere.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._receive)
-        return self
 
     def __exit__(self, *exception: Any) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers = {}
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
@@ -102,9 +98,7 @@ class StopOnSignal(TrainerCallback):
         """The signal that any of the processes has received."""
         number = int(self.received or 0)
         if args.world_size > 1:
-            highest = torch.tensor(number, device=args.device)
-            torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
-            number = int(highest.item())
+            number = int(gather(torch.tensor([number], device=args.device)).max())
         return signal.Signals(number) if number else None
 
     def on_step_end(self, args, state, control: TrainerControl, **_: Any) -> None:

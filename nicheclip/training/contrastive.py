@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy, normalize
 from torch.utils.data import DataLoader, default_collate
 from transformers import CLIPProcessor, Trainer
 
-from nicheclip.clip import encode_texts, tokenize
+from nicheclip.clip import encode_texts
 from nicheclip.domain import Domain, Stage
 from nicheclip.evaluation.metrics import ZeroShotMetrics
 from nicheclip.training.arguments import StagedTrainingArguments
@@ -36,12 +36,11 @@ class ContrastiveTrainer(Trainer):
     """Trains what a stage names with one of `LOSSES`.
 
     Args:
-        domain: whose prompts are trained.
         stage: what the arguments and the model were made for.
         sampler: composes the batches of `train_dataset`.
         steps_before: optimiser steps of the stages before it.
-        of_trainer: the Trainer's own; the model is a StageTowers, which comes with the weights to
-            begin with, or those of the checkpoint to go on from.
+        of_trainer: the Trainer's own; the model comes with the weights to begin with, or those of
+            the checkpoint to go on from.
     """
 
     model: StageTowers
@@ -62,8 +61,6 @@ class ContrastiveTrainer(Trainer):
         )
         self.domain, self.stage, self.sampler = domain, stage, sampler
         self.steps_before = steps_before
-        prompts, self.class_of_prompt = domain.prompt_bank
-        self.bank = token_lists(self.processing_class, prompts)
         self.metrics = ZeroShotMetrics(keep_in_memory=True)
 
     def get_decay_parameter_names(self, model) -> list[str]:
@@ -89,13 +86,10 @@ class ContrastiveTrainer(Trainer):
         """The loss of the batch of all processes together; distinct prompts are encoded once."""
         loss_function, labels = LOSSES[self.args.loss], inputs["labels"]
         self.samples = inputs["samples"]
+        prompts, prompt_of_image = inputs["prompts"].unique(return_inverse=True)
         if loss_function is class_prompts:
             prompts = self._prompt_of_each_class()
-        else:
-            prompts, prompt_of_image = inputs["prompts"].unique(return_inverse=True)
-        image_embeds, text_embeds, scale = model(
-            inputs["images"], [self.bank[prompt] for prompt in prompts.tolist()]
-        )
+        image_embeds, text_embeds, scale = model(inputs["images"], prompts)
         if loss_function is not class_prompts:
             text_embeds = gather(text_embeds[prompt_of_image])
             image_embeds, labels = gather(image_embeds), gather(labels)
@@ -105,15 +99,12 @@ class ContrastiveTrainer(Trainer):
             self._stop_not_finite("loss", loss.item())
         return (loss, {"logits": logits}) if return_outputs else loss
 
-    def _prompt_of_each_class(self) -> np.ndarray:
-        """(C,) indices of the bank, drawn for the step, the same in all processes."""
+    def _prompt_of_each_class(self) -> torch.Tensor:
+        """(C,) which of the prompts, drawn for the step, the same in all processes."""
         step = self.steps_before + self.state.global_step
         seeds = np.random.SeedSequence([self.args.seed, step], spawn_key=OF_STEPS)
         rng = np.random.default_rng(seeds)
-        classes = np.arange(len(self.domain.classes))[:, None]
-        return np.array(
-            [rng.choice(np.flatnonzero(own)) for own in classes == self.class_of_prompt]
-        )
+        return torch.tensor([rng.choice(own) for own in self.train_dataset.prompts_of_class])
 
     def _clip_grad_norm(self, model) -> torch.Tensor:
         norm = super()._clip_grad_norm(model)
@@ -159,11 +150,3 @@ class ContrastiveTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """The model comes with the checkpoint's weights."""
-
-
-def token_lists(processor: CLIPProcessor, prompts: list[str]) -> list[list[int]]:
-    """The tokens of each prompt, without padding."""
-    tokens = tokenize(processor, prompts)
-    lengths = tokens["attention_mask"].sum(dim=1)
-    pairs = zip(tokens["input_ids"], lengths, strict=True)
-    return [ids[:length].tolist() for ids, length in pairs]

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter
 from transformers import CLIPProcessor
 
-from nicheclip.clip import image_side
+from nicheclip.clip import image_side, pixel_values
 from nicheclip.domain import Augmentation
 
 VIEW = (2,)  # spawn key: the views that are kept are no visit's stream of chance
@@ -72,24 +72,21 @@ Features = Callable[[int, int], torch.Tensor]  # the states of (row, view)
 
 
 class Views(torch.utils.data.Dataset):
-    """What the model is shown of each image: of row `r` the views (r, 0), (r, 1), …
-
-    Args:
-        rows: a prepared split.
+    """What the model is shown of each image of a prepared split: of row r, views (r, 0), (r, 1), …
 
     Attributes:
-        features: gives kept states, which take the place of the pixels; None: pixels.
+        features: gives pixels, or the kept states that take their place.
     """
 
     def __init__(self, rows: datasets.Dataset, processor: CLIPProcessor):
         self.rows = rows
         self.processor = processor
         self.labels = np.asarray(rows["label"])
-        self.features: Features | None = None
+        self.features: Features = self.view
 
     def view(self, row: int, view: int) -> torch.Tensor:
         """Pixels (3, S, S) as the processor makes them; there is but one such view."""
-        return self._pixels(self.rows[row]["image"].convert("RGB"))
+        return pixel_values(self.processor, [self.rows[row]["image"]])[0]
 
     def identity(self) -> dict[str, Any]:
         """What views depend on beside the images, for JSON."""
@@ -99,11 +96,7 @@ class Views(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        return {"images": (self.features or self.view)(row, 0), "labels": int(self.labels[row])}
-
-    def _pixels(self, image: Image.Image, **options: Any) -> torch.Tensor:
-        pixels = self.processor.image_processor(image, return_tensors="pt", **options)
-        return pixels["pixel_values"][0]
+        return {"images": self.features(row, 0), "labels": int(self.labels[row])}
 
 
 class TrainingSamples(Views):
@@ -113,7 +106,6 @@ class TrainingSamples(Views):
     a restart.
 
     Args:
-        rows: the prepared train split.
         prompt_classes: class index of each prompt of the bank, (P,) int.
 
     Attributes:
@@ -131,16 +123,14 @@ class TrainingSamples(Views):
         seed: int,
     ):
         super().__init__(rows, processor)
-        self.prompts_of_class = [
-            np.flatnonzero(np.asarray(prompt_classes) == c) for c in range(max(prompt_classes) + 1)
-        ]
+        of_class = np.asarray(prompt_classes)
+        self.prompts_of_class = [np.flatnonzero(of_class == c) for c in np.unique(of_class)]
         self.augmentation = augmentation
         self.side = image_side(processor)
         self.seed = seed
         self.views = self.epoch = self.epochs_before = 0
         self.repeats = np.asarray(rows["repeats"])
         self.row_of_sample = np.repeat(np.arange(len(rows)), self.repeats)
-        self.first_sample = np.cumsum(self.repeats) - self.repeats
         self.labels = self.labels[self.row_of_sample]
 
     def set_epoch(self, epoch: int) -> None:
@@ -166,8 +156,9 @@ class TrainingSamples(Views):
         rng = np.random.default_rng([self.seed, self.epoch, sample])
         row, label = int(self.row_of_sample[sample]), int(self.labels[sample])
         if self.views:
-            turn = self.epoch * self.repeats[row] + sample - self.first_sample[row]
-            images = (self.features or self.view)(row, int(turn % self.views))
+            visit = sample - np.searchsorted(self.row_of_sample, row)
+            turn = self.epoch * self.repeats[row] + visit
+            images = self.features(row, int(turn % self.views))
         else:
             images = self._augmented(self.rows[row]["image"], rng)
         prompts = self.prompts_of_class[label]
@@ -176,4 +167,4 @@ class TrainingSamples(Views):
 
     def _augmented(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
         view = augment(image.convert("RGB"), self.side, self.augmentation, rng)
-        return self._pixels(view, do_resize=False, do_center_crop=False)
+        return pixel_values(self.processor, [view], do_resize=False, do_center_crop=False)[0]

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -34,7 +35,7 @@ def encode_views(
     cuts: Sequence[int],
     cache: Path,
     autocast: torch.dtype | None = None,
-) -> Features | None:
+) -> Features:
     """The states at the last of `cuts`, each worked out from those at the cut before it.
 
     Args:
@@ -45,7 +46,7 @@ def encode_views(
 
     Returns:
         features(row, view) of every row of `views.rows` and every view below `count`, (T, D), or
-        (D,) at the tower's depth; None if there are no cuts.
+        (D,) at the tower's depth; without cuts, pixels.
 
     Raises:
         OSError: if there is no room for them on the disk; nothing has been written then.
@@ -64,13 +65,11 @@ def encode_views(
         made_of += [str(cut), weights_digest(weights_before(tower, cut))]
         width, length = tower.config.hidden_size, tower.embeddings.num_positions
         shape = (width,) if cut == depth(tower) else (length, width)
-
-        def encode(part: datasets.Dataset, features=features, start=start, cut=cut):
-            return _encode(tower, _batches(part, features), start, cut, autocast)
-
         encoded = map_shards(
             places,
-            encode,
+            partial(
+                _encode, tower=tower, features=features, start=start, cut=cut, autocast=autocast
+            ),
             identity,
             hashlib.sha256("\n".join(made_of).encode()).hexdigest(),
             cache / f"after-block-{cut}",
@@ -78,40 +77,35 @@ def encode_views(
             bytes_per_row=int(np.prod(shape)) * np.dtype(KEPT_AS).itemsize,
         )
         features, start = _reader(encoded, rows, shape), cut
-    return features if cuts else None
+    return features
 
 
 def _reader(encoded: datasets.Dataset, rows: int, shape: tuple[int, ...]) -> Features:
     """Gives the states of (row, view), in a copy of its own."""
-    chunks = encoded.data.column("states").chunks
-    parts = [chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, *shape) for chunk in chunks]
-    starts = np.cumsum([0, *map(len, parts)])
+    column = encoded.data.column("states")
 
     def features(row: int, view: int) -> torch.Tensor:
-        index = view * rows + row
-        part = int(np.searchsorted(starts, index, side="right")) - 1
-        return torch.from_numpy(parts[part][index - starts[part]].copy())
+        states = column[view * rows + row].values.to_numpy()
+        return torch.from_numpy(states.reshape(shape).copy())
 
     return features
 
 
-def _batches(places: datasets.Dataset, features: Features) -> Iterator[torch.Tensor]:
-    for batch in places.iter(BATCH):
-        at = zip(batch["row"], batch["view"], strict=True)
-        yield torch.stack([features(row, view) for row, view in at])
-
-
 @torch.inference_mode()
 def _encode(
+    places: datasets.Dataset,
     tower: CLIPVisionModel,
-    batches: Iterator[torch.Tensor],
+    features: Features,
     start: int,
     cut: int,
     autocast: torch.dtype | None,
 ) -> datasets.Dataset:
     """The states at `cut`, flattened, from those at `start`."""
-    device = tower.post_layernorm.weight.device
-    states = []
+    batches = (
+        torch.stack([features(*place) for place in zip(batch["row"], batch["view"], strict=True)])
+        for batch in places.iter(BATCH)
+    )
+    device, states = tower.post_layernorm.weight.device, []
     for batch in prefetched(batches):
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
             encoded = between(tower, batch.to(device).float(), start, cut)

@@ -37,10 +37,7 @@ def info_nce(
 def multi_positive(
     logits_per_image: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0
 ) -> torch.Tensor:
-    """All same-class pairs of the batch are positives (Khosla et al. 2020, arXiv:2004.11362).
-
-    Args: as `info_nce`.
-    """
+    """As `info_nce`, but all same-class pairs are positives (Khosla et al., arXiv:2004.11362)."""
     same_class = (labels[:, None] == labels[None, :]).float()  # (B, B), symmetric
     targets = same_class / same_class.sum(dim=1, keepdim=True)
     return _symmetric(logits_per_image, targets, label_smoothing)

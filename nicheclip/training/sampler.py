@@ -25,8 +25,6 @@ class ClusterBatchSampler(Sampler[list[int]]):
         class_clusters: cluster index of each class, (C,).
         batch_size: samples a batch, over all processes.
         cluster_share: share of a batch that comes from one cluster, rounded up to whole samples.
-        num_processes: how many processes share a batch.
-        process_index: rank of this process, from 0.
         seed: with the epoch, decides the order.
 
     Raises:
@@ -71,12 +69,11 @@ class ClusterBatchSampler(Sampler[list[int]]):
         ]
         self._from_cluster = math.ceil(cluster_share * batch_size)
         self._from_pool = batch_size - self._from_cluster
-        self._leads = self._plan()
+        self._leads = self._plan(math.ceil(len(labels) / batch_size))
 
-    def _plan(self) -> np.ndarray:
+    def _plan(self, batches: int) -> np.ndarray:
         """How many batches each cluster leads: the fewest in which every sample has a place."""
         sizes = np.array([len(members) for members in self._members])
-        batches = math.ceil(sizes.sum() / (self._from_cluster + self._from_pool))
         while True:
             leads = _apportion(batches, sizes)
             if np.maximum(sizes - leads * self._from_cluster, 0).sum() <= batches * self._from_pool:
@@ -106,15 +103,11 @@ class ClusterBatchSampler(Sampler[list[int]]):
             leftover.append(walk[places : len(members)])
         pool = rng.permutation(np.concatenate(leftover))
         missing = len(self) * self._from_pool - len(pool)
-        fill = rng.choice(
-            np.concatenate(self._members), missing, replace=missing > len(self._labels)
-        )
-        pool = np.concatenate([pool, fill])
-        for batch, lead in enumerate(rng.permutation(len(led))):
-            yield [
-                *led[lead].tolist(),
-                *pool[batch * self._from_pool : (batch + 1) * self._from_pool].tolist(),
-            ]
+        everyone = np.concatenate(self._members)
+        fill = rng.choice(everyone, missing, replace=missing > len(everyone))
+        pools = np.concatenate([pool, fill]).reshape(len(self), self._from_pool)
+        for lead, rest in zip(rng.permutation(len(led)), pools, strict=True):
+            yield [*led[lead].tolist(), *rest.tolist()]
 
     def composition(self) -> dict[str, float]:
         """What the batches of this epoch are made of, over all processes.
@@ -152,5 +145,4 @@ def _walk(members: np.ndarray, length: int, rng: np.random.Generator) -> np.ndar
 
 def _equal_pairs(batches: np.ndarray) -> int:
     """How many ordered pairs i != j of a row hold the same value, over all rows of (batches, B)."""
-    counts = [np.unique(batch, return_counts=True)[1] for batch in batches]
-    return int(sum((count * (count - 1)).sum() for count in counts))
+    return sum(int((batch[:, None] == batch).sum()) for batch in batches) - batches.size

@@ -23,13 +23,13 @@ def trainable_names(parameter_names: Iterable[str], stage: Stage) -> list[str]:
             blocks than there are.
     """
     names = list(parameter_names)
-    blocks = sorted({int(name.split(".")[3]) for name in names if name.startswith(VISUAL_BLOCKS)})
-    if stage.last_visual_blocks > len(blocks):
+    blocks = len({name.split(".")[3] for name in names if name.startswith(VISUAL_BLOCKS)})
+    if stage.last_visual_blocks > blocks:
         raise ValueError(
             f"stage '{stage.name}': last_visual_blocks is {stage.last_visual_blocks}, "
-            f"but the visual tower has {len(blocks)} blocks"
+            f"but the visual tower has {blocks} blocks"
         )
-    last = blocks[len(blocks) - stage.last_visual_blocks :]
+    last = range(blocks - stage.last_visual_blocks, blocks)
     patterns = [*stage.train, *(f"{VISUAL_BLOCKS}{block}.*" for block in last)]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -44,20 +44,17 @@ def trainable_names(parameter_names: Iterable[str], stage: Stage) -> list[str]:
 def check_stages(base: str | Path, stages: Iterable[Stage]) -> None:
     """Checks the patterns of all stages against the base's configuration: no weights are read.
 
-    Raises:
-        ValueError: as `trainable_names`.
-        OSError: if there is no CLIP model of that name.
+    Raises: as `trainable_names`, and OSError if there is no CLIP model of that name.
     """
     with torch.device("meta"):
-        names = [name for name, _ in CLIPModel(CLIPConfig.from_pretrained(base)).named_parameters()]
+        model = CLIPModel(CLIPConfig.from_pretrained(base))
     for stage in stages:
-        trainable_names(names, stage)
+        set_trainable(model, stage)
 
 
-def set_trainable(model: nn.Module, stage: Stage) -> list[str]:
-    """Freezes all of the model but what the stage trains; gives the names of what trains."""
-    names = trainable_names((name for name, _ in model.named_parameters()), stage)
-    chosen = set(names)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in chosen)
-    return names
+def set_trainable(model: nn.Module, stage: Stage) -> None:
+    """Freezes all of the model but what the stage trains."""
+    parameters = dict(model.named_parameters())
+    names = trainable_names(parameters, stage)
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in names)

@@ -29,18 +29,19 @@ class StageTowers(nn.Module):
 
     Args:
         clip: its weights are trained in place, but for the token embeddings: see `store`.
-        tokens: (U,) all that occur in prompts, rising.
+        prompts: the tokens of each, from its start to its end.
     """
 
-    tokens: torch.Tensor
+    tokens: torch.Tensor  # (U,) all that occur in prompts, rising
 
-    def __init__(self, clip: CLIPModel, tokens: torch.Tensor):
+    def __init__(self, clip: CLIPModel, prompts: list[list[int]]):
         super().__init__()
-        self.clip, self.config = clip, clip.config
+        self.clip, self.config, self.prompts = clip, clip.config, prompts
         trained = [name for name, weight in clip.named_parameters() if weight.requires_grad]
         self.cut = cut_before(clip.vision_model, trained)
         table = clip.text_model.embeddings.token_embedding.weight
-        self.register_buffer("tokens", tokens.to(table.device), persistent=False)
+        tokens = torch.tensor(sum(prompts, []), device=table.device).unique()
+        self.register_buffer("tokens", tokens, persistent=False)
         self.used = nn.Parameter(table.detach()[self.tokens], requires_grad=table.requires_grad)
         table.requires_grad_(False)
 
@@ -51,17 +52,17 @@ class StageTowers(nn.Module):
         return self.clip
 
     def forward(
-        self, images: torch.Tensor, prompts: list[list[int]]
+        self, images: torch.Tensor, prompts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """image_embeds (B, D) and text_embeds (P, D) of unit length, and exp(logit_scale).
 
         Args:
             images: as `encode_images`.
-            prompts: the tokens of each, from its start to its end.
+            prompts: (P,) which of the prompts.
         """
         parts = [
-            self.encode_texts(prompts[start : start + PROMPTS_AT_ONCE])
-            for start in range(0, len(prompts), PROMPTS_AT_ONCE)
+            self.encode_texts([self.prompts[prompt] for prompt in part.tolist()])
+            for part in prompts.cpu().split(PROMPTS_AT_ONCE)
         ]
         # In the weights' precision: under autocast the logits would be rounded to 8 bits.
         precision = self.used.dtype
@@ -96,9 +97,7 @@ class StageTowers(nn.Module):
         return self.clip.text_projection(tower.final_layer_norm(states[0]))
 
 
-def distinct_beginnings(
-    prompts: list[list[int]],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def distinct_beginnings(prompts: list[list[int]]) -> tuple[torch.Tensor, ...]:
     """The N distinct beginnings of P prompts.
 
     Returns:
@@ -152,17 +151,13 @@ def at_places(
     Keys and values are all that is needed of those: a sixth of the block's multiplications.
     """
     attention, seen = block.self_attn, block.layer_norm1(states)
+    projected = attention.q_proj(seen[:, places]), attention.k_proj(seen), attention.v_proj(seen)
     queries, keys, values = (
-        projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # (B, H, Q or T, D / H)
-        for projected in (
-            attention.q_proj(seen[:, places]),
-            attention.k_proj(seen),
-            attention.v_proj(seen),
-        )
+        each.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # (B, H, Q or T, D / H)
+        for each in projected
     )
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-        attention.config._attn_implementation, eager_attention_forward
-    )
+    implementation = attention.config._attn_implementation
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
     dropout = attention.dropout if attention.training else 0.0
     attended, _ = attend(
         attention, queries, keys, values, mask, scaling=attention.scale, dropout=dropout

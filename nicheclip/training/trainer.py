@@ -10,7 +10,6 @@ import copy
 import logging
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,12 @@ from transformers import CLIPModel, CLIPProcessor, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
+from nicheclip.clip import token_lists
 from nicheclip.domain import Domain, Stage
 from nicheclip.processes import processes
 from nicheclip.training.arguments import StagedTrainingArguments
 from nicheclip.training.callbacks import StageEpochs, StopOnSignal, TrainingInterrupted, is_over
-from nicheclip.training.contrastive import ContrastiveTrainer, token_lists
+from nicheclip.training.contrastive import ContrastiveTrainer
 from nicheclip.training.data import TrainingSamples, Views
 from nicheclip.training.feature_cache import encode_views
 from nicheclip.training.losses import loss_floor
@@ -38,14 +38,6 @@ AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class Checkpoint:
-    """A whole checkpoint of a stage."""
-
-    path: Path
-    state: TrainerState
-
-
 class StagedTrainer:
     """Fine-tunes a CLIPModel stage by stage.
 
@@ -56,12 +48,6 @@ class StagedTrainer:
     Args:
         model: is trained in place.
         domain: whose stages, prompts and clusters are trained.
-        train_dataset: samples of the train split.
-        eval_dataset: the validation split.
-
-    Attributes:
-        epochs: one row each, over all stages.
-        best_epoch: the one that is kept, counted from 1.
 
     Raises:
         ValueError: if a stage names parameters that the model does not have, or one process sees
@@ -91,10 +77,9 @@ class StagedTrainer:
         if args.initial_logit_scale is not None:
             model.logit_scale.data.fill_(math.log(args.initial_logit_scale))
         names = [name for name, _ in model.named_parameters()]
-        trained = [trainable_names(names, stage) for stage in domain.stages]
-        self.first_cut = min(cut_before(model.vision_model, of_stage) for of_stage in trained)
-        prompts = token_lists(processor, domain.prompt_bank[0])
-        self.tokens = torch.tensor([token for prompt in prompts for token in prompt]).unique()
+        trained = [name for stage in domain.stages for name in trainable_names(names, stage)]
+        self.first_cut = cut_before(model.vision_model, trained)
+        self.prompts = token_lists(processor, domain.prompt_bank[0])
         self.sampler = ClusterBatchSampler(
             train_dataset.labels,
             domain.class_clusters,
@@ -105,6 +90,7 @@ class StagedTrainer:
             process_index=args.process_index,
         )
         self.steps_per_epoch = math.ceil(len(self.sampler) / args.gradient_accumulation_steps)
+        self.precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "float32"
         self.folders = [
             Path(args.output_dir) / f"{number}-{stage.name.replace('/', '_')}"
             for number, stage in enumerate(domain.stages, 1)
@@ -112,9 +98,10 @@ class StagedTrainer:
         self.feature_cache = Path(args.feature_cache or Path(args.output_dir) / "features")
         self.encoding_seconds = 0.0
         self.signals = StopOnSignal()
-        self.epochs: list[dict[str, Any]] = []
-        self.best_epoch = 0
-        self.best: Checkpoint | None = None
+        self.epochs: list[dict[str, Any]] = []  # a row each, over all stages
+        self.best_epoch = 0  # counted from 1
+        self.best: Path | None = None  # its checkpoint
+        self.best_metric: float | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> None:
         """Runs the stages in turn; resumes in any of them.
@@ -127,46 +114,41 @@ class StagedTrainer:
             FloatingPointError: if the loss is not finite.
             ValueError: if a training can't go on from the checkpoint that was asked for.
         """
-        found: list[Checkpoint | None] = [None] * len(self.folders)
+        checkpoints: list[Path | None] = [None] * len(self.folders)
         if resume_from_checkpoint:
-            found = [last_checkpoint(folder) for folder in self.folders]
-            self._check_asked(resume_from_checkpoint, [each.path for each in found if each])
-        for stage, folder, checkpoint in zip(self.domain.stages, self.folders, found, strict=True):
-            state = checkpoint.state if checkpoint else None
-            if not state or not is_over(state, *self._patience):
-                state = self._run(stage, folder, checkpoint)
+            checkpoints = [last_checkpoint(folder) for folder in self.folders]
+            self._check_asked(resume_from_checkpoint, [path for path in checkpoints if path])
+        for stage, folder, path in zip(self.domain.stages, self.folders, checkpoints, strict=True):
+            state = read_state(path) if path else None
+            if state is None or not is_over(state, self.args.early_stopping_patience):
+                state = self._run(stage, folder, path)
             self._note(stage, folder, state)
         self._load(self.best)
 
-    @property
-    def _patience(self) -> tuple[int, int]:
-        return self.steps_per_epoch, self.args.early_stopping_patience
-
-    def _check_asked(self, asked: str | bool, found: list[Path]) -> None:
+    def _check_asked(self, asked: str | bool, whole: list[Path]) -> None:
         if old := sort_checkpoints(self.args.output_dir):
             raise ValueError(
                 f"'{old[-1]}' is of an older version, which alone can go on from it; remove "
                 f"'{self.args.output_dir}' and train afresh"
             )
-        if asked is not True and Path(str(asked)).resolve() not in [
-            p.resolve() for p in found[-1:]
-        ]:
+        last = whole[-1] if whole else Path("unfinished ones")
+        if asked is not True and Path(str(asked)).resolve() != last.resolve():
             raise ValueError(
                 f"'{asked}' is not the last whole checkpoint; remove the later ones first, such as "
-                f"{found[-1] if found else 'unfinished ones'}"
+                f"{last}"
             )
 
-    def _run(self, stage: Stage, folder: Path, checkpoint: Checkpoint | None) -> TrainerState:
+    def _run(self, stage: Stage, folder: Path, checkpoint: Path | None) -> TrainerState:
         trainer = self.begin_stage(stage, folder, checkpoint)
         with self.signals:
-            trainer.train(str(checkpoint.path) if checkpoint else None)
+            trainer.train(str(checkpoint) if checkpoint else None)
         processes().wait_for_everyone()  # the main process has written the checkpoints
         if received := self.signals.agree(self.args):
             raise TrainingInterrupted(received, folder / f"checkpoint-{trainer.state.global_step}")
         return trainer.state
 
     def begin_stage(
-        self, stage: Stage, folder: Path, checkpoint: Checkpoint | None = None
+        self, stage: Stage, folder: Path, checkpoint: Path | None = None
     ) -> ContrastiveTrainer:
         """The Trainer of a stage, with what is frozen in it encoded.
 
@@ -175,16 +157,14 @@ class StagedTrainer:
         """
         self._load(checkpoint or self.best)
         set_trainable(self.model, stage)
-        model = StageTowers(self.model, self.tokens)
+        model = StageTowers(self.model, self.prompts)
         self._encode_views(model.cut)
         before = len(self.epochs)
         self.sampler.epochs_before = self.train_dataset.epochs_before = before
         args = copy.copy(self.args)
-        args.output_dir = str(folder)
-        args.num_train_epochs = stage.epochs
+        args.output_dir, args.num_train_epochs = str(folder), stage.epochs
         args.learning_rate, args.warmup_steps = stage.learning_rate, stage.warmup
         args.gradient_checkpointing = args.activation_checkpointing = False  # it is on already
-        best = self.best.state.best_metric if self.best else None
         return ContrastiveTrainer(
             self.domain,
             stage,
@@ -195,12 +175,12 @@ class StagedTrainer:
             train_dataset=self.train_dataset,
             eval_dataset=self.eval_dataset,
             processing_class=self.processor,
-            callbacks=[self.signals, StageEpochs(best, *self._patience)],
+            callbacks=[self.signals, StageEpochs(self.best_metric)],
         )
 
-    def _load(self, checkpoint: Checkpoint | None) -> None:
+    def _load(self, checkpoint: Path | None) -> None:
         if checkpoint:
-            self.model.load_state_dict(load_file(checkpoint.path / "model.safetensors"))
+            self.model.load_state_dict(load_file(checkpoint / "model.safetensors"))
 
     def _encode_views(self, cut: int) -> None:
         """Encodes the views up to the cut; what no stage trains, for all stages at once."""
@@ -208,7 +188,7 @@ class StagedTrainer:
         self.model.eval()  # what is kept must not depend on a draw of dropout
         cuts = sorted({self.first_cut, cut} - {PIXELS}) if self.args.cached_views else []
         self.train_dataset.views = self.args.cached_views if cuts else 0
-        tower, autocast = self.model.vision_model, AUTOCAST[self._precision]
+        tower, autocast = self.model.vision_model, AUTOCAST[self.precision]
         for name, views, count in (
             ("train", self.train_dataset, self.train_dataset.views),
             ("validation", self.eval_dataset, 1),
@@ -227,12 +207,9 @@ class StagedTrainer:
             row |= {name: entry[name] for name in LOGGED if name in entry}
         self.epochs += [row for row in rows.values() if "eval_accuracy" in row]
         if state.best_global_step:
-            self.best = Checkpoint(folder / f"checkpoint-{state.best_global_step}", state)
+            self.best = folder / f"checkpoint-{state.best_global_step}"
+            self.best_metric = state.best_metric
             self.best_epoch = before + state.best_global_step // self.steps_per_epoch
-
-    @property
-    def _precision(self) -> str:
-        return "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "float32"
 
     def settings(self) -> dict[str, Any]:
         """What decides the weights, beside model and data."""
@@ -241,7 +218,7 @@ class StagedTrainer:
             "batch_size": self.args.train_batch_size * self.args.world_size,
             "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
             "label_smoothing": self.args.label_smoothing_factor,
-            "precision": self._precision,
+            "precision": self.precision,
             "stages": [stage.model_dump(mode="json") for stage in self.domain.stages],
         }
 
@@ -269,11 +246,17 @@ class StagedTrainer:
         }
 
 
-def last_checkpoint(folder: Path) -> Checkpoint | None:
+def read_state(checkpoint: Path) -> TrainerState:
+    """Of the stage, when the checkpoint was written."""
+    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
     """The last whole checkpoint of a stage; one that a kill has left unfinished has no state."""
-    for path in map(Path, reversed(sort_checkpoints(str(folder)))):
+    for checkpoint in map(Path, reversed(sort_checkpoints(str(folder)))):
         try:
-            return Checkpoint(path, TrainerState.load_from_json(str(path / TRAINER_STATE_NAME)))
+            read_state(checkpoint)
+            return checkpoint
         except (OSError, ValueError):
-            logger.warning(f"'{path}' is unfinished; going on from the one before it")
+            logger.warning(f"'{checkpoint}' is unfinished; going on from the one before it")
     return None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +20,12 @@ from transformers import CLIPModel, CLIPProcessor
 from nicheclip.clip import encode_images, encode_texts, load_clip, zero_shot_logits
 from nicheclip.domain import Domain
 from nicheclip.evaluation.calibration import nll
-from nicheclip.evaluation.intervals import Measure, proportion
+from nicheclip.evaluation.intervals import proportion
 from nicheclip.evaluation.metrics import correct
 from nicheclip.evaluation.robustness import retention_accuracy
 from nicheclip.run import load_retention
 
 ALPHAS = tuple(step / 10 for step in range(11))
-
-
-@dataclass(frozen=True)
-class Interpolation:
-    """What the model at one alpha is worth."""
-
-    alpha: float
-    accuracy: Measure  # on validation
-    nll: float  # on validation, in nats, not calibrated
-    retention: Measure | None  # accuracy on the retention task, if there is one
-
-    def to_dict(self) -> dict[str, Any]:
-        """As training.json has it."""
-        measures = {"accuracy": self.accuracy.to_dict(), "nll": self.nll}
-        kept = self.retention and self.retention.to_dict()
-        return {"alpha": self.alpha, **measures, "retention": kept}
 
 
 def interpolate(
@@ -73,14 +56,13 @@ def interpolate(
         )
     mixed = {}
     for name, start in base.items():
+        end = tuned[name].to(start.device)
         if not start.is_floating_point():
             mixed[name] = start.clone()
-            continue
-        first, last = start.float(), tuned[name].to(start.device, torch.float32)
-        if alpha in (0, 1):  # no arithmetic: it would turn -0.0 to 0.0, and 0 times infinity to NaN
-            mixed[name] = (last if alpha else first).clone()
+        elif alpha in (0, 1):  # no arithmetic: it would turn -0.0 to 0.0, and 0 * infinity to NaN
+            mixed[name] = (end if alpha else start).to(torch.float32, copy=True)
         else:
-            mixed[name] = (1 - alpha) * first + alpha * last
+            mixed[name] = (1 - alpha) * start.float() + alpha * end.float()
     return mixed
 
 
@@ -92,8 +74,7 @@ def choose_alpha(
     canonical_prompts: list[str],
     retention: tuple[datasets.Dataset, list[str]] | None = None,
     alphas: Sequence[float] = ALPHAS,
-    progress: bool = True,
-) -> tuple[float, list[Interpolation]]:
+) -> tuple[float, list[dict[str, Any]]]:
     """Tries each alpha as the zero-shot classifier of the domain; neither model is changed.
 
     Args:
@@ -104,8 +85,9 @@ def choose_alpha(
 
     Returns:
         the alpha of the best accuracy on validation, of several the smallest, which keeps most of
-        the base; and what each alpha is worth, in the order of `alphas`. The accuracy of the chosen
-        one flatters, as it was chosen by it.
+        the base; and of each alpha, as training.json has it, "accuracy" and "nll" (in nats, not
+        calibrated) on validation, and the accuracy on the "retention" task or None. The accuracy of
+        the chosen one flatters, as it was chosen by it.
 
     Raises:
         ValueError: as `interpolate`.
@@ -113,21 +95,21 @@ def choose_alpha(
     labels, groups = np.array(validation["label"]), np.array(validation["group_id"])
     start, end, model = base.state_dict(), tuned.state_dict(), copy.deepcopy(base).float().eval()
     table = []
-    for alpha in tqdm(alphas, desc="WiSE-FT", unit="alpha", leave=False, disable=not progress):
+    for alpha in tqdm(alphas, desc="WiSE-FT", unit="alpha", leave=False):
         model.load_state_dict(interpolate(start, end, alpha))
-        pictures = (row["image"] for row in validation)
-        embeds = encode_images(model, processor, pictures, len(labels), progress=False)
+        images = (row["image"] for row in validation)
+        embeds = encode_images(model, processor, images, len(labels), progress=False)
         prototypes = encode_texts(model, processor, canonical_prompts)
         logits = zero_shot_logits(model, embeds, prototypes)  # (N, C)
         accuracy, kept = proportion(correct(logits, labels), groups, "validation"), None
         if retention is not None:
             rows, prompts = retention
-            retained = (row["image"] for row in rows)
-            asked = np.array(rows["label"])
-            kept = retention_accuracy(model, processor, retained, asked, prompts, progress=False)
-        table.append(Interpolation(alpha, accuracy, nll(logits, labels), kept))
-    best = max(table, key=lambda row: (row.accuracy.value, -row.alpha))
-    return best.alpha, table
+            images, asked = (row["image"] for row in rows), np.array(rows["label"])
+            kept = retention_accuracy(model, processor, images, asked, prompts, progress=False)
+        row = {"alpha": alpha, "accuracy": accuracy.to_dict(), "nll": nll(logits, labels)}
+        table.append(row | {"retention": kept and kept.to_dict()})
+    best = max(table, key=lambda row: (row["accuracy"]["value"], -row["alpha"]))
+    return best["alpha"], table
 
 
 def mix_with_base(
@@ -143,13 +125,12 @@ def mix_with_base(
         for training.json: "alpha", "asked", and "mixtures", what each alpha is worth; at least the
         two ends.
     """
-    start, processor = load_clip(domain.base)
+    base, processor = load_clip(domain.base)
     alphas = ALPHAS if asked == "auto" else sorted({0.0, float(asked), 1.0})
-    rows, retention = load_retention(run), None
-    if rows is not None and domain.retention is not None:
-        retention = rows, domain.retention.canonical_prompts
+    rows, task = load_retention(run), domain.retention
+    retention = (rows, task.canonical_prompts) if rows and task else None
     prompts = domain.canonical_prompts
-    best, table = choose_alpha(start, tuned, processor, validation, prompts, retention, alphas)
+    best, table = choose_alpha(base, tuned, processor, validation, prompts, retention, alphas)
     alpha = best if asked == "auto" else float(asked)
-    tuned.load_state_dict(interpolate(start.state_dict(), tuned.state_dict(), alpha))
-    return {"alpha": alpha, "asked": asked, "mixtures": [row.to_dict() for row in table]}
+    tuned.load_state_dict(interpolate(base.state_dict(), tuned.state_dict(), alpha))
+    return {"alpha": alpha, "asked": asked, "mixtures": table}
