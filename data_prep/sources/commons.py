@@ -166,7 +166,7 @@ def _attribution(file: Listed) -> str:
 def _download(commons: Commons, folder: Path, files: pd.DataFrame, parallel: int) -> None:
     """Fetches what is missing, removes what is not chosen any more, and writes both lists."""
     chosen = files[files.reason.isna()].to_dict("records")
-    wanted = {folder / _place(file, commons.width): file for file in chosen}
+    wanted = {folder / _place(file, commons.width): file | {"reason": None} for file in chosen}
     for path in folder.glob("*/*"):
         if path not in wanted and OUR_NAMES.fullmatch(path.name):
             path.unlink()
