@@ -81,12 +81,11 @@ class Source(_Section):
     @field_validator("kind", mode="before")
     @classmethod
     def _module_is_named(cls, kind: Any, known: ValidationInfo) -> Any:
-        for former, module in (("facades", "paint"), ("shapes", "shapes")):
-            if kind == former:
-                raise ValueError(
-                    f"the kind '{kind}' of older versions is a module now; write `kind: module` "
-                    f"and `path: domains.facades.{module}`"
-                )
+        if module := {"facades": "paint", "shapes": "shapes"}.get(str(kind)):
+            raise ValueError(
+                f"the kind '{kind}' of older versions is a module now; write `kind: module` "
+                f"and `path: domains.facades.{module}`"
+            )
         if kind == "module" and known.data.get("path", "") is None:
             raise ValueError("no path; give the module that draws, as domains.facades.paint")
         return kind
@@ -307,9 +306,8 @@ class Domain(_Section):
     @property
     def class_clusters(self) -> list[int]:
         """The cluster index of each class, in class order."""
-        homes = {
-            name: index for index, members in enumerate(self.clusters.values()) for name in members
-        }
+        clusters = enumerate(self.clusters.values())
+        homes = {name: index for index, members in clusters for name in members}
         return [homes[name] for name in self.classes]
 
     @property
@@ -322,6 +320,8 @@ def _explain(problem: ErrorDetails) -> str:
     """One line of plain words for one of pydantic's problems."""
     *section, name = [str(part) for part in problem["loc"]]
     key = ".".join([*section, name])
+    if key == "outside":
+        return "the key 'outside' of older versions is 'retention' now; rename it"
     if problem["type"] == "extra_forbidden":
         return f"unknown key '{key}'{_did_you_mean(name, _fields_at(section))}"
     if problem["type"] == "missing":

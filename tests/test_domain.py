@@ -105,6 +105,7 @@ def test_a_retention_task_is_optional_and_survives_saving(tmp_path):
         (broken(classes={"wren": ["a"], "Wren": ["b"]}), ["duplicate class", "'Wren'"]),
         (broken(classes={"wren": ["a wren"]}), ["at least 2 items"]),
         (broken(learning_rate=1), ["unknown key 'learning_rate'"]),
+        (broken(outside={}), ["'outside' of older versions is 'retention' now"]),
         (broken(gates={"acuracy": 0.9}), ["gates", "acuracy", "accuracy"]),
         (broken(splits={"test": 0.9, "validation": 0.2}), ["splits", "leaves nothing to train on"]),
         (broken(splits={"test": 2.5}), ["splits.test", "2.5", "whole number"]),
