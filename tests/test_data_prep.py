@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from nicheclip.clip import encode_images, load_clip
 from nicheclip.domain import Augmentation, Domain, QualityFilter, Source, Splits
 from nicheclip.run import load_prepared
 from nicheclip.training.data import TrainingSamples, augment
+from tests.conftest import encoded
 
 HELD_OUT = ("validation", "calibration", "test")
 
@@ -43,40 +45,30 @@ def test_held_out_splits_hold_every_drawing_untouched(prepared):
     """No filtered, no oversampled and no altered image in validation, calibration and test."""
     splits = load_prepared(prepared)
     for name in HELD_OUT:
-        files = {
-            path.relative_to(prepared / "images").as_posix(): path
-            for path in (prepared / "images" / name).rglob("*.jpg")
-        }
+        paths = (prepared / "images" / name).rglob("*.jpg")
+        files = {path.relative_to(prepared / "images").as_posix(): path for path in paths}
         assert sorted(splits[name]["source_id"]) == sorted(files)
         assert set(splits[name]["repeats"]) == {1}
         assert set(splits[name]["zero_shot_score"]) == {None}
         for row in splits[name]:
             content = files[row["source_id"]].read_bytes()
             assert row["sha256"] == hashlib.sha256(content).hexdigest()
-            assert np.array_equal(
-                np.asarray(row["image"]), np.asarray(Image.open(io.BytesIO(content)))
-            )
+            assert np.array_equal(row["image"], Image.open(io.BytesIO(content)))
 
 
 def test_every_image_read_is_accounted_for(prepared, report):
     files = sum(path.is_file() for path in (prepared / "images").rglob("*.jpg"))
     counts = report["counts"]
-    assert counts["read"] == files
-    assert (
-        files
-        == sum(counts["kept"].values())
-        + sum(counts["quarantined"].values())
-        + counts["dropped_by_filter"]
-    )
+    found = sum(counts["kept"].values()) + sum(counts["quarantined"].values())
+    assert counts["read"] == files == found + counts["dropped_by_filter"]
     named = {entry["source_id"] for entry in [*report["quarantined"], *report["suspects"]]}
     assert len(named) == len(report["quarantined"]) + len(report["suspects"])
 
 
 def test_planted_faults_are_found(prepared, report, truth):
-    unreadable = {
-        entry["source_id"] for entry in report["quarantined"] if entry["kind"] == "unreadable"
-    }
-    assert truth["unreadable"] and unreadable == set(truth["unreadable"])
+    aside = [entry for entry in report["quarantined"] if entry["kind"] == "unreadable"]
+    unreadable = [entry["source_id"] for entry in aside]
+    assert unreadable and sorted(unreadable) == sorted(truth["unreadable"])
     found = score(prepared)
     assert found["leaks"]["planted"] > 0
     assert found["leaks"]["found"] == found["leaks"]["planted"]
@@ -88,11 +80,14 @@ def test_only_train_is_filtered(report):
         assert entry["filter"]["dropped"] <= 0.3 * entry["filter"]["images"]
 
 
-def test_an_epoch_visits_each_class_as_often_and_each_image_at_least_once(prepared, domain):
-    train = load_prepared(prepared)["train"]
-    samples = TrainingSamples(
-        train, domain.prompt_bank[1], domain.augmentation, load_clip(domain.base)[1], seed=0
-    )
+@pytest.fixture
+def samples(prepared, domain) -> TrainingSamples:
+    train, processor = load_prepared(prepared)["train"], load_clip(domain.base)[1]
+    return TrainingSamples(train, domain.prompt_bank[1], domain.augmentation, processor, seed=0)
+
+
+def test_an_epoch_visits_each_class_as_often_and_each_image_at_least_once(samples, domain):
+    train = samples.rows
     per_class = np.bincount(samples.labels)
     own = np.bincount(train["label"])
     assert (per_class == np.maximum(domain.samples_per_class, own)).all()
@@ -100,12 +95,8 @@ def test_an_epoch_visits_each_class_as_often_and_each_image_at_least_once(prepar
     assert len(train) == len(set(train["sha256"])), "oversampling must not copy pixels"
 
 
-def test_each_visit_draws_its_own_view_and_prompt(prepared, domain):
-    train = load_prepared(prepared)["train"]
-    samples = TrainingSamples(
-        train, domain.prompt_bank[1], domain.augmentation, load_clip(domain.base)[1], seed=0
-    )
-    row = int(np.argmax(train["repeats"]))
+def test_each_visit_draws_its_own_view_and_prompt(samples, domain):
+    row = int(np.argmax(samples.rows["repeats"]))
     same_image = np.flatnonzero(samples.row_of_sample == row)[:2]
     first, second = (np.asarray(samples[int(sample)]["images"]) for sample in same_image)
     assert not np.array_equal(first, second)
@@ -114,9 +105,8 @@ def test_each_visit_draws_its_own_view_and_prompt(prepared, domain):
     samples.set_epoch(1)
     assert not np.array_equal(first, np.asarray(samples[int(same_image[0])]["images"]))
     bank, _ = domain.prompt_bank
-    prompts = {
-        bank[samples[int(sample)]["prompts"]] for sample in np.flatnonzero(samples.labels == 0)
-    }
+    of_class = np.flatnonzero(samples.labels == 0).tolist()
+    prompts = {bank[samples[sample]["prompts"]] for sample in of_class}
     assert len(prompts) > 1
     assert prompts <= set(domain.classes[domain.class_names[0]])
 
@@ -132,40 +122,34 @@ def photo_folders(folder: Path, per_class: int = 12) -> Path:
     for number, style in enumerate(STYLES[:2]):
         (folder / style).mkdir(parents=True)
         for index in range(per_class):
-            draw(style, np.random.default_rng([number, index]), size=160).save(
-                folder / style / f"{index} (1)%2C.png"
-            )
+            picture = draw(style, np.random.default_rng([number, index]), size=160)
+            picture.save(folder / style / f"{index} (1)%2C.png")
     return folder
 
 
 @pytest.fixture
 def two_styles(domain: Domain) -> Domain:
-    return domain.model_copy(
-        update={
-            "classes": {style: domain.classes[style] for style in STYLES[:2]},
-            "clusters": {"arches": list(STYLES[:2])},
-            "splits": Splits(validation=2, calibration=2, test=3),
-            "stored_short_side": 128,
-            "quality_filter": QualityFilter(mode="none"),
-        }
-    )
+    changes = {
+        "classes": {style: domain.classes[style] for style in STYLES[:2]},
+        "clusters": {"arches": list(STYLES[:2])},
+        "splits": Splits(validation=2, calibration=2, test=3),
+        "stored_short_side": 128,
+        "quality_filter": QualityFilter(mode="none"),
+    }
+    return domain.model_copy(update=changes)
 
 
 def test_folders_without_splits_are_dealt_out_by_group(tmp_path, two_styles):
     folder = photo_folders(tmp_path / "photos")
     copy = Image.open(folder / STYLES[0] / "0 (1)%2C.png").crop((1, 1, 158, 159)).resize((150, 150))
     copy.save(folder / STYLES[0] / "recompressed.jpg", quality=60)
-    (folder / STYLES[1] / "same.png").write_bytes(
-        (folder / STYLES[1] / "1 (1)%2C.png").read_bytes()
-    )
+    shutil.copy(folder / STYLES[1] / "1 (1)%2C.png", folder / STYLES[1] / "same.png")
     (folder / STYLES[0] / "notes.txt").write_text("no image")
     report = prepare(two_styles, tmp_path / "run", images=folder)
     assert report["counts"]["quarantined"] == {"unreadable": 1, "exact duplicate": 1}
     splits = load_prepared(tmp_path / "run")
-    home = {
-        row["source_id"]: (name, row["group_id"]) for name, rows in splits.items() for row in rows
-    }
-    assert home[f"{STYLES[0]}/recompressed.jpg"] == home[f"{STYLES[0]}/0 (1)%2C.png"]
+    group_of = {row["source_id"]: row["group_id"] for rows in splits.values() for row in rows}
+    assert group_of[f"{STYLES[0]}/recompressed.jpg"] == group_of[f"{STYLES[0]}/0 (1)%2C.png"]
     groups = [set(rows["group_id"]) for rows in splits.values()]
     assert sum(map(len, groups)) == len(set.union(*groups)), "no group is in two splits"
     assert {row["image"].size for rows in splits.values() for row in rows} == {(128, 128)}
@@ -173,9 +157,7 @@ def test_folders_without_splits_are_dealt_out_by_group(tmp_path, two_styles):
 
 def test_the_same_file_under_two_labels_is_a_conflict(tmp_path, two_styles):
     folder = photo_folders(tmp_path / "photos")
-    (folder / STYLES[1] / "same.png").write_bytes(
-        (folder / STYLES[0] / "3 (1)%2C.png").read_bytes()
-    )
+    shutil.copy(folder / STYLES[0] / "3 (1)%2C.png", folder / STYLES[1] / "same.png")
     report = prepare(two_styles, tmp_path / "run", images=folder)
     assert report["counts"]["quarantined"] == {"conflict": 2}
 
@@ -213,40 +195,35 @@ def test_classes_may_hold_folders(tmp_path, two_styles):
 
 
 def test_a_split_without_images_of_a_class_is_refused(tmp_path, two_styles):
+    folder = photo_folders(tmp_path / "photos", per_class=6)
     with pytest.raises(ValueError, match="the train split has no image of"):
-        prepare(
-            two_styles, tmp_path / "run", images=photo_folders(tmp_path / "photos", per_class=6)
-        )
+        prepare(two_styles, tmp_path / "run", images=folder)
 
 
 def prints(pictures: list[Image.Image], domain: Domain) -> Fingerprints:
     encode = partial(encode_images, *load_clip(domain.base), progress=False)
-    files = [{"image": {"bytes": as_file(picture), "path": None}} for picture in pictures]
+    files = [
+        {"image": {"bytes": encoded(picture, "JPEG", quality=70), "path": None}}
+        for picture in pictures
+    ]
     rows = verify_rows(files, stored_short_side=96, smallest_side=1)
     return Fingerprints.make(rows, encode(pictures, len(pictures)), encode)
 
 
-def as_file(picture: Image.Image, **options) -> bytes:
-    file = io.BytesIO()
-    picture.save(file, **({"format": "JPEG", "quality": 70} | options))
-    return file.getvalue()
+def drawn(count: int) -> list[Image.Image]:
+    styles = enumerate(STYLES * (count // len(STYLES)))
+    return [draw(style, np.random.default_rng(index), 96) for index, style in styles]
 
 
 @pytest.fixture(scope="module")
 def drawings_and_copies(domain: Domain) -> Fingerprints:
     """96 drawings, then cropped copies of the first 24."""
-    drawings = [
-        draw(style, np.random.default_rng(index), 96) for index, style in enumerate(STYLES * 8)
-    ]
-    return prints(
-        [*drawings, *(picture.crop((2, 1, 94, 95)).resize((96, 96)) for picture in drawings[:24])],
-        domain,
-    )
+    drawings = drawn(96)
+    copies = [picture.crop((2, 1, 94, 95)).resize((96, 96)) for picture in drawings[:24]]
+    return prints(drawings + copies, domain)
 
 
-def test_cropped_and_recompressed_copies_are_one_group_and_other_drawings_are_not(
-    drawings_and_copies,
-):
+def test_cropped_and_recompressed_copies_are_one_group_and_others_are_not(drawings_and_copies):
     groups = connected_groups(drawings_and_copies.near_duplicates(), 120)
     assert len(set(groups[:96])) == 96
     assert (groups[96:] == groups[:24]).sum() >= 23
@@ -254,9 +231,7 @@ def test_cropped_and_recompressed_copies_are_one_group_and_other_drawings_are_no
 
 def test_a_mirrored_picture_is_the_same_picture(domain):
     """Training flips half of its views: a mirrored test image in train is a test image."""
-    drawings = [
-        draw(style, np.random.default_rng(index), 96) for index, style in enumerate(STYLES * 4)
-    ]
+    drawings = drawn(48)
     found = prints([*drawings, *(ImageOps.mirror(drawing) for drawing in drawings[:12])], domain)
     groups = connected_groups(found.near_duplicates(), 60)
     assert (groups[48:] == groups[:12]).all()
@@ -271,9 +246,8 @@ def test_the_search_misses_no_pair_and_invents_none():
         order = [0, 1] if index % 2 else [1, 0]  # a copy, or the mirror image
         bits[:, 2 * index + 1] = bits[order, 2 * index]
         bits[:, 2 * index + 1, rng.choice(144, 32 if index % 2 else 24, replace=False)] ^= 1
-    prints = Fingerprints(
-        np.packbits(bits, axis=2), np.ones((8000, 1), dtype=np.float32), (0.0, 0.0, 2.0)
-    )
+    alike = np.ones((8000, 1), dtype=np.float32)
+    prints = Fingerprints(np.packbits(bits, axis=2), alike, (0.0, 0.0, 2.0))
     pairs = {tuple(pair) for pair in prints.near_duplicates().tolist()}
     assert pairs <= {(2 * index, 2 * index + 1) for index in range(1000)}
     assert len(pairs) == 1000
@@ -283,10 +257,8 @@ def test_the_search_misses_no_pair_and_invents_none():
 def test_an_exact_copy_is_never_lost_among_many():
     """A thousand pictures with one hash are one group, without comparing all pairs."""
     hashes = np.tile(np.arange(18, dtype=np.uint8), (2, 1000, 1))
-    groups = connected_groups(
-        Fingerprints(hashes, np.ones((1000, 1)), (0.9, 0.9, 0.9)).near_duplicates(), 1000
-    )
-    assert len(set(groups)) == 1
+    pairs = Fingerprints(hashes, np.ones((1000, 1)), (0.9, 0.9, 0.9)).near_duplicates()
+    assert len(set(connected_groups(pairs, 1000))) == 1
 
 
 @pytest.mark.parametrize("mode", ["zero_shot", "linear_probe"])
@@ -300,9 +272,8 @@ def test_the_filter_never_deletes_a_class_that_the_base_model_does_not_know(mode
     counts = verdict[["wanted", "suspect"]].groupby(labels).sum()
     assert counts.wanted.tolist() == [0, 89 if mode == "zero_shot" else 10]
     assert counts.suspect[0] == 0 and counts.suspect[1] <= 30
-    assert own[verdict.suspect].max() < own[(labels == 1) & ~verdict.suspect].min(), (
-        "the least likely go first"
-    )
+    # the least likely go first
+    assert own[verdict.suspect].max() < own[(labels == 1) & ~verdict.suspect].min()
     assert set(verdict.suspected_label[labels == 1]) == {0}
     assert not judge(probabilities, labels, QualityFilter(mode="none"), trusted).suspect.any()
 
@@ -357,9 +328,7 @@ def test_splits_are_stratified_and_do_not_depend_on_the_order():
     splits = Splits(validation=0.1, calibration=20, test=0.25)
     assigned = split_of(labels, groups, splits)
     for label, size in ((0, 380), (1, 980)):  # the shares are of what the count leaves
-        counts = Counter(
-            assigned[group] for group, own in zip(groups, labels, strict=True) if own == label
-        )
+        counts = Counter(assigned[groups[index]] for index in np.flatnonzero(labels == label))
         assert counts["calibration"] == 20
         assert abs(counts["test"] - 0.25 * size) < 3 * np.sqrt(size * 0.25 * 0.75)
         assert abs(counts["validation"] - 0.1 * size) < 3 * np.sqrt(size * 0.1 * 0.9)
@@ -371,17 +340,12 @@ def test_added_images_move_no_earlier_one():
     labels = np.repeat([0, 1], [60, 140])
     groups = [f"group {index}" for index in range(200)]
     shares, counts = Splits(), Splits(validation=5, calibration=5, test=10)
-    added = (
-        [*groups, *(f"later {index}" for index in range(40))],
-        np.append(labels, np.arange(40) % 2),
-    )
-    before, after = split_of(labels, groups, shares), split_of(added[1], added[0], shares)
+    more = np.append(labels, np.arange(40) % 2), [*groups, *(f"later {n}" for n in range(40))]
+    before, after = split_of(labels, groups, shares), split_of(*more, shares)
     assert all(after[group] == before[group] for group in groups)
-    before, after = split_of(labels, groups, counts), split_of(added[1], added[0], counts)
+    before, after = split_of(labels, groups, counts), split_of(*more, counts)
     moved = [group for group in groups if after[group] != before[group]]
-    assert len(moved) <= 12, (
-        "a count is exact, so an added image may push one out, and no more than one"
-    )
+    assert len(moved) <= 12, "a count is exact, so an added image may push one out"
 
 
 def test_every_class_gets_an_image_in_every_split():
@@ -392,11 +356,8 @@ def test_every_class_gets_an_image_in_every_split():
 
 
 def test_augmentation_can_be_switched_off_and_never_leaves_the_square():
-    off = Augmentation(
-        crop_scale=(1, 1), horizontal_flip=0, rotation=0, perspective=0, brightness=0, contrast=0,
-        saturation=0,
-        hue=0, grayscale=0, blur=0,
-    )  # fmt: skip
+    names = [name for name in Augmentation.model_fields if name != "crop_scale"]
+    off = Augmentation(crop_scale=(1, 1), **dict.fromkeys(names, 0))
     image = draw("gothic", np.random.default_rng(0), 96)
     wide = image.resize((200, 96))
     for seed in range(20):

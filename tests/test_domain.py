@@ -29,9 +29,8 @@ def minimal() -> dict:
 
 def load(tmp_path: Path, raw: dict | str) -> Domain:
     path = tmp_path / "domain.yaml"
-    path.write_text(
-        raw if isinstance(raw, str) else yaml.safe_dump(raw, sort_keys=False), encoding="utf-8"
-    )
+    text = raw if isinstance(raw, str) else yaml.safe_dump(raw, sort_keys=False)
+    path.write_text(text, encoding="utf-8")
     return Domain.load(path)
 
 
@@ -178,26 +177,19 @@ def test_the_base_may_lie_beside_the_file(tmp_path):
 
 
 def test_the_article_is_a_variant_of_architecture():
-    ours, article = (
-        Domain.load(ROOT / "domains" / "architecture" / name)
-        for name in ("domain.yaml", "article.yaml")
-    )
-    changed = {
-        key for key, value in article.model_dump().items() if value != ours.model_dump()[key]
-    }
+    folder = ROOT / "domains" / "architecture"
+    ours, article = Domain.load(folder), Domain.load(folder / "article.yaml")
+    own, theirs = ours.model_dump(), article.model_dump()
+    changed = {key for key in own if own[key] != theirs[key]}
     assert {"name", "title", "quality_filter", "training"} <= changed
     assert changed <= {"name", "title", "quality_filter", "training", "stages"}
-    assert [(stage.epochs, stage.learning_rate) for stage in article.stages] == [
-        (5, 5e-6),
-        (10, 5e-7),
-    ]
+    stages = [(stage.epochs, stage.learning_rate) for stage in article.stages]
+    assert stages == [(5, 5e-6), (10, 5e-7)]
     assert article.training["loss"] == "info_nce"
 
 
 def test_a_hard_negative_gate_needs_a_cluster_of_two(tmp_path):
-    raw = minimal() | {
-        "clusters": {"a": ["wren"], "b": ["robin"]},
-        "gates": {"hard_negative_pass_rate": 0.8},
-    }
+    raw = minimal() | {"clusters": {"a": ["wren"], "b": ["robin"]}}
+    raw["gates"] = {"hard_negative_pass_rate": 0.8}
     with pytest.raises(DomainError, match="nothing is a hard negative; remove the gate"):
         load(tmp_path, raw)

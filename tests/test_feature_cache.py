@@ -21,7 +21,7 @@ from nicheclip.training.contrastive import ContrastiveTrainer
 from nicheclip.training.data import TrainingSamples, Views
 from nicheclip.training.feature_cache import encode_views
 from nicheclip.training.losses import multi_positive
-from nicheclip.training.stages import set_trainable, trainable_names
+from nicheclip.training.stages import set_trainable
 from nicheclip.training.towers import PIXELS, StageTowers, between, distinct_beginnings
 from nicheclip.training.trainer import StagedTrainer
 from tests.test_training import checkpoints, fresh, weights
@@ -56,9 +56,8 @@ def staged(
 ) -> ContrastiveTrainer:
     """The trainer of a stage, which is the only one."""
     model, processor = load_clip(domain.base)
-    args = StagedTrainingArguments(
-        output_dir=str(folder), use_cpu=True, disable_tqdm=True, **options
-    )
+    options |= {"output_dir": str(folder), "use_cpu": True, "disable_tqdm": True}
+    args = StagedTrainingArguments(**options)
     domain = domain.model_copy(update={"stages": [stage]})
     validation = Views(samples.rows.select(range(5)), processor)
     trainer = StagedTrainer(model, args, domain, processor, samples, validation)
@@ -69,11 +68,8 @@ def gradients(model: CLIPModel | StageTowers, loss: torch.Tensor) -> dict[str, t
     """Of all parameters that train, by their names in a CLIPModel."""
     model.zero_grad()
     loss.backward()
-    found = {
-        name.removeprefix("clip."): parameter.grad.double()
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None
-    }
+    given = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    found = {name.removeprefix("clip."): grad.double() for name, grad in given.items()}
     if (used := found.pop("used", None)) is not None:
         table = model.clip.text_model.embeddings.token_embedding.weight
         whole = torch.zeros_like(table, dtype=torch.float64)
@@ -99,19 +95,14 @@ def plain_step(
     """CLIPModel's own forward pass: images from pixels, each with its prompt of 77 tokens."""
     model, processor = load_clip(domain.base)
     model.to(dtype)
-    names = set(trainable_names([name for name, _ in model.named_parameters()], chosen))
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in names)
+    set_trainable(model, chosen)
     prompts = [domain.prompt_bank[0][prompt] for prompt in batch["prompts"]]
     length = model.config.text_config.max_position_embeddings
-    tokens = processor.tokenizer(
-        prompts, padding="max_length", max_length=length, return_tensors="pt"
-    )
+    options = {"padding": "max_length", "max_length": length, "return_tensors": "pt"}
+    tokens = processor.tokenizer(prompts, **options)
     outputs = model(pixel_values=batch["images"].to(dtype), **tokens)
     logits = model.logit_scale.exp() * outputs.image_embeds @ outputs.text_embeds.T
-    loss = multi_positive(
-        logits.float() if dtype is torch.float32 else logits, batch["labels"], 0.1
-    )
+    loss = multi_positive(logits, batch["labels"], 0.1)
     return loss, gradients(model, loss)
 
 
@@ -150,9 +141,8 @@ def test_prompts_share_their_beginnings_however_many_they_are(domain, monkeypatc
     prompts = domain.prompt_bank[0]
     bank = token_lists(processor, prompts)
     model = StageTowers(clip, bank)
-    assert len(distinct_beginnings(bank)[0]) == len(
-        {tuple(prompt[:end]) for prompt in bank for end in range(1, len(prompt) + 1)}
-    )
+    beginnings = {tuple(own[:end]) for own in bank for end in range(1, len(own) + 1)}
+    assert len(distinct_beginnings(bank)[0]) == len(beginnings)
     monkeypatch.setattr("nicheclip.training.towers.PROMPTS_AT_ONCE", 5)
     with torch.no_grad():
         _, found, _ = model(torch.zeros(1, 3, 96, 96), torch.arange(len(bank)))
@@ -174,13 +164,9 @@ def test_kept_views_train_as_their_pixels_do(
     pixels = trainer.data_collator([samples[index] for index in chosen])
     assert kept["images"].ndim in (2, 3)
     assert pixels["images"].ndim == 4
-    losses = {
-        key: trainer.compute_loss(trainer.model, batch)
-        for key, batch in (("k", kept), ("p", pixels))
-    }
-    assert losses["k"].item() == pytest.approx(losses["p"].item(), abs=tolerance)
-    found = {key: gradients(trainer.model, loss) for key, loss in losses.items()}
-    assert_equal(found["k"], found["p"], tolerance)
+    losses = [trainer.compute_loss(trainer.model, batch) for batch in (kept, pixels)]
+    assert losses[0].item() == pytest.approx(losses[1].item(), abs=tolerance)
+    assert_equal(*(gradients(trainer.model, loss) for loss in losses), tolerance)
 
 
 def test_what_all_stages_leave_frozen_is_encoded_once(domain, samples, tmp_path, monkeypatch):
@@ -190,10 +176,8 @@ def test_what_all_stages_leave_frozen_is_encoded_once(domain, samples, tmp_path,
     tower = model.vision_model
     both = encode_views(tower, samples, 2, [2, 4], tmp_path / "both")
     alone = encode_views(tower, samples, 2, [4], tmp_path / "alone")
-    assert {path.name for path in (tmp_path / "both").iterdir()} == {
-        "after-block-2",
-        "after-block-4",
-    }
+    folders = sorted(path.name for path in (tmp_path / "both").iterdir())
+    assert folders == ["after-block-2", "after-block-4"]
     places = [(row, view) for view in range(2) for row in range(len(samples.rows))]
     np.testing.assert_allclose([both(*p) for p in places], [alone(*p) for p in places], atol=2e-5)
     assert both(0, 0).shape == (model.config.vision_config.hidden_size,)
@@ -210,9 +194,7 @@ def test_visits_take_the_views_in_turn(domain, samples):
             samples[sample]
     for row, views in seen.items():
         assert len(views) == 3 * samples.repeats[row]
-        assert np.ptp(np.bincount(views, minlength=3)) == 0, (
-            "in three epochs each view comes equally often"
-        )
+        assert np.ptp(np.bincount(views, minlength=3)) == 0, "each view comes equally often"
 
 
 def encoded(tower, samples, cache: Path, **options) -> set[str]:
@@ -227,15 +209,14 @@ def test_a_shard_is_known_by_everything_it_depends_on(domain, prepared, samples,
     cache = tmp_path / "cache"
     first = encoded(tower, samples, cache)
     assert encoded(tower, samples, cache) == first
-    other_seed = TrainingSamples(
-        samples.rows, domain.prompt_bank[1], domain.augmentation, processor, seed=4
-    )
-    harder = domain.augmentation.model_copy(update={"hue": 0.3})
-    augmented = TrainingSamples(samples.rows, domain.prompt_bank[1], harder, processor, seed=3)
-    fewer = TrainingSamples(
-        samples.rows.select(range(9)), domain.prompt_bank[1], domain.augmentation, processor, seed=3
-    )
-    for changed in (other_seed, augmented, fewer):
+    prompts, plain = domain.prompt_bank[1], domain.augmentation
+    harder = plain.model_copy(update={"hue": 0.3})
+    for rows, augmentation, seed in (
+        (samples.rows, plain, 4),
+        (samples.rows, harder, 3),
+        (samples.rows.select(range(9)), plain, 3),
+    ):
+        changed = TrainingSamples(rows, prompts, augmentation, processor, seed)
         now = encoded(tower, changed, cache)
         assert not now & first, "a stale shard must not be read, nor lie about"
     assert encoded(tower, samples, cache) == first
@@ -263,10 +244,8 @@ def test_an_interrupted_encoding_goes_on(domain, samples, tmp_path, monkeypatch)
             self.drawn += 1
             return super().view(row, view)
 
-    _, processor = load_clip(domain.base)
-    stopped = Interrupted(
-        samples.rows, domain.prompt_bank[1], domain.augmentation, processor, seed=3
-    )
+    others = domain.prompt_bank[1], domain.augmentation, load_clip(domain.base)[1]
+    stopped = Interrupted(samples.rows, *others, seed=3)
     with pytest.raises(KeyboardInterrupt):
         encode_views(tower, stopped, 1, [2], tmp_path / "cut")
     stopped.drawn, stopped.last = 0, 10_000
@@ -282,9 +261,8 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
     model, _ = load_clip(domain.base)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shards.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(
-        OSError, match=r"--cached_views 2.* needs 0\.0 GB in .* where 0\.0 GB are free"
-    ):
+    told = r"--cached_views 2.* needs 0\.0 GB in .* where 0\.0 GB are free"
+    with pytest.raises(OSError, match=told):
         encode_views(model.vision_model, samples, 2, [2], tmp_path / "full")
     assert not list((tmp_path / "full").glob("*/*"))
 
@@ -300,16 +278,7 @@ def test_states_that_the_kept_precision_can_not_hold_are_an_error(domain, sample
 def test_stages_in_any_order_resume_to_the_same_weights(prepared, domain, tmp_path):
     """Visual first: the text stage's features depend on what the visual stage has learned."""
     run = fresh(prepared, tmp_path / "whole", stages=domain.stages[::-1])
-    keep = [
-        "--save_strategy",
-        "steps",
-        "--save_steps",
-        "4",
-        "--save_total_limit",
-        "99",
-        "--cached_views",
-        "2",
-    ]
+    keep = "--save_strategy steps --save_steps 4 --save_total_limit 99 --cached_views 2".split()
     train.train([str(run), *keep])
     for kept in (5, 6):  # at the boundary, and in the text stage
         resumed = tmp_path / f"from-{kept}" / "run"

@@ -65,9 +65,8 @@ def test_metrics_agree_with_scikit_learn(sample):
     assert metrics.brier(probabilities, labels).mean() == pytest.approx(brier, rel=1e-5)
     precision, recall, f1, _ = precision_recall_fscore_support(labels, predicted)
     assert np.allclose(metrics.class_scores(predicted, labels, 5), [precision, recall, f1])
-    assert (
-        metrics.confusion_matrix(predicted, labels, 5) == confusion_matrix(labels, predicted)
-    ).all()
+    counts = confusion_matrix(labels, predicted)
+    assert (metrics.confusion_matrix(predicted, labels, 5) == counts).all()
 
 
 def test_a_class_that_is_never_answered_has_no_precision_and_one_without_images_no_recall():
@@ -135,30 +134,13 @@ def test_ece_by_hand():
     assert computed["ece"] == pytest.approx(expected, abs=1e-6)
 
 
-def test_hard_negatives_and_semantic_rank_by_hand():
-    # classes 0 and 1 share a cluster, class 2 is alone; two prompts a class
-    prompt_classes, class_clusters = np.array([0, 0, 1, 1, 2, 2]), np.array([0, 0, 1])
-    similarity = np.array(
-        [
-            [0.1, 0.5, 0.4, 0.2, 0.9, 0.0],
-            [0.3, 0.2, 0.1, 0.25, 0.0, 0.0],
-            [0.0, 0.0, 0.0, 0.0, 0.1, 0.2],
-        ]
-    )
-    labels = np.array([0, 1, 2])
-    margin = metrics.hard_negative_margin(similarity, prompt_classes, labels, class_clusters)
-    assert margin[:2] == pytest.approx([0.1, -0.05])
-    assert np.isnan(margin[2])
-    assert metrics.semantic_rank(similarity, prompt_classes, labels).tolist() == [2, 2, 1]
-
-
 def test_ece_agrees_with_torchmetrics(sample):
     torchmetrics = pytest.importorskip("torchmetrics.functional.classification")
     logits, labels = sample
     probabilities = softmax(logits, axis=1)
-    expected = torchmetrics.multiclass_calibration_error(
-        torch.tensor(probabilities), torch.tensor(labels), num_classes=5, n_bins=15
-    )
+    tensors = torch.tensor(probabilities), torch.tensor(labels)
+    options = {"num_classes": 5, "n_bins": 15}
+    expected = torchmetrics.multiclass_calibration_error(*tensors, **options)
     right = metrics.correct(probabilities, labels)
     found = metrics.expected_calibration_error(probabilities.max(axis=1), right)
     assert found == pytest.approx(expected.item(), abs=1e-6)
@@ -167,9 +149,8 @@ def test_ece_agrees_with_torchmetrics(sample):
 def test_equal_mass_bins_hold_equally_many_images():
     rng = np.random.default_rng(0)
     confidence = rng.beta(8, 1, 301)
-    mean_confidence, _, counts = metrics.reliability(
-        confidence, rng.random(301) < confidence, equal_mass=True
-    )
+    right = rng.random(301) < confidence
+    mean_confidence, _, counts = metrics.reliability(confidence, right, equal_mass=True)
     assert counts.max() - counts.min() <= 1
     assert (np.diff(mean_confidence) > 0).all()
 
@@ -182,10 +163,8 @@ def test_a_perfect_model_lies_within_its_own_ece():
         low, high = np.percentile(metrics.ece_of_perfect(confidence, draws=300), [2.5, 97.5])
         found = metrics.expected_calibration_error(confidence, rng.random(400) < confidence)
         inside += low <= found <= high
-        overconfident = metrics.expected_calibration_error(
-            confidence, rng.random(400) < confidence - 0.25
-        )
-        assert overconfident > high
+        fewer_right = rng.random(400) < confidence - 0.25
+        assert metrics.expected_calibration_error(confidence, fewer_right) > high
     assert inside >= 52  # of 60, at 95 %
 
 
@@ -251,9 +230,8 @@ def test_prediction_sets_hold_the_label_as_often_as_stated(coverage):
         order = rng.permutation(20_000)
         fitted = fit_conformal(probabilities[order[:1000]], labels[order[:1000]], coverage)
         rest = order[1000:]
-        found.append(
-            prediction_sets(probabilities[rest], fitted)[np.arange(len(rest)), labels[rest]].mean()
-        )
+        sets = prediction_sets(probabilities[rest], fitted)
+        found.append(sets[np.arange(len(rest)), labels[rest]].mean())
     assert np.mean(found) == pytest.approx(coverage, abs=0.006)
 
 
@@ -290,9 +268,8 @@ def test_abstention_says_when_the_aim_is_out_of_reach():
 
 def test_abstention_can_aim_at_a_coverage():
     confidence = np.linspace(0.51, 0.99, 100)
-    chosen = fit_abstention(
-        np.stack([confidence, 1 - confidence], axis=1), np.zeros(100, int), 0.9, coverage=0.3
-    )
+    probabilities = np.stack([confidence, 1 - confidence], axis=1)
+    chosen = fit_abstention(probabilities, np.zeros(100, int), 0.9, coverage=0.3)
     assert (chosen["aim"], chosen["target"], chosen["coverage"]) == ("coverage", 0.3, 0.3)
     assert chosen["threshold"] == pytest.approx(confidence[70])
 
@@ -334,27 +311,19 @@ def test_a_measure_survives_json():
         ("ece", 0.05, 0.15, 0.10, "undecided"),
     ],
 )
-def test_gates_know_which_way_is_better_and_when_they_do_not_know(
-    metric, low, high, target, verdict
-):
-    assert (
-        judge_gate(metric, Measure((low + high) / 2, low, high, 100, "test"), target).verdict
-        == verdict
-    )
+def test_gates_know_which_way_is_better_and_when_not(metric, low, high, target, verdict):
+    measure = Measure((low + high) / 2, low, high, 100, "test")
+    assert judge_gate(metric, measure, target).verdict == verdict
 
 
 def test_an_undecided_gate_says_how_many_images_would_decide_it():
     rng = np.random.default_rng(0)
     hits = rng.random(200) < 0.86
-    gate = judge_gate("accuracy", proportion(hits, np.arange(200), "test"), 0.82)
-    assert gate.verdict == "undecided"
-    assert gate.more == 372
-    for copies, verdict in ((2, "undecided"), (4, "fail")):  # 400 and 800 images
-        more = np.tile(hits, copies)
-        assert (
-            judge_gate("accuracy", proportion(more, np.arange(len(more)), "test"), 0.82).verdict
-            == verdict
-        )
+    for copies, verdict, more in ((1, "undecided", 372), (2, "undecided", None), (4, "fail", None)):
+        groups = np.arange(200 * copies)  # 400 and 800 images
+        gate = judge_gate("accuracy", proportion(np.tile(hits, copies), groups, "test"), 0.82)
+        assert gate.verdict == verdict
+        assert more is None or gate.more == more
     assert judge_gate("accuracy", Measure(0.9, 0.8, 0.95, 50, "test"), 0.9).more is None
 
 

@@ -23,22 +23,7 @@ def labels_of(*counts: int) -> np.ndarray:
 SHAPES = {
     "even": labels_of(50, 50, 50, 50, 50, 50),
     "uneven": labels_of(120, 7, 33, 61, 90, 19),
-    "tiny cluster": labels_of(100, 100, 100, 100, 100, 3),
 }
-
-
-@pytest.mark.parametrize("labels", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.8, 1.0])
-@pytest.mark.parametrize("batch_size", [7, 16, 32])
-def test_batches_are_full_of_one_cluster_and_leave_nobody_out(labels, share, batch_size):
-    sampler = ClusterBatchSampler(labels, CLASS_CLUSTERS, batch_size, share)
-    batches = list(sampler)
-    assert len(batches) == len(sampler)
-    assert {len(batch) for batch in batches} == {batch_size}
-    assert set(np.concatenate(batches)) == set(range(len(labels)))
-    for batch in batches:
-        clusters = Counter(CLASS_CLUSTERS[labels[index]] for index in batch)
-        assert max(clusters.values()) >= share * batch_size
 
 
 def test_each_sample_once_while_clusters_are_large():
@@ -67,25 +52,6 @@ def test_every_cluster_leads_batches():
         of_batch = Counter(CLASS_CLUSTERS[labels[index]] for index in batch[:8])
         leads[of_batch.most_common(1)[0][0]] += 1
     assert set(leads) == {0, 1, 2, 3}
-
-
-@pytest.mark.parametrize("num_processes", [2, 4])
-def test_the_slices_of_all_processes_make_up_the_batches_of_one(num_processes):
-    labels = SHAPES["uneven"]
-    one = ClusterBatchSampler(labels, CLASS_CLUSTERS, 16, seed=5)
-    options = {"num_processes": num_processes, "seed": 5}
-    many = [
-        ClusterBatchSampler(labels, CLASS_CLUSTERS, 16, process_index=rank, **options)
-        for rank in range(num_processes)
-    ]
-    for sampler in (one, *many):
-        sampler.set_epoch(2)
-    for joint, *slices in zip(one, *many, strict=True):
-        assert {len(part) for part in slices} == {16 // num_processes}
-        assert sum(slices, []) == joint
-    for sampler in many:
-        assert len(sampler) == len(one)
-        assert sampler.composition() == one.composition()
 
 
 def test_a_loader_prepared_by_accelerate_walks_and_resumes_the_slice_of_its_process():

@@ -6,6 +6,7 @@ The same images give the same rows whatever they lie in.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -40,24 +41,22 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def table(folder: Path) -> datasets.Dataset:
     paths = sorted(folder.rglob("*.png"))
-    schema = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)}
-    )
+    columns = {"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)}
+    schema = datasets.Features(columns)
     rows = {"image": [str(path) for path in paths], "label": [path.parent.name for path in paths]}
     return datasets.Dataset.from_dict(rows, features=schema)
 
 
 @pytest.fixture
 def two_styles(domain: Domain) -> Domain:
-    return domain.model_copy(
-        update={
-            "classes": {style: domain.classes[style] for style in CLASSES},
-            "clusters": {"both": CLASSES},
-            "source": Source(),
-            "splits": Splits(validation=2, calibration=2, test=3),
-            "quality_filter": QualityFilter(mode="none"),
-        }
-    )
+    changes = {
+        "classes": {style: domain.classes[style] for style in CLASSES},
+        "clusters": {"both": CLASSES},
+        "source": Source(),
+        "splits": Splits(validation=2, calibration=2, test=3),
+        "quality_filter": QualityFilter(mode="none"),
+    }
+    return domain.model_copy(update=changes)
 
 
 def save(table: datasets.Dataset, tmp_path: Path, kind: str) -> Path:
@@ -73,35 +72,22 @@ def test_a_table_gives_the_same_dataset_as_the_folders(folder, table, two_styles
     expected = prepare(two_styles, tmp_path / "from_folders", images=folder)
     report = prepare(two_styles, tmp_path / "from_table", images=save(table, tmp_path, kind))
     assert report["fingerprint"] == expected["fingerprint"]
-    again = (
-        prepare(two_styles, tmp_path / "from_table", images=tmp_path / "table.parquet")
-        if kind == "parquet"
-        else report
-    )
-    assert again["fingerprint"] == expected["fingerprint"]
+    if kind == "parquet":
+        again = prepare(two_styles, tmp_path / "from_table", images=tmp_path / "table.parquet")
+        assert again["fingerprint"] == expected["fingerprint"]
 
 
 def test_a_table_may_have_other_columns_splits_and_words(table, tmp_path):
     labels = [CLASSES[label].upper() for label in table["label"]]
-    renamed = datasets.Dataset.from_dict(
-        {"photo": table["image"], "style": labels, "by": ["me"] * len(table)}
-    )
-    renamed = renamed.cast_column("photo", datasets.Image())
-    parts = datasets.DatasetDict(
-        {"train": renamed.select(range(0, 24, 2)), "valid": renamed.select(range(1, 24, 2))}
-    )
-    parts.save_to_disk(tmp_path / "saved")
-    rows, unlabelled = read_table(
-        tmp_path / "saved", CLASSES, image_column="photo", label_column="style",
-        attribution_column="by",
-        splits={"train": None},
-    )  # fmt: skip
+    columns = {"photo": table["image"], "style": labels, "by": ["me"] * len(table)}
+    renamed = datasets.Dataset.from_dict(columns).cast_column("photo", datasets.Image())
+    parts = {name: renamed.select(range(n, 24, 2)) for n, name in enumerate(("train", "valid"))}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    named = {"image_column": "photo", "label_column": "style", "attribution_column": "by"}
+    rows, unlabelled = read_table(tmp_path / "saved", CLASSES, splits={"train": None}, **named)
     assert unlabelled == []
     assert set(rows["class_name"]) == set(CLASSES)
-    assert {split: rows["split"][:].count(split) for split in set(rows["split"])} == {
-        None: 12,
-        "validation": 12,
-    }
+    assert Counter(rows["split"]) == {None: 12, "validation": 12}
     assert set(rows["attribution"]) == {"me"}
     assert len(set(rows["source_id"])) == 24
 
@@ -109,9 +95,8 @@ def test_a_table_may_have_other_columns_splits_and_words(table, tmp_path):
 def test_rows_without_a_label_are_named(table, tmp_path):
     labels = [CLASSES[label] for label in table["label"]]
     labels[3] = None
-    datasets.Dataset.from_dict({"image": table["image"], "label": labels}).to_parquet(
-        tmp_path / "table.parquet"
-    )
+    unnamed = datasets.Dataset.from_dict({"image": table["image"], "label": labels})
+    unnamed.to_parquet(tmp_path / "table.parquet")
     rows, unlabelled = read_table(tmp_path / "table.parquet", CLASSES)
     assert len(rows) == 23
     assert unlabelled == [unusable("table/0000003", "no class", "no label")]
@@ -138,9 +123,8 @@ def test_wrong_options_of_a_table_are_explained(table, tmp_path, options, messag
 
 def test_numbers_without_names_are_no_labels(table, tmp_path):
     table.cast_column("label", datasets.Value("int64")).to_parquet(tmp_path / "table.parquet")
-    with pytest.raises(
-        ValueError, match="nothing says what they mean; expected a ClassLabel or strings"
-    ):
+    told = "nothing says what they mean; expected a ClassLabel or strings"
+    with pytest.raises(ValueError, match=told):
         read_table(tmp_path / "table.parquet", CLASSES)
 
 
@@ -160,18 +144,10 @@ def test_attributions_come_from_metadata(tmp_path):
     (tmp_path / "photos" / "gothic").mkdir(parents=True)
     for name in ("a.png", "b.png", "c.png"):
         draw("gothic", np.random.default_rng(0)).save(tmp_path / "photos" / "gothic" / name)
-    lines = [
-        {"file_name": "gothic/a.png", "attribution": "A, Ann, CC BY 4.0"},
-        {
-            "file_name": "gothic/b.png",
-            "author": "Ben",
-            "license": "CC0",
-            "source_url": "https://example.org/b",
-        },
-    ]
-    (tmp_path / "photos" / "metadata.jsonl").write_text(
-        "\n".join(json.dumps(line) for line in lines)
-    )
+    ben = {"author": "Ben", "license": "CC0", "source_url": "https://example.org/b"}
+    lines = [{"file_name": "gothic/a.png", "attribution": "A, Ann, CC BY 4.0"}]
+    lines.append({"file_name": "gothic/b.png"} | ben)
+    (tmp_path / "photos" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     rows, outside = read_folders(tmp_path / "photos", ["gothic"])
     credits = ["A, Ann, CC BY 4.0", "Ben, CC0, https://example.org/b", None]
     assert rows["attribution"][:] == credits
@@ -197,20 +173,13 @@ def test_what_changes_becomes_another_version(table, tmp_path):
 
 
 def test_attributions_reach_the_prepared_dataset(folder, table, two_styles, tmp_path):
-    credited = table.add_column(
-        "attribution", [f"photographer {index}" for index in range(len(table))]
-    )
-    credited.to_parquet(tmp_path / "table.parquet")
-    source = Source(
-        kind="dataset",
-        path=str(tmp_path / "table.parquet"),
-        options={"attribution_column": "attribution"},
-    )
+    names, path = [f"photographer {index}" for index in range(24)], tmp_path / "table.parquet"
+    table.add_column("attribution", names).to_parquet(path)
+    options = {"attribution_column": "attribution"}
+    source = Source(kind="dataset", path=str(path), options=options)
     prepare(two_styles.model_copy(update={"source": source}), tmp_path / "run")
-    credits = {
-        row["attribution"] for rows in load_prepared(tmp_path / "run").values() for row in rows
-    }
-    assert credits == {f"photographer {index}" for index in range(24)}
+    splits = load_prepared(tmp_path / "run").values()
+    assert {name for rows in splits for name in rows["attribution"]} == set(names)
 
 
 def test_a_module_draws_what_the_domain_asks_for(two_styles, tmp_path, monkeypatch):
@@ -227,11 +196,8 @@ def write_images(folder, domain, seed, **options):
     drawn = two_styles.model_copy(update={"source": source})
     assert fetch_images(drawn, tmp_path, tmp_path / "mine", 3, None) == tmp_path / "mine"
     assert fetch_images(drawn, tmp_path, None, 3, None) == tmp_path / "images"
-    assert json.loads((tmp_path / "images" / "order.json").read_text()) == [
-        "facades",
-        3,
-        {"size": 8},
-    ]
+    order = json.loads((tmp_path / "images" / "order.json").read_text())
+    assert order == ["facades", 3, {"size": 8}]
     absent = drawn.model_copy(update={"source": Source(kind="module", path="not.there")})
     with pytest.raises(ValueError, match="'not.there' can't be imported .* write_images"):
         fetch_images(absent, tmp_path, None, 3, None)
@@ -252,10 +218,8 @@ def test_a_class_may_be_called_like_a_split(tmp_path):
         (tmp_path / name).mkdir()
         draw("tudor", np.random.default_rng(0)).save(tmp_path / name / "a.png")
     rows, _ = read_folders(tmp_path, ["train", "boat"])
-    assert sorted(zip(rows["class_name"], rows["split"], strict=True)) == [
-        ("boat", None),
-        ("train", None),
-    ]
+    found = sorted(zip(rows["class_name"], rows["split"], strict=True))
+    assert found == [("boat", None), ("train", None)]
 
 
 def test_a_class_without_a_readable_image_is_named(folder, two_styles, tmp_path):
@@ -264,7 +228,6 @@ def test_a_class_without_a_readable_image_is_named(folder, two_styles, tmp_path)
         for path in (folder / style).iterdir():
             content = path.read_bytes() if style == CLASSES[0] else b"broken"
             (tmp_path / "photos" / style / path.name).write_bytes(content)
-    with pytest.raises(
-        FileNotFoundError, match=f"no images in the 12 readable images for: {CLASSES[1]}"
-    ):
+    told = f"no images in the 12 readable images for: {CLASSES[1]}"
+    with pytest.raises(FileNotFoundError, match=told):
         prepare(two_styles, tmp_path / "run", images=tmp_path / "photos")

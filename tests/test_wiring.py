@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import shutil
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,14 +10,13 @@ from PIL import Image
 from scipy.special import softmax
 
 from data_prep import quality
-from data_prep.divide import assign_splits
 from data_prep.duplicates import CERTAIN, Fingerprints
 from data_prep.prepare import prepare
 from data_prep.review import Suspicion, read_decisions, write_review
 from data_prep.verify import verify_image
 from nicheclip import NicheClassifier
 from nicheclip.clip import load_clip
-from nicheclip.domain import QualityFilter, Splits
+from nicheclip.domain import QualityFilter
 from nicheclip.evaluation import metrics
 from nicheclip.evaluation.calibration import calibrate_temperature, fit, fit_abstention
 from nicheclip.evaluation.intervals import Measure, bootstrap, judge_gate
@@ -31,7 +28,7 @@ from nicheclip.run import load_prepared
 from nicheclip.training.wise_ft import choose_alpha
 from space.app import build_app
 from space.scorecard import percent, read_scorecard
-from tests.conftest import FACADES
+from tests.conftest import FACADES, encoded
 
 
 def sample(count: int = 300, classes: int = 5) -> tuple[np.ndarray, np.ndarray]:
@@ -42,10 +39,9 @@ def sample(count: int = 300, classes: int = 5) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_a_gate_whose_interval_holds_the_target_is_undecided_on_either_side_of_it():
-    assert judge_gate("ece", Measure(0.08, 0.05, 0.15, 100, "test"), 0.10).verdict == "undecided"
-    assert (
-        judge_gate("accuracy", Measure(0.92, 0.85, 0.95, 100, "test"), 0.90).verdict == "undecided"
-    )
+    above, below = Measure(0.08, 0.05, 0.15, 9, "test"), Measure(0.92, 0.85, 0.95, 9, "test")
+    assert judge_gate("ece", above, 0.10).verdict == "undecided"
+    assert judge_gate("accuracy", below, 0.90).verdict == "undecided"
 
 
 def test_the_interval_of_a_biased_measure_lies_below_that_of_a_plain_one():
@@ -118,9 +114,8 @@ def test_whitening_makes_the_classes_round():
     """About the mean of each class, not of all: far apart classes change nothing."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 3000)
-    embeds = (
-        rng.normal(size=(3000, 4)) @ np.diag([1, 2, 3, 4]) + 30 * rng.normal(size=(3, 4))[labels]
-    )
+    within = rng.normal(size=(3000, 4)) @ np.diag([1, 2, 3, 4])
+    embeds = within + 30 * rng.normal(size=(3, 4))[labels]
     found = fit_class_means(embeds, labels)
     within = (embeds @ found["whitening"]) - found["means"][labels]
     assert np.cov(within.T) == pytest.approx(np.eye(4), abs=0.15)
@@ -148,14 +143,6 @@ def test_a_mirror_image_must_be_nearer_than_a_copy(distance, same):
     assert len(prints.near_duplicates()) == same
 
 
-def test_shares_are_of_what_counts_leave():
-    labels, groups = np.zeros(1000, dtype=int), [str(index) for index in range(1000)]
-    splits = Splits(validation=100, calibration=100, test=0.5)
-    found = Counter(assign_splits(labels, groups, splits))
-    assert (found["validation"], found["calibration"]) == (100, 100)
-    assert found["test"] == pytest.approx(400, abs=50)  # of 800, not of 1,000
-
-
 def test_the_cap_of_the_filter_rounds_down():
     probabilities = np.full((18, 2), [0.01, 0.99])
     how = QualityFilter(mode="zero_shot", threshold=0.5, max_drop_share=0.3)
@@ -165,20 +152,15 @@ def test_the_cap_of_the_filter_rounds_down():
 
 @pytest.mark.parametrize("block", ["xmp", "photoshop"])
 def test_what_a_file_says_of_its_origin_is_not_stored(block):
-    encoded = io.BytesIO()
-    picture = Image.fromarray(
-        np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    )
-    secret = b"taken at home"
-    if block == "xmp":
-        picture.save(encoded, "JPEG", xmp=secret)
-    else:
-        picture.save(encoded, "JPEG")
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    picture, secret = Image.fromarray(pixels), b"taken at home"
+    content = encoded(picture, "JPEG", **({"xmp": secret} if block == "xmp" else {}))
+    if block == "photoshop":
         segment = b"Photoshop 3.0\x008BIM\x04\x04\0\0" + len(secret).to_bytes(4, "big") + secret
         marker = b"\xff\xed" + (len(segment) + 2).to_bytes(2, "big") + segment
-        encoded = io.BytesIO(encoded.getvalue()[:2] + marker + encoded.getvalue()[2:])
-    assert secret in encoded.getvalue()
-    stored = verify_image({"bytes": encoded.getvalue(), "path": None}, 288)
+        content = content[:2] + marker + content[2:]
+    assert secret in content
+    stored = verify_image({"bytes": content, "path": None}, 288)
     assert secret not in stored["image"]["bytes"]
 
 
@@ -192,15 +174,12 @@ def test_a_new_suspicion_does_not_undo_a_decision(tmp_path):
 def test_the_exams_groups_decide_the_intervals_of_a_mixture(prepared, domain):
     model, processor = load_clip(FACADES / "base")
     rows = load_prepared(prepared)["validation"]
-    by_class = rows.remove_columns("group_id").add_column(
-        "group_id", [str(c) for c in rows["label"]]
-    )
-    found = [
-        choose_alpha(model, model, processor, each, domain.canonical_prompts, None, [1.0])[1][0][
-            "accuracy"
-        ]
-        for each in (rows, by_class)
-    ]
+    classes, found = [str(label) for label in rows["label"]], []
+    by_class = rows.remove_columns("group_id").add_column("group_id", classes)
+    for each in (rows, by_class):
+        arguments = model, model, processor, each, domain.canonical_prompts
+        _, (row,) = choose_alpha(*arguments, alphas=[1.0])
+        found.append(row["accuracy"])
     assert found[0]["value"] == found[1]["value"]
     assert (found[0]["low"], found[0]["high"]) != (found[1]["low"], found[1]["high"])
 

@@ -47,9 +47,8 @@ def perturbed(model, strength: float):
 
 def asked(model, processor, rows, prompts) -> float:
     """The zero-shot accuracy, as the scorecard gets it."""
-    image_embeds = encode_images(
-        model, processor, (row["image"] for row in rows), len(rows), progress=False
-    )
+    images = (row["image"] for row in rows)
+    image_embeds = encode_images(model, processor, images, len(rows), progress=False)
     logits = zero_shot_logits(model, image_embeds, encode_texts(model, processor, prompts))
     return correct(logits, np.array(rows["label"])).mean()
 
@@ -65,11 +64,8 @@ def test_the_ends_are_the_models_bit_for_bit_and_the_middle_their_mean(base):
             assert mixed[name].numpy().tobytes() == tensor.numpy().tobytes(), name
             assert mixed[name].data_ptr() != tensor.data_ptr()
     middle = interpolate(start, end, 0.5)
-    torch.testing.assert_close(
-        middle["logit_scale"], (start["logit_scale"] + end["logit_scale"]) / 2
-    )
-    name = "vision_model.encoder.layers.0.mlp.fc1.weight"
-    torch.testing.assert_close(middle[name], (start[name] + end[name]) / 2)
+    for name in ("logit_scale", "vision_model.encoder.layers.0.mlp.fc1.weight"):
+        torch.testing.assert_close(middle[name], (start[name] + end[name]) / 2)
 
 
 def test_half_precision_is_mixed_in_float32_and_counters_are_not_mixed():
@@ -132,14 +128,8 @@ def test_a_destroyed_model_is_not_chosen(base, prepared, facades):
     model, processor = base
     destroyed = type(model)(model.config).eval()
     validation = load_prepared(prepared)["validation"]
-    alpha, table = choose_alpha(
-        model,
-        destroyed,
-        processor,
-        validation,
-        facades.canonical_prompts,
-        alphas=(0, 0.7, 1),
-    )
+    asking = processor, validation, facades.canonical_prompts
+    alpha, table = choose_alpha(model, destroyed, *asking, alphas=(0, 0.7, 1))
     assert alpha == 0
     assert table[0]["nll"] < table[-1]["nll"]
 
@@ -162,10 +152,8 @@ def test_the_shipped_retention_task_is_even_repeatable_and_known_to_the_base(
     assert colours.features["label"].names == list(facades.retention.classes)
     assert np.bincount(colours["label"]).tolist() == [40] * len(facades.retention.classes)
     again, other = (retention_rows(facades, tmp_path / str(seed), seed) for seed in (0, 1))
-    assert all(
-        one["image"].tobytes() == two["image"].tobytes()
-        for one, two in zip(colours, again, strict=True)
-    )
+    for one, two in zip(colours, again, strict=True):
+        assert one["image"].tobytes() == two["image"].tobytes()
     assert colours[0]["image"].tobytes() != other[0]["image"].tobytes()
     images = (row["image"] for row in colours)
     prompts = facades.retention.canonical_prompts
@@ -207,12 +195,10 @@ def test_no_more_are_drawn_than_asked_for(facades, tmp_path):
 
 def test_a_dataset_gives_the_same(facades, colours, tmp_path):
     colours.to_parquet(tmp_path / "colours.parquet")
-    retention = facades.retention.model_dump() | {
-        "source": {"kind": "dataset", "path": str(tmp_path / "colours.parquet")}
-    }
-    rows = retention_rows(
-        Domain.model_validate(facades.model_dump() | {"retention": retention}), tmp_path / "drawn"
-    )
+    source = {"kind": "dataset", "path": str(tmp_path / "colours.parquet")}
+    retention = facades.retention.model_dump() | {"source": source}
+    domain = Domain.model_validate(facades.model_dump() | {"retention": retention})
+    rows = retention_rows(domain, tmp_path / "drawn")
     assert rows["label"][:] == colours["label"][:]
     assert rows[7]["image"].tobytes() == colours[7]["image"].tobytes()
 
@@ -222,10 +208,9 @@ def test_what_can_not_be_asked_is_named(facades, tmp_path):
     with pytest.raises(ValueError, match="no retention task; add `retention`"):
         retention_rows(without, tmp_path)
     circles = facades.retention.model_dump() | {"classes": {"red": ["red"], "circle": ["a circle"]}}
+    domain = Domain.model_validate(facades.model_dump() | {"retention": circles})
     with pytest.raises(ValueError, match="no shape is 'circle'.*red, pink"):
-        retention_rows(
-            Domain.model_validate(facades.model_dump() | {"retention": circles}), tmp_path / "drawn"
-        )
+        retention_rows(domain, tmp_path / "drawn")
     task = photos(facades, tmp_path)
     for path in (tmp_path / "test" / "dog").iterdir():
         path.write_bytes(b"no image")
