@@ -130,7 +130,7 @@ def test_wrong_values_give_a_domain_error_and_no_other(changes, tmp_path):
 
 @settings(max_examples=250)
 @given(
-    st.lists(
+    damage=st.lists(
         st.tuples(st.integers(0, 600), st.binary(max_size=3), st.integers(0, 5)),
         min_size=1,
         max_size=4,
