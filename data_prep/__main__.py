@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
+from data_prep.findings import Report
 from data_prep.prepare import prepare
 from nicheclip.domain import Domain
 from nicheclip.evaluation.intervals import format_table
@@ -53,7 +53,7 @@ def main() -> None:
         print(f"next: accelerate launch train.py {run}")
 
 
-def summary(report: dict[str, Any]) -> str:
+def summary(report: Report) -> str:
     """What was read, what became of it, and the classes, in plain text."""
     counts, splits = report["counts"], list(report["counts"]["kept"])
     aside = [f"{number} {reason}" for reason, number in counts["quarantined"].items()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, TypedDict
 
 import pandas as pd
 
@@ -16,6 +16,34 @@ LEAST_LIKELY = 24  # images, and
 MOST_ALIKE = 12  # pairs, for a person to look at
 SMALL_EXAM = 10  # test images of a class; with fewer, its own accuracy says next to nothing
 Entry = dict[str, Any]  # an image of the report: source_id, label, sha256 and more
+
+
+class Report(TypedDict):
+    """report.json: what went in, what came out, and what someone should look at.
+
+    Entries that are `quarantined` have a kind, `other` (the image that it is about) and `detail`
+    as well, and `suspects` a suspected_label, a score and their outcome.
+    """
+
+    provenance: dict[str, Any]
+    domain: str
+    base: str
+    images: str
+    seed: int
+    settings: dict[str, Any]  # of the domain, those that the data depends on
+    fingerprint: str
+    near_duplicate_cosines: list[float]
+    counts: dict[str, Any]
+    filter: dict[str, Any]
+    classes: list[Entry]
+    warnings: list[str]
+    mended: dict[str, int]
+    quarantined: list[Entry]
+    suspects: list[Entry]
+    least_likely_kept: list[Entry]
+    near_duplicates: list[list[dict[str, str]]]
+    alike_across_splits: list[Entry]
+    confusions: dict[str, Any]
 
 
 def entries(images: pd.DataFrame, *columns: str) -> list[Entry]:

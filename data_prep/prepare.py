@@ -6,12 +6,12 @@ import hashlib
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
 import pandas as pd
 from accelerate.utils import broadcast_object_list
+from PIL import Image
 from scipy.special import softmax
 
 from data_prep import findings
@@ -20,7 +20,7 @@ from data_prep.divide import divide
 from data_prep.duplicates import Encode, Fingerprints
 from data_prep.quality import samples_per_epoch, suspect_labels
 from data_prep.report import write_report
-from data_prep.review import read_decisions, write_review
+from data_prep.review import Suspicion, read_decisions, write_review
 from data_prep.sources import fetch_images, read_source, retention_rows
 from data_prep.sources.rows import check_classes, unusable
 from data_prep.verify import VERIFY_VERSION, verify_rows
@@ -43,7 +43,7 @@ def prepare(
     images: str | Path | None = None,
     seed: int = 0,
     contact: str | None = None,
-) -> dict[str, Any] | None:
+) -> findings.Report | None:
     """Makes `run`/data (a DatasetDict, report.json and report.html), review.csv and domain.yaml.
 
     A killed run goes on where it was: finished shards of verified and encoded images lie in
@@ -56,9 +56,7 @@ def prepare(
         contact: how to reach who runs this, for Wikimedia Commons.
 
     Returns:
-        report.json; None in all processes but the main one. Its entries of images have source_id,
-        label and sha256; those that are `quarantined` have a kind, `other` (the image that it is
-        about) and `detail` as well, and `suspects` a suspected_label, a score and their outcome.
+        report.json; None in all processes but the main one.
 
     Raises:
         ValueError: if a split would have no image of a class, or the images don't fit the domain.
@@ -92,13 +90,7 @@ def prepare(
         prototypes = encode_texts(model, processor, domain.canonical_prompts)
         zero_shot = softmax(zero_shot_logits(model, image_embeds, prototypes), axis=1)  # (N, C)
         fingerprints = Fingerprints.make(rows, image_embeds, encode)
-        columns = {"source_id": "source_id", "class_name": "label", "sha256": "sha256"}
-        columns |= {"split": "given"}
-        table = pd.DataFrame(
-            {name: rows[column][:] for column, name in columns.items()}, dtype=object
-        )
-        keys = zip(table.sha256, table.label, strict=True)
-        table["decision"] = [decided[key].decision if key in decided else "" for key in keys]
+        table = _table(rows, decided)
         table = divide(table, fingerprints.near_duplicates(), domain)
         table = suspect_labels(table, image_embeds, zero_shot, domain, seed)
         kept = _kept(table, domain, zero_shot, seed)
@@ -111,7 +103,7 @@ def prepare(
         alike = findings.alike_across_splits(table, fingerprints)
         classes = findings.classes(domain, table, kept, quarantined)
         mended = (what for note in rows["mended"][:] if note for what in note.split("; "))
-        report = {
+        report: findings.Report = {
             "provenance": provenance(),
             "domain": domain.name,
             "base": domain.base,
@@ -132,20 +124,7 @@ def prepare(
             "alike_across_splits": alike,
             "confusions": confusions,
         }
-        pictures = rows.select_columns("image").cast_column("image", datasets.Image())
-        row_of = {source_id: row for row, source_id in enumerate(table.source_id)}
-        with replaced_folder(run / "data") as folder:
-            splits.save_to_disk(folder)
-            if domain.retention is not None:
-                retained = retention_rows(domain, run / "retention_images")
-                retained.save_to_disk(folder / "retention")
-            write_json(folder / "report.json", report)
-            write_report(
-                folder / "report.html",
-                report,
-                domain,
-                picture=lambda source_id: pictures[row_of[source_id]]["image"],
-            )
+        _write_data(run, domain, splits, report, rows)
         domain.save(run / "domain.yaml")
         write_review(run / "review.csv", findings.suspicions(quarantined, suspects))
     return report
@@ -197,6 +176,38 @@ def _encode(rows: datasets.Dataset, encode: Encode, settings: str, cache: Path) 
     return np.concatenate(
         [batch["image_embeds"] for batch in encoded.with_format("numpy").iter(4096)]
     )
+
+
+def _table(rows: datasets.Dataset, decided: dict[tuple[str, str], Suspicion]) -> pd.DataFrame:
+    """What `divide` asks of each image."""
+    columns = {"source_id": "source_id", "class_name": "label", "sha256": "sha256"}
+    columns |= {"split": "given"}
+    table = pd.DataFrame({name: rows[column][:] for column, name in columns.items()}, dtype=object)
+    keys = zip(table.sha256, table.label, strict=True)
+    table["decision"] = [decided[key].decision if key in decided else "" for key in keys]
+    return table
+
+
+def _write_data(
+    run: Path,
+    domain: Domain,
+    splits: datasets.DatasetDict,
+    report: findings.Report,
+    rows: datasets.Dataset,
+) -> None:
+    pictures = rows.select_columns("image").cast_column("image", datasets.Image())
+    row_of = {source_id: row for row, source_id in enumerate(rows["source_id"])}
+
+    def picture(source_id: str) -> Image.Image:
+        return pictures[row_of[source_id]]["image"]
+
+    with replaced_folder(run / "data") as folder:
+        splits.save_to_disk(folder)
+        if domain.retention is not None:
+            retained = retention_rows(domain, run / "retention_images")
+            retained.save_to_disk(folder / "retention")
+        write_json(folder / "report.json", report)
+        write_report(folder / "report.html", report, domain, picture)
 
 
 def _kept(table: pd.DataFrame, domain: Domain, zero_shot: np.ndarray, seed: int) -> pd.DataFrame:

@@ -15,7 +15,7 @@ from PIL import Image
 from scipy.spatial.distance import squareform
 
 from data_prep.clusters import agreement, propose
-from data_prep.findings import SMALL_EXAM
+from data_prep.findings import SMALL_EXAM, Report
 from data_prep.quality import threshold_of
 from nicheclip.domain import Domain, QualityFilter
 from nicheclip.evaluation.intervals import detectable_difference
@@ -42,7 +42,7 @@ KINDS = {
 
 
 def write_report(
-    path: Path, report: dict[str, Any], domain: Domain, picture: Callable[[str], Image.Image]
+    path: Path, report: Report, domain: Domain, picture: Callable[[str], Image.Image]
 ) -> None:
     """Writes the page.
 
