@@ -11,9 +11,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image, ImageOps
 
+from data_prep import findings
 from data_prep.divide import assign_splits
 from data_prep.duplicates import Fingerprints, connected_groups
 from data_prep.prepare import prepare
@@ -308,6 +310,17 @@ def test_the_probe_judges_an_image_without_having_seen_its_near_duplicates():
     assert (probabilities.argmax(axis=1) == labels).mean() < 0.4
     leaky = out_of_fold_probabilities(embeds, labels, np.arange(200), 4)
     assert (leaky.argmax(axis=1) == labels).mean() > 0.6
+
+
+def test_only_a_class_that_the_cap_has_protected_is_warned_of(drawings_and_copies):
+    judged = {"held": (9, 6), "noisy": (2, 2)}
+    classes = [
+        {"name": name, "test": 20, "filter": {"wanted": wanted, "images": 20, "suspect": taken}}
+        for name, (wanted, taken) in judged.items()
+    ]
+    images = pd.DataFrame({"sha256": [], "label": []})
+    (told,) = findings.warnings(classes, images, {}, [], drawings_and_copies)
+    assert told.startswith("held: the filter wanted 9 of 20 images")
 
 
 def test_visits_make_up_for_small_classes():

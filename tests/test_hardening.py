@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import random
 import resource
@@ -21,7 +20,6 @@ import yaml
 import train
 from calibrate import calibrate
 from data_prep.prepare import prepare
-from nicheclip import NicheClassifier
 from nicheclip.domain import Domain, DomainError, QualityFilter
 from nicheclip.files import read_json
 from nicheclip.run import HOLDER, LOCK, load_prepared, run_lock
@@ -192,15 +190,6 @@ def test_calibration_says_what_is_wrong_with_the_run_files(run, tmp_path, name, 
     damage(copy / name, how)
     with pytest.raises((ValueError, OSError), match=f"(?s){remedy}"):
         calibrate(copy)
-
-
-def test_a_model_that_an_older_version_has_published_is_refused(run, tmp_path):
-    hub = shutil.copytree(run / "hub", tmp_path / "hub")
-    settings = read_json(hub / "nicheclip.json", "") | {"format_version": 1}
-    (hub / "nicheclip.json").write_text(json.dumps(settings), encoding="utf-8")
-    told = "is of format 1, this NicheCLIP reads .*publish the model anew"
-    with pytest.raises(ValueError, match=told):
-        NicheClassifier.from_pretrained(hub)
 
 
 def test_a_class_added_after_data_prep_is_told(copy, monkeypatch, tmp_path):
