@@ -106,6 +106,8 @@ def test_each_visit_draws_its_own_view_and_prompt(samples, domain):
     assert np.array_equal(first, again), "the same sample of the same epoch is always the same"
     samples.set_epoch(1)
     assert not np.array_equal(first, np.asarray(samples[int(same_image[0])]["images"]))
+    view, samples.seed = np.asarray(samples.view(row, 0)), 1
+    assert not np.array_equal(view, np.asarray(samples.view(row, 0)))
     bank, _ = domain.prompt_bank
     of_class = np.flatnonzero(samples.labels == 0).tolist()
     prompts = {bank[samples[sample]["prompts"]] for sample in of_class}
