@@ -120,8 +120,9 @@ def look_into(folder: Path) -> Survey:
     flat = {path.parts[0] for path in paths if len(path.parts) == 2} - deeper
     placed = [(path.as_posix(), *split_and_folders(path.parts, flat)) for path in paths]
     inside = [(path, folders) for path, _, folders in placed if folders]
-    others = [path for path, _ in inside if not _begins_like_an_image(folder / path)]
-    images = Counter(folders[0] for path, folders in inside if path not in set(others))
+    is_image = {path: _begins_like_an_image(folder / path) for path, _ in inside}
+    others = [path for path in is_image if not is_image[path]]
+    images = Counter(folders[0] for path, folders in inside if is_image[path])
     if len(images) < 2:
         only = f"only the class '{next(iter(images))}'" if images else "no class folder with images"
         raise ValueError(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -67,10 +69,8 @@ def prepare(
         raise ValueError(
             f"'{run / 'data'}' is not prepared data and would be overwritten; choose another --run"
         )
-    # `datasets` would leave its intermediate tables beside the shards, or in the user's data.
-    datasets.disable_caching()
     state = processes()
-    with run_lock(run), quiet_datasets():
+    with run_lock(run), quiet_datasets(), _uncached():
         # The second file is of calibrate.py's errors.html; where both decide, review.csv does.
         decided = read_decisions(run / "review_errors.csv") | read_decisions(run / "review.csv")
         fetched: list[str | Path | None] = [None]
@@ -128,6 +128,18 @@ def prepare(
         domain.save(run / "domain.yaml")
         write_review(run / "review.csv", findings.suspicions(quarantined, suspects))
     return report
+
+
+@contextmanager
+def _uncached() -> Iterator[None]:
+    """`datasets` would leave its intermediate tables beside the shards, or in the user's data."""
+    enabled = datasets.is_caching_enabled()
+    datasets.disable_caching()
+    try:
+        yield
+    finally:
+        if enabled:
+            datasets.enable_caching()
 
 
 def _verify(

@@ -99,7 +99,8 @@ def begin_training(run: Path, checkpoints: Path, settings: dict[str, Any], resum
                     f"since '{checkpoints}' was begun, {name} {change}; change it back, or remove "
                     "the folder and train afresh"
                 )
-    elif any(checkpoints.rglob("checkpoint-*")) and not (run / "training.json").is_file():
+    old = [*checkpoints.glob("checkpoint-*"), *checkpoints.glob("[0-9]*-*/checkpoint-*")]
+    if not resume and old and not (run / "training.json").is_file():
         raise ValueError(
             f"'{checkpoints}' holds an unfinished training; go on with --resume_from_checkpoint "
             "True, or remove it"
@@ -109,7 +110,7 @@ def begin_training(run: Path, checkpoints: Path, settings: dict[str, Any], resum
         for name in RESULTS:
             (run / name).unlink(missing_ok=True)
         if not resume:
-            for checkpoint in list(checkpoints.rglob("checkpoint-*")):
+            for checkpoint in old:
                 shutil.rmtree(checkpoint)
             write_json(checkpoints / BEGUN, settings)
 
@@ -206,7 +207,7 @@ def load_prepared(run: str | Path) -> datasets.DatasetDict:
     """
     folder = Path(run) / "data"
     try:
-        return datasets.load_from_disk(folder)
+        return DatasetDict.load_from_disk(str(folder))
     # a file of it is missing, cut short or foreign
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(

@@ -90,14 +90,6 @@ def test_composition_by_counting_every_pair():
     assert found["hard_pairs"] == pytest.approx(hard / pairs)
 
 
-def test_a_larger_cluster_share_makes_more_hard_pairs():
-    def hard_pairs(share: float) -> float:
-        sampler = ClusterBatchSampler(SHAPES["even"], CLASS_CLUSTERS, 16, share)
-        return sampler.composition()["hard_pairs"]
-
-    assert hard_pairs(0.0) < hard_pairs(0.5) < hard_pairs(1.0)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

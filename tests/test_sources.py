@@ -22,6 +22,7 @@ from data_prep.sources.tables import is_table, read_table
 from domains.facades.painter import STYLES, draw
 from nicheclip.domain import Domain, QualityFilter, Source, Splits
 from nicheclip.run import load_prepared
+from tests.conftest import encoded
 
 CLASSES = list(STYLES[:2])
 
@@ -138,6 +139,22 @@ def test_folders_and_tables_are_told_apart(folder, table, tmp_path):
     assert is_table(save(table, tmp_path, "parquet"))
     assert is_table(save(table, tmp_path, "saved"))
     assert is_table("someone/some-dataset")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "state.json").write_text("{}")
+    assert is_table(tmp_path / "linked")  # its data may lie behind a link
+
+
+def test_a_plain_dataset_is_no_prepared_data(table, tmp_path):
+    table.save_to_disk(tmp_path / "data")
+    with pytest.raises(ValueError, match="holds no prepared data.*run `python -m data_prep"):
+        load_prepared(tmp_path)
+
+
+def test_the_path_beside_an_images_bytes_is_but_a_name(tmp_path):
+    image = {"bytes": encoded(Image.new("RGB", (40, 40)), "PNG"), "path": f"{'x' * 300}.png"}
+    rows = datasets.Dataset.from_dict({"image": [image] * 2, "label": CLASSES})
+    rows.cast_column("image", datasets.Image()).to_parquet(tmp_path / "table.parquet")
+    assert len(read_table(tmp_path / "table.parquet", CLASSES)[0]) == 2
 
 
 def test_attributions_come_from_metadata(tmp_path):

@@ -363,6 +363,8 @@ def test_resuming_from_the_middle_of_a_longer_training_is_refused(trained, tmp_p
     told = "remove the later ones first, such as .*visual/checkpoint-14"
     with pytest.raises(ValueError, match=told):
         train.train([str(copy), "--resume_from_checkpoint", str(checkpoints(copy)[2])])
+    with pytest.raises(ValueError, match="'typo' is no checkpoint: it has no trainer_state.json"):
+        train.train([str(copy), "--resume_from_checkpoint", "typo"])
 
 
 def test_checkpoints_of_an_older_version_are_refused(trained, tmp_path):
@@ -395,9 +397,11 @@ def test_a_finished_training_makes_room_for_a_new_one(trained, tmp_path):
     stale = copy / "checkpoints" / "checkpoint-999999"
     shutil.copytree(checkpoints(trained)[0], stale)
     (copy / "checkpoints" / "notes.txt").write_text("mine")
+    other = copy / "checkpoints" / "my" / "other" / "checkpoint-500"
+    other.mkdir(parents=True)
     train.train([str(copy), *KEEP_ALL])
     assert not stale.exists()
-    assert (copy / "checkpoints" / "notes.txt").exists()
+    assert (copy / "checkpoints" / "notes.txt").exists() and other.exists()
     # same seed, same weights
     assert not moved(weights(checkpoints(copy)[-1]), weights(checkpoints(trained)[-1]))
 

@@ -32,7 +32,12 @@ class TableOptions:
 def is_table(location: str | Path) -> bool:
     """Whether `location` is for `read_table`: everything but a folder of folders is."""
     path = Path(location)
-    return not path.is_dir() or any(any(path.rglob(f"*{suffix}")) for suffix in SUFFIXES)
+    found = (any(path.rglob(f"*{suffix}")) for suffix in SUFFIXES)
+    return not path.is_dir() or _is_saved(path) or any(found)
+
+
+def _is_saved(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 def read_table(
@@ -84,9 +89,14 @@ def read_table(
 def _versions(table: datasets.Dataset, images: datasets.Dataset) -> list[str]:
     """Change when the files of the table do, or those that its paths name."""
     files = [_status(file["filename"]) for file in table.cache_files]
-    chunks = images.data.column("image").chunks
-    paths = (path for chunk in chunks for path in chunk.field("path").to_pylist())
-    return [f"{table._fingerprint} {files} {_status(path or '')}" for path in paths]
+    versions = []
+    for chunk in images.data.column("image").chunks:
+        # Beside bytes a path is but a name, from the machine of who made the table.
+        outside = chunk.field("bytes").is_null().to_pylist()
+        for path, named in zip(chunk.field("path").to_pylist(), outside, strict=True):
+            status = _status(path) if path and named else None
+            versions.append(f"{table._fingerprint} {files} {status}")
+    return versions
 
 
 def _status(path: str) -> tuple[int, int] | None:
@@ -98,7 +108,7 @@ def _load(location: str | Path, options: TableOptions) -> dict[str, datasets.Dat
     path = Path(location)
     if path.suffix in SUFFIXES and path.is_file():
         loaded = datasets.load_dataset(SUFFIXES[path.suffix], data_files={"table": str(path)})
-    elif any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+    elif _is_saved(path):
         loaded = datasets.load_from_disk(path)
     else:
         try:

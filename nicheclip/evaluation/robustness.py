@@ -41,7 +41,7 @@ def prompt_answers(similarity: np.ndarray, prompt_classes: np.ndarray) -> np.nda
     of_class = [np.flatnonzero(prompt_classes == c) for c in range(prompt_classes.max() + 1)]
     turns = range(max(map(len, of_class)))
     asked = [[own[min(turn, len(own) - 1)] for own in of_class] for turn in turns]  # (K, C)
-    return similarity[:, asked].argmax(axis=2)
+    return np.stack([similarity[:, prompts].argmax(axis=1) for prompts in asked], axis=1)
 
 
 def retention_accuracy(

@@ -15,13 +15,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM has stopped a training, after this checkpoint was written."""
+    """SIGINT or SIGTERM has stopped a training; None: before there was a checkpoint."""
 
-    def __init__(self, received: signal.Signals, checkpoint: Path):
-        super().__init__(
-            f"stopped by {received.name}; '{checkpoint}' is written, go on with "
-            "--resume_from_checkpoint True"
-        )
+    def __init__(self, received: signal.Signals, checkpoint: Path | None):
+        go_on = "start it again"
+        if checkpoint:
+            go_on = f"'{checkpoint}' is written, go on with --resume_from_checkpoint True"
+        super().__init__(f"stopped by {received.name}; {go_on}")
         self.signal = received
 
 
@@ -80,6 +80,7 @@ class StopOnSignal(TrainerCallback):
         self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> None:
+        self.received = None
         # Signals can't be caught elsewhere.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):

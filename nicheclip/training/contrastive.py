@@ -82,6 +82,12 @@ class ContrastiveTrainer(Trainer):
             loader, self.args.device, num_processes=1, process_index=0, put_on_device=True
         )
 
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        """The Trainer's own, whose workers leave Ctrl-C to it as well."""
+        loader = super().get_eval_dataloader(eval_dataset)
+        loader.worker_init_fn = ignore_interrupts
+        return loader
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of the batch of all processes together; distinct prompts are encoded once."""
         loss_function, labels = LOSSES[self.args.loss], inputs["labels"]

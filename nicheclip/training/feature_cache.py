@@ -76,19 +76,17 @@ def encode_views(
             f"encoding views (--cached_views {count})" if count > 1 else "encoding",
             bytes_per_row=int(np.prod(shape)) * np.dtype(KEPT_AS).itemsize,
         )
-        features, start = _reader(encoded, rows, shape), cut
+        # No closure: it travels to the workers of a DataLoader.
+        features, start = partial(_states, encoded.data.column("states"), rows, shape), cut
     return features
 
 
-def _reader(encoded: datasets.Dataset, rows: int, shape: tuple[int, ...]) -> Features:
-    """Gives the states of (row, view), in a copy of its own."""
-    column = encoded.data.column("states")
-
-    def features(row: int, view: int) -> torch.Tensor:
-        states = column[view * rows + row].values.to_numpy()
-        return torch.from_numpy(states.reshape(shape).copy())
-
-    return features
+def _states(
+    column: pa.ChunkedArray, rows: int, shape: tuple[int, ...], row: int, view: int
+) -> torch.Tensor:
+    """Those of (row, view), in a copy of its own."""
+    states = column[view * rows + row].values.to_numpy()
+    return torch.from_numpy(states.reshape(shape).copy())
 
 
 @torch.inference_mode()

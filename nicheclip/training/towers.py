@@ -8,6 +8,7 @@ the first thing that trains gives the same states each time, so they can be kept
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ class StageTowers(nn.Module):
         trained = [name for name, weight in clip.named_parameters() if weight.requires_grad]
         self.cut = cut_before(clip.vision_model, trained)
         table = clip.text_model.embeddings.token_embedding.weight
-        tokens = torch.tensor(sum(prompts, []), device=table.device).unique()
+        tokens = torch.tensor([*chain.from_iterable(prompts)], device=table.device).unique()
         self.register_buffer("tokens", tokens, persistent=False)
         self.used = nn.Parameter(table.detach()[self.tokens], requires_grad=table.requires_grad)
         table.requires_grad_(False)

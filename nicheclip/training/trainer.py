@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ class StagedTrainer:
         if args.bf16 and args.device.type == "cpu":
             model.set_attn_implementation("eager")  # torch's own has a slow backward pass there
         if args.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         if args.initial_logit_scale is not None:
             model.logit_scale.data.fill_(math.log(args.initial_logit_scale))
         names = [name for name, _ in model.named_parameters()]
@@ -131,15 +132,23 @@ class StagedTrainer:
                 f"'{old[-1]}' is of an older version, which alone can go on from it; remove "
                 f"'{self.args.output_dir}' and train afresh"
             )
-        last = whole[-1] if whole else Path("unfinished ones")
-        if asked is not True and Path(str(asked)).resolve() != last.resolve():
-            raise ValueError(
-                f"'{asked}' is not the last whole checkpoint; remove the later ones first, such as "
-                f"{last}"
-            )
+        if asked is True:
+            return
+        resolved = [path.resolve() for path in whole]
+        if (path := Path(str(asked))).resolve() in resolved[-1:]:
+            return
+        if not (path / TRAINER_STATE_NAME).is_file():
+            raise ValueError(f"'{asked}' is no checkpoint: it has no {TRAINER_STATE_NAME}")
+        raise ValueError(
+            f"'{asked}' is not the last whole checkpoint; remove the later ones first, such as "
+            f"{whole[-1] if whole else 'unfinished ones'}"
+        )
 
     def _run(self, stage: Stage, folder: Path, checkpoint: Path | None) -> TrainerState:
-        trainer = self.begin_stage(stage, folder, checkpoint)
+        try:
+            trainer = self.begin_stage(stage, folder, checkpoint)
+        except KeyboardInterrupt as interrupt:  # while encoding: what is done of it is kept
+            raise TrainingInterrupted(signal.SIGINT, checkpoint or self.best) from interrupt
         with self.signals:
             trainer.train(str(checkpoint) if checkpoint else None)
         processes().wait_for_everyone()  # the main process has written the checkpoints
@@ -231,14 +240,16 @@ class StagedTrainer:
             loss_floor(labels[batch], args.loss, args.label_smoothing_factor, classes)
             for batch in self.sampler.global_batches()
         ]
+        kept = [path.stat().st_size for path in self.feature_cache.rglob("*.arrow")]
+        views = args.cached_views if kept else 0
         return {
             "epochs": self.epochs,
             "best_epoch": self.best_epoch,
             "batches": self.sampler.composition() | {"loss_floor": float(np.mean(floors))},
             "features": {
-                "views": self.train_dataset.views,
-                "encoded": self.train_dataset.views * len(self.train_dataset.rows),
-                "bytes": sum(path.stat().st_size for path in self.feature_cache.rglob("*.arrow")),
+                "views": views,
+                "encoded": views * len(self.train_dataset.rows),
+                "bytes": sum(kept),
                 "seconds": round(self.encoding_seconds, 1),
             },
             "processes": args.world_size,
