@@ -182,8 +182,7 @@ def test_what_all_stages_leave_frozen_is_encoded_once(domain, samples, tmp_path,
     places = [(row, view) for view in range(2) for row in range(len(samples.rows))]
     np.testing.assert_allclose([both(*p) for p in places], [alone(*p) for p in places], atol=2e-5)
     assert both(0, 0).shape == (model.config.vision_config.hidden_size,)
-    workers = pickle.loads(pickle.dumps(both))  # as it travels to those of a DataLoader
-    assert torch.equal(workers(1, 1), both(1, 1))
+    assert torch.equal(pickle.loads(pickle.dumps(both))(1, 1), both(1, 1))  # as workers get it
     assert not np.allclose(both(0, 0), both(0, 1)), "each view is another one"
 
 
