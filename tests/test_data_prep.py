@@ -340,11 +340,11 @@ def test_splits_are_stratified_and_do_not_depend_on_the_order():
     rng = np.random.default_rng(0)
     labels = np.repeat([0, 1], [400, 1000])
     groups = [f"group {index}" for index in range(1400)]
-    splits = Splits(validation=0.1, calibration=20, test=0.25)
+    splits = Splits(validation=0.1, calibration=150, test=0.25)
     assigned = split_of(labels, groups, splits)
-    for label, size in ((0, 380), (1, 980)):  # the shares are of what the count leaves
+    for label, size in ((0, 250), (1, 850)):  # the shares are of what the count leaves
         counts = Counter(assigned[groups[index]] for index in np.flatnonzero(labels == label))
-        assert counts["calibration"] == 20
+        assert counts["calibration"] == 150
         assert abs(counts["test"] - 0.25 * size) < 3 * np.sqrt(size * 0.25 * 0.75)
         assert abs(counts["validation"] - 0.1 * size) < 3 * np.sqrt(size * 0.1 * 0.9)
     order = rng.permutation(1400)
