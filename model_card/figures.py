@@ -60,7 +60,7 @@ def draw_figures(
     with matplotlib.rc_context(STYLE):
         for name, figure in {
             "scorecard": _scorecard(domain, measures, gates),
-            "confusion": _confusion(domain, tuned),
+            "confusion": _confusion(domain, tuned.labels, tuned),
             "classes": _classes(domain, tuned, base),
             "reliability": _reliability(tuned, base, measures),
             "outside": _outside(tuned, measures),
@@ -109,10 +109,10 @@ def _scorecard(domain: Domain, measures: dict[str, Measure], gates: dict[str, Ve
     return figure
 
 
-def _confusion(domain: Domain, tuned: Outputs) -> Figure:
+def _confusion(domain: Domain, labels: np.ndarray, tuned: Outputs) -> Figure:
     """All classes by cluster; of more than `MOST_CLASSES` those that are confused most."""
     count, order = len(domain.classes), np.array(domain.by_cluster)
-    matrix = confusion_matrix(tuned.predicted, tuned.labels, count)
+    matrix = confusion_matrix(tuned.calibrated.argmax(axis=1), labels, count)
     if count > MOST_CLASSES:
         wrong = matrix - np.diag(np.diag(matrix))
         most = np.argsort(-(wrong.sum(axis=0) + wrong.sum(axis=1)), kind="stable")[:MOST_CLASSES]
@@ -134,7 +134,7 @@ def _confusion(domain: Domain, tuned: Outputs) -> Figure:
     names, places = [domain.class_names[index] for index in order], range(len(order))
     axes.set_xticks(places, names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
     axes.set_yticks(places, names, fontsize=8)
-    title = f"Confusions on {len(tuned.labels)} test images (boxes: clusters)"
+    title = f"Confusions on {len(labels)} test images (boxes: clusters)"
     if count > len(order):
         title += f"\n{len(order)} of {count} classes, the most confused"
     axes.set(xlabel="predicted", ylabel="labelled", title=title)
