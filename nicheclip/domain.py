@@ -17,15 +17,16 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 from pydantic_core import ErrorDetails
 
 from nicheclip.files import read_yaml, replaced_file
+from nicheclip.recipe import Section, Share, Stage, Text, check_order, recipe
 
 GATED_METRICS = (
     "accuracy balanced_accuracy macro_f1 top_3_accuracy hard_negative_pass_rate "
@@ -57,17 +58,11 @@ def _unmistakable(classes: dict[str, list[str]]) -> dict[str, list[str]]:
     return classes
 
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Text = Annotated[str, Field(pattern=r"\S")]
 Prompts = Annotated[list[Text], Field(min_length=1)]  # the canonical one first
 Classes = Annotated[dict[Text, Prompts], Field(min_length=2), AfterValidator(_unmistakable)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Source(_Section):
+class Source(Section):
     """Where images come from; `--images` overrides the path of the domain's.
 
     `path` names class folders, a dataset (Hub id, Parquet or Arrow), or a module that writes class
@@ -98,7 +93,7 @@ class RetentionSource(Source):
     kind: Literal["folder", "dataset", "module"] = "folder"
 
 
-class Retention(_Section):
+class Retention(Section):
     """A zero-shot task outside of the domain: what the fine-tuned model should not forget."""
 
     title: Text
@@ -112,7 +107,7 @@ class Retention(_Section):
         return [prompts[0] for prompts in self.classes.values()]
 
 
-class Splits(_Section, validate_default=True):
+class Splits(Section, validate_default=True):
     """What each held-out split takes of each class: an integer of images, or a share below 1."""
 
     validation: float = Field(0.15, gt=0)
@@ -130,7 +125,7 @@ class Splits(_Section, validate_default=True):
         return value
 
 
-class QualityFilter(_Section):
+class QualityFilter(Section):
     """Which training images are suspected of a wrong label, and what becomes of them.
 
     `linear_probe`: the out-of-fold probability of the own label, from a linear probe on the base's
@@ -146,7 +141,7 @@ class QualityFilter(_Section):
     action: Literal["drop", "flag"] = "drop"
 
 
-class Augmentation(_Section):
+class Augmentation(Section):
     """A draw at each visit of an image: angles in degrees, the rest factors or probabilities."""
 
     crop_scale: tuple[Share, Share] = (0.75, 1.0)  # share of the area that is kept
@@ -168,23 +163,7 @@ class Augmentation(_Section):
         return value
 
 
-class Stage(_Section):
-    """One stage of training: which parameters train, for how long, how fast.
-
-    `train` holds shell patterns over the parameter names of `CLIPModel`; `last_visual_blocks` adds
-    that many transformer blocks from the end of the visual tower. `warmup` is a share of the
-    stage's own steps.
-    """
-
-    name: Text
-    epochs: int = Field(ge=1)
-    learning_rate: float = Field(gt=0)
-    train: list[Text]
-    last_visual_blocks: int = Field(0, ge=0)
-    warmup: float = Field(0.1, ge=0, lt=1)
-
-
-class Domain(_Section):
+class Domain(Section):
     """Everything that makes a niche: classes, prompts, clusters, how to train, how to judge."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
@@ -193,6 +172,7 @@ class Domain(_Section):
     base: Text  # a Hub id, or a folder relative to the domain file
     classes: Classes
     clusters: dict[Text, list[Text]] = Field({}, validate_default=True)  # none: all are one
+    recipe: str | None = None  # of recipes.yaml; None: `stages` are the domain's own
     stages: list[Stage] = Field(min_length=1)
     gates: dict[str, float]  # the target of each, see `GATED_METRICS`
     source: Source = Source()
@@ -207,6 +187,21 @@ class Domain(_Section):
     selective_accuracy: float = Field(0.95, gt=0, lt=1)  # what the abstention threshold aims at
     answered_share: float | None = Field(None, gt=0, le=1)  # instead: the coverage that it aims at
     conformal_coverage: float = Field(0.9, gt=0, lt=1)  # of the label by the prediction set
+
+    @model_validator(mode="before")
+    @classmethod
+    def _recipe_has_stages(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or raw.get("stages") is not None:
+            return raw
+        name = raw.get("recipe") or "default"
+        training = recipe(name).get("training", {}) | (raw.get("training") or {})
+        return raw | {"recipe": name, "stages": recipe(name)["stages"], "training": training}
+
+    @field_validator("stages")
+    @classmethod
+    def _can_follow_each_other(cls, stages: list[Stage]) -> list[Stage]:
+        check_order(stages)
+        return stages
 
     @field_validator("clusters", mode="wrap")
     @classmethod

@@ -11,9 +11,8 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from nicheclip.domain import Domain, DomainError
-from nicheclip.training.losses import LOSSES
 
-METRICS = ("accuracy", "macro_f1", "ece", "loss")  # of validation, each epoch
+METRICS = ("accuracy", "macro_f1", "ece", "loss", "nll")  # of validation, each epoch
 # Why these keep their defaults.
 FIXED = {
     "learning_rate": "each stage has its own, stages[].learning_rate in the domain file",
@@ -47,12 +46,8 @@ class StagedTrainingArguments(TrainingArguments):
     """
 
     output_dir: str = "trainer_output"
-    loss: str = _argument("multi_positive", f"One of {', '.join(LOSSES)}.")
     cluster_share: float = _argument(0.5, "Share of a batch that comes from one cluster.")
     early_stopping_patience: int = _argument(5, "Epochs without a better score that end a stage.")
-    initial_logit_scale: float | None = _argument(
-        None, "exp(logit_scale) to begin with, e.g. the recipe's 14.3; default: the base model's."
-    )
     wise_ft: str = _argument(
         "1",
         "WiSE-FT: the fine-tuned model's part in the weights, the rest is the base's; a number "
@@ -102,12 +97,9 @@ class StagedTrainingArguments(TrainingArguments):
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise ValueError(f"--{name} is {getattr(self, name)}, but {reason}; leave it out")
         metric = self.metric_for_best_model = self.metric_for_best_model.removeprefix("eval_")
-        scale = self.initial_logit_scale
         for name, fits, expected in (
-            ("loss", self.loss in LOSSES, f"one of {', '.join(LOSSES)}"),
             ("metric_for_best_model", metric in METRICS, f"one of {', '.join(METRICS)}"),
             ("wise_ft", _is_share(self.wise_ft), "a number from 0 to 1, or auto"),
-            ("initial_logit_scale", scale is None or scale > 0, "a number above 0"),
             ("cached_views", self.cached_views >= 0, "0 (none) or more"),
             ("early_stopping_patience", self.early_stopping_patience >= 1, "1 or more epochs"),
             ("save_total_limit", self.save_total_limit != 1, "2 or more: the last and the best"),
@@ -119,7 +111,7 @@ class StagedTrainingArguments(TrainingArguments):
         ):
             if not fits:
                 raise ValueError(f"--{name} is '{getattr(self, name)}'; expected {expected}")
-        self.greater_is_better = metric not in ("ece", "loss")
+        self.greater_is_better = metric not in ("ece", "loss", "nll")
         # Else --bf16 asks for a GPU.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
@@ -146,6 +138,11 @@ def parse_arguments(domain: Domain, run: Path, options: list[str]) -> StagedTrai
     parser = HfArgumentParser(arguments, prog="train.py")
     known = StagedTrainingArguments.__dataclass_fields__
     if unknown := sorted(set(domain.training) - set(known)):
+        if stage_has := {"loss": "loss", "initial_logit_scale": "logit_scale"}.get(unknown[0]):
+            raise DomainError(
+                f"training: '{unknown[0]}' belongs to a stage now; write it there, as "
+                f"stages[].{stage_has}"
+            )
         raise DomainError(
             f"training: unknown key '{unknown[0]}'; expected a field of transformers' "
             "TrainingArguments"

@@ -1,17 +1,28 @@
-"""What happens beside the steps: the clamp of logit_scale, the end of a stage, signals."""
+"""What happens beside the steps: averages, the logit_scale's clamp, the end of a stage, signals."""
 
 from __future__ import annotations
 
 import math
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from accelerate.utils import gather
+from safetensors.torch import load_file, save_file
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from nicheclip.recipe import Stage
+from nicheclip.training.towers import StageTowers
+
+TRAINED_WEIGHTS = "trained.safetensors"
+WEIGHTS, AVERAGE = "weights.", "average."
+LOOKS = 5  # at validation, in a stage that keeps its last epoch
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -25,22 +36,32 @@ class TrainingInterrupted(KeyboardInterrupt):
         self.signal = received
 
 
-def is_over(state: TrainerState, patience: int) -> bool:
-    """Whether a stage has trained all its epochs, or `patience` of them without a better score."""
+def is_over(state: TrainerState, stage: Stage, patience: int) -> bool:
+    """Whether a run of a stage has trained all its epochs, or as many as its patience allows.
+
+    Args:
+        patience: epochs without a better score; only a stage that keeps its best epoch ends early.
+    """
     since_best = state.global_step - (state.best_global_step or 0)
     steps_per_epoch = state.max_steps // state.num_train_epochs
-    return state.global_step >= state.max_steps or since_best >= patience * steps_per_epoch
+    gains_no_more = since_best >= patience * steps_per_epoch
+    return state.global_step >= state.max_steps or (stage.keep == "best" and gains_no_more)
 
 
 class StageEpochs(TrainerCallback):
     """Clamps logit_scale, evaluates whole epochs, saves them after that, ends what `is_over`.
 
+    A stage that keeps its last epoch is evaluated and saved `LOOKS` times.
+
     Args:
-        best: the score of the stages before, which this one has to surpass; None: the first.
+        best: the score of the stages before, which a stage that keeps its best epoch has to
+            surpass; None: the first.
     """
 
-    def __init__(self, best: float | None):
-        self.best = best
+    def __init__(self, stage: Stage, best: float | None):
+        self.stage = stage
+        self.best = best if stage.keep == "best" else None
+        self.every = 1 if stage.keep == "best" else math.ceil(stage.epochs[0] / LOOKS)
 
     def on_train_begin(self, args, state: TrainerState, control, **_: Any) -> None:
         """Goes on from the best score so far."""
@@ -55,17 +76,80 @@ class StageEpochs(TrainerCallback):
     def on_step_end(self, args, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Saves where a signal ends the training; not an epoch before it is evaluated."""
         asked = control.should_save or control.should_training_stop
-        control.should_save = asked and not float(state.epoch).is_integer()
+        control.should_save = asked and not self._looked_at(state)
 
     def on_epoch_end(self, args, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """An epoch that a signal has cut off has been saved already."""
-        whole = float(state.epoch).is_integer()
-        control.should_log = control.should_evaluate = control.should_save = whole
+        due = self._looked_at(state)
+        control.should_log = control.should_evaluate = control.should_save = due
+
+    def _looked_at(self, state: TrainerState) -> bool:
+        epoch = float(state.epoch)
+        return epoch.is_integer() and (epoch % self.every == 0 or epoch == state.num_train_epochs)
 
     def on_save(self, args, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Ends the stage."""
-        if is_over(state, args.early_stopping_patience):
+        if is_over(state, self.stage, args.early_stopping_patience):
             control.should_training_stop = True
+
+
+class WeightAverage(TrainerCallback):
+    """An exponential moving average of what a stage trains, without one the weights themselves.
+
+    Args:
+        decay: per step; 0: none.
+    """
+
+    def __init__(self, model: StageTowers, decay: float):
+        self.model, self.decay = model, decay
+        self.weights: dict[str, torch.Tensor] = dict(model.trained())
+        if decay:
+            self.weights = {name: part.detach().clone() for name, part in self.weights.items()}
+            self.update = get_ema_multi_avg_fn(decay)
+
+    @torch.no_grad()
+    def on_optimizer_step(self, args, state, control, **_: Any) -> None:
+        """After each step of the optimiser."""
+        if self.decay:
+            self.update(list(self.weights.values()), list(self.model.trained().values()), 0)
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """The model has the averaged weights meanwhile."""
+        if not self.decay:
+            yield
+            return
+        trained = {name: part.detach().clone() for name, part in self.model.trained().items()}
+        self.model.load(self.weights)
+        yield
+        self.model.load(trained)
+
+    def save(self, path: Path) -> None:
+        """Weights and average, as a checkpoint has them."""
+        both = {f"{WEIGHTS}{name}": part for name, part in self.model.trained().items()}
+        if self.decay:
+            both |= {f"{AVERAGE}{name}": part for name, part in self.weights.items()}
+        save_file({name: part.detach().contiguous() for name, part in both.items()}, path)
+
+    def load(self, checkpoint: Path) -> None:
+        """Goes on from a checkpoint, with both."""
+        saved = load_file(checkpoint / TRAINED_WEIGHTS)
+        self.model.load(_named(saved, WEIGHTS))
+        if self.decay:
+            self.weights = {
+                name: part.to(self.weights[name].device)
+                for name, part in _named(saved, AVERAGE).items()
+            }
+
+
+def kept_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """What a run of a stage came to: the average, where there is one."""
+    saved = load_file(checkpoint / TRAINED_WEIGHTS)
+    return _named(saved, AVERAGE) or _named(saved, WEIGHTS)
+
+
+def _named(saved: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {n.removeprefix(prefix): part for n, part in saved.items() if n.startswith(prefix)}
 
 
 class StopOnSignal(TrainerCallback):

@@ -19,12 +19,14 @@ from torch.utils.data import DataLoader, default_collate
 from transformers import CLIPProcessor, Trainer
 
 from nicheclip.clip import encode_texts
-from nicheclip.domain import Domain, Stage
+from nicheclip.domain import Domain
+from nicheclip.evaluation.calibration import best_nll
 from nicheclip.evaluation.metrics import ZeroShotMetrics
+from nicheclip.recipe import Stage
 from nicheclip.training.arguments import StagedTrainingArguments
-from nicheclip.training.callbacks import ignore_interrupts
+from nicheclip.training.callbacks import TRAINED_WEIGHTS, WeightAverage, ignore_interrupts
 from nicheclip.training.data import TrainingSamples
-from nicheclip.training.losses import LOSSES, class_prompts, gather
+from nicheclip.training.losses import LOSSES, class_prompts, gather, supervised_contrastive
 from nicheclip.training.sampler import ClusterBatchSampler
 from nicheclip.training.towers import StageTowers
 
@@ -37,8 +39,8 @@ class ContrastiveTrainer(Trainer):
 
     Args:
         stage: what the arguments and the model were made for.
+        average: of the trained weights; it is what is judged.
         sampler: composes the batches of `train_dataset`.
-        steps_before: optimiser steps of the stages before it.
         of_trainer: the Trainer's own; the model comes with the weights to begin with, or those of
             the checkpoint to go on from.
     """
@@ -47,20 +49,21 @@ class ContrastiveTrainer(Trainer):
     args: StagedTrainingArguments
     train_dataset: TrainingSamples
     processing_class: CLIPProcessor
+    samples: torch.Tensor | None = None  # of the step at hand
 
     def __init__(
         self,
         domain: Domain,
         stage: Stage,
-        sampler: ClusterBatchSampler,
-        steps_before: int,
+        average: WeightAverage,
+        sampler: ClusterBatchSampler | None = None,
         **of_trainer: Any,
     ):
         super().__init__(
             data_collator=default_collate, compute_metrics=self._compute_metrics, **of_trainer
         )
-        self.domain, self.stage, self.sampler = domain, stage, sampler
-        self.steps_before = steps_before
+        self.domain, self.stage, self.sampler, self.average = domain, stage, sampler, average
+        self.add_callback(average)
         self.metrics = ZeroShotMetrics(keep_in_memory=True)
 
     def get_decay_parameter_names(self, model) -> list[str]:
@@ -90,26 +93,29 @@ class ContrastiveTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of the batch of all processes together; distinct prompts are encoded once."""
-        loss_function, labels = LOSSES[self.args.loss], inputs["labels"]
+        loss_function, labels = LOSSES[self.stage.loss], inputs["labels"]
         self.samples = inputs["samples"]
         prompts, prompt_of_image = inputs["prompts"].unique(return_inverse=True)
         if loss_function is class_prompts:
             prompts = self._prompt_of_each_class()
         image_embeds, text_embeds, scale = model(inputs["images"], prompts)
+        joint_embeds, joint_labels = gather(image_embeds), gather(labels)
         if loss_function is not class_prompts:
             text_embeds = gather(text_embeds[prompt_of_image])
-            image_embeds, labels = gather(image_embeds), gather(labels)
+            image_embeds, labels = joint_embeds, joint_labels
         logits = scale * image_embeds @ text_embeds.T
         loss = loss_function(logits, labels, self.args.label_smoothing_factor)
+        if self.stage.supcon:
+            between_images = supervised_contrastive(joint_embeds, joint_labels)
+            loss = loss + self.stage.supcon * between_images
         if not torch.isfinite(loss):
             self._stop_not_finite("loss", loss.item())
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def _prompt_of_each_class(self) -> torch.Tensor:
         """(C,) which of the prompts, drawn for the step, the same in all processes."""
-        step = self.steps_before + self.state.global_step
-        seeds = np.random.SeedSequence([self.args.seed, step], spawn_key=OF_STEPS)
-        rng = np.random.default_rng(seeds)
+        drawn_by = [self.args.seed, self.train_dataset.epochs_before, self.state.global_step]
+        rng = np.random.default_rng(np.random.SeedSequence(drawn_by, spawn_key=OF_STEPS))
         return torch.tensor([rng.choice(own) for own in self.train_dataset.prompts_of_class])
 
     def _clip_grad_norm(self, model) -> torch.Tensor:
@@ -120,21 +126,28 @@ class ContrastiveTrainer(Trainer):
         return norm
 
     def _stop_not_finite(self, what: str, value: float) -> None:
-        rows = self.train_dataset.row_of_sample[self.samples.cpu().numpy()]
-        raise FloatingPointError(
+        told = (
             f"the {what} is {value} at step {self.state.global_step + 1}, in stage "
             f"'{self.stage.name}'; remove '{Path(self.args.output_dir).parent}' and train afresh "
             "with a lower learning rate or a longer warm-up of this stage, or in float32 or with "
-            "--bf16 instead of --fp16. The images of the batch (of this process's part): "
-            + ", ".join(dict.fromkeys(self.train_dataset.rows[rows.tolist()]["source_id"]))
+            "--bf16 instead of --fp16"
         )
+        if self.samples is not None:
+            rows = self.train_dataset.row_of_sample[self.samples.cpu().numpy()]
+            images = dict.fromkeys(self.train_dataset.rows[rows.tolist()]["source_id"])
+            told += f". The images of the batch (of this process's part): {', '.join(images)}"
+        raise FloatingPointError(told)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Loss and metrics of zero-shot classification with the canonical prompts."""
-        clip = self.model.store().eval()
-        prompts = self.domain.canonical_prompts
-        self.prototypes = encode_texts(clip, self.processing_class, prompts)  # (C, D)
-        return super().evaluate(*args, **kwargs)
+        """Loss and metrics of zero-shot classification with prototypes or canonical prompts."""
+        with self.average.shown():
+            if self.model.prototypes is not None:
+                prototypes = normalize(self.model.prototypes.detach(), dim=-1)
+            else:
+                clip, prompts = self.model.store().eval(), self.domain.canonical_prompts
+                prototypes = encode_texts(clip, self.processing_class, prompts)
+            self.prototypes = prototypes  # (C, D)
+            return super().evaluate(*args, **kwargs)
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -145,14 +158,16 @@ class ContrastiveTrainer(Trainer):
         return cross_entropy(logits, inputs["labels"]), logits, inputs["labels"]
 
     def _compute_metrics(self, prediction) -> dict[str, float]:
-        probabilities = softmax(np.asarray(prediction.predictions, dtype=np.float64), axis=1)
-        return self.metrics.compute(predictions=probabilities, references=prediction.label_ids)
+        logits, labels = np.asarray(prediction.predictions, np.float64), prediction.label_ids
+        measured = self.metrics.compute(predictions=softmax(logits, axis=1), references=labels)
+        return measured | {"nll": best_nll(logits, labels)}
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Model and processor; not the arguments, which the Trainer would pickle."""
+        """What the stage trains, and its average; not the arguments, which would be a pickle."""
         if self.args.should_save:
-            for part in (self.model.store(), self.processing_class):
-                part.save_pretrained(output_dir or self.args.output_dir)
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            self.average.save(folder / TRAINED_WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        """The model comes with the checkpoint's weights."""
+        """The model and its average come with the checkpoint's weights."""

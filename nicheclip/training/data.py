@@ -112,6 +112,7 @@ class TrainingSamples(Views):
         views: how many augmented views there are of each image; its samples take them in turn. 0:
             each sample draws one of its own.
         epochs_before: those of earlier stages, which `epoch` counts as well.
+        patch_dropout: share of the patches' kept states that a sample leaves out.
     """
 
     def __init__(
@@ -129,9 +130,17 @@ class TrainingSamples(Views):
         self.side = image_side(processor)
         self.seed = seed
         self.views = self.epoch = self.epochs_before = 0
-        self.repeats = np.asarray(rows["repeats"])
-        self.row_of_sample = np.repeat(np.arange(len(rows)), self.repeats)
-        self.labels = self.labels[self.row_of_sample]
+        self.patch_dropout = 0.0
+        self.labels_of_rows = self.labels
+        self.sample("balanced")
+
+    def sample(self, sampling: str) -> None:
+        """Each image as often as its `repeats` ("balanced"), or once ("natural")."""
+        count = len(self.rows)
+        balanced = sampling == "balanced"
+        self.repeats = np.asarray(self.rows["repeats"]) if balanced else np.ones(count, int)
+        self.row_of_sample = np.repeat(np.arange(count), self.repeats)
+        self.labels = self.labels_of_rows[self.row_of_sample]
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer of a stage before each of its epochs."""
@@ -158,12 +167,19 @@ class TrainingSamples(Views):
         if self.views:
             visit = sample - np.searchsorted(self.row_of_sample, row)
             turn = self.epoch * self.repeats[row] + visit
-            images = self.features(row, int(turn % self.views))
+            images = self._without_patches(self.features(row, int(turn % self.views)), rng)
         else:
             images = self._augmented(self.rows[row]["image"], rng)
         prompts = self.prompts_of_class[label]
         prompt = int(prompts[rng.integers(len(prompts))])
         return {"images": images, "prompts": prompt, "labels": label, "samples": sample}
+
+    def _without_patches(self, states: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        if states.ndim == 1 or not self.patch_dropout:
+            return states
+        patches = len(states) - 1  # the first one is the class token
+        kept = rng.permutation(patches)[: round(patches * (1 - self.patch_dropout))]
+        return states[[0, *np.sort(kept + 1)]]
 
     def _augmented(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
         view = augment(image.convert("RGB"), self.side, self.augmentation, rng)

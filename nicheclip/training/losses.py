@@ -58,6 +58,28 @@ def class_prompts(
     return cross_entropy(logits_per_image, labels, label_smoothing=label_smoothing)
 
 
+def supervised_contrastive(
+    image_embeds: torch.Tensor, labels: torch.Tensor, temperature: float = 0.2
+) -> torch.Tensor:
+    """SupCon (Khosla et al. 2020, arXiv:2004.11362, L_out): images of one class attract each other.
+
+    An image whose class no other one of the batch has is no anchor, but a negative.
+
+    Args:
+        image_embeds: (B, D) of unit length.
+        labels: (B,) class indices.
+        temperature: divides the cosines.
+    """
+    itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    logits = (image_embeds @ image_embeds.T / temperature).masked_fill(itself, -torch.inf)
+    positives = (labels[:, None] == labels[None, :]) & ~itself  # (B, B)
+    log_shares = torch.log_softmax(logits, dim=1).masked_fill(~positives, 0)
+    counts = positives.sum(dim=1)
+    anchors = counts > 0
+    of_each = -log_shares.sum(dim=1)[anchors] / counts[anchors]
+    return of_each.mean() if anchors.any() else 0 * image_embeds.sum()
+
+
 LOSSES = {"multi_positive": multi_positive, "info_nce": info_nce, "class_prompts": class_prompts}
 
 

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from nicheclip.evaluation.intervals import format_table
+from nicheclip.recipe import GRIDS
 
 
 def training_text(training: dict[str, Any]) -> str:
     """The table of epochs, and what batches, features and the mixture with the base came to."""
-    best, kept = training["best_epoch"], training["wise_ft"]["alpha"]
+    kept = training["wise_ft"]["alpha"]
     rows = [
         [
-            f"{row['epoch']}{' *' if row['epoch'] == best else ''}",
+            row["stage"],
+            f"{row['epoch']}{' *' if row['kept'] else ''}",
             f"{row['loss']:.3f}",
             f"{row['eval_accuracy']:.1%}",
             f"{row['eval_macro_f1']:.3f}",
-            row["stage"],
+            f"{row['eval_nll']:.3f}",
         ]
         for row in training["epochs"]
     ]
-    batches, features = training["batches"], training["features"]
-    lines = [
-        format_table(["epoch", "loss", "val accuracy", "val macro F1", "stage"], rows),
-        f"* the best on validation. Of the pairs in a batch {batches['same_class_pairs']:.1%} "
-        f"share a class, {batches['hard_pairs']:.1%} are of classes in one cluster; the loss "
-        f"can't fall below {batches['loss_floor']:.3f}",
-    ]
+    features = training["features"]
+    header = ["stage", "epoch", "loss", "val accuracy", "val macro F1", "val NLL"]
+    lines = [format_table(header, rows), "* kept; NLL at the temperature that suits validation"]
+    lines += [stage_text(stage) for stage in training["stages"]]
     if features["views"]:
         lines.append(
             f"{features['encoded']:,} views passed the frozen part of the visual tower once, in "
@@ -41,3 +41,23 @@ def training_text(training: dict[str, Any]) -> str:
             told += f", retention task {retention['value']:.1%} (n = {retention['n']})"
         lines.append(told + (", kept" if alpha == kept else ""))
     return "\n".join(lines)
+
+
+def stage_text(stage: dict[str, Any]) -> str:
+    """What a stage has tried, what it chose, and what its batches were made of."""
+    told = []
+    if len(tried := stage["tried"]) > 1:
+        told += [f"{_values(row)}: NLL {row.get('eval_nll', math.inf):.3f}" for row in tried]
+        told += [f"chosen: {_values(tried[stage['chosen']])}"]
+    if len(mixes := stage["mixes"]) > 1:
+        told += [f"mix {row['mix']:g}: NLL {row['eval_nll']:.3f}" for row in mixes]
+    if batches := stage.get("batches"):
+        told.append(
+            f"of the pairs in a batch {batches['same_class_pairs']:.1%} share a class, "
+            f"{batches['hard_pairs']:.1%} are of classes in one cluster"
+        )
+    return f"{stage['name']}: {'; '.join(told)}"
+
+
+def _values(row: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {row[name]}" for name in GRIDS if name in row)

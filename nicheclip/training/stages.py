@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
-from nicheclip.domain import Stage
+from nicheclip.recipe import PROTOTYPES, Stage
 
 VISUAL_BLOCKS = "vision_model.encoder.layers."
 
@@ -31,6 +31,7 @@ def trainable_names(parameter_names: Iterable[str], stage: Stage) -> list[str]:
         )
     last = range(blocks - stage.last_visual_blocks, blocks)
     patterns = [*stage.train, *(f"{VISUAL_BLOCKS}{block}.*" for block in last)]
+    patterns = [pattern for pattern in patterns if pattern != PROTOTYPES]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             towers = sorted({name.split(".")[0] for name in names})

@@ -1,13 +1,14 @@
 """CLIP's towers as a stage trains them: begun where training begins, working out nothing twice.
 
 The visual tower is cut at places numbered in the order of the computation: `PIXELS`, before all;
-k, after k blocks; and its depth, at its end, where only the class token is left. What lies before
-the first thing that trains gives the same states each time, so they can be kept (feature_cache.py).
+k, after k blocks; and its depth, after all of them, where only the class token is left and
+post_layernorm is to come. What lies before the first thing that trains gives the same states each
+time, so they can be kept (feature_cache.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -31,11 +32,14 @@ class StageTowers(nn.Module):
     Args:
         clip: its weights are trained in place, but for the token embeddings: see `store`.
         prompts: the tokens of each, from its start to its end.
+        prototypes: (C, D) in place of the text tower, trained as well.
     """
 
     tokens: torch.Tensor  # (U,) all that occur in prompts, rising
 
-    def __init__(self, clip: CLIPModel, prompts: list[list[int]]):
+    def __init__(
+        self, clip: CLIPModel, prompts: list[list[int]], prototypes: torch.Tensor | None = None
+    ):
         super().__init__()
         self.clip, self.config, self.prompts = clip, clip.config, prompts
         trained = [name for name, weight in clip.named_parameters() if weight.requires_grad]
@@ -45,6 +49,17 @@ class StageTowers(nn.Module):
         self.register_buffer("tokens", tokens, persistent=False)
         self.used = nn.Parameter(table.detach()[self.tokens], requires_grad=table.requires_grad)
         table.requires_grad_(False)
+        self.prototypes = None if prototypes is None else nn.Parameter(prototypes.clone())
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What the stage trains, by name."""
+        return {name: part for name, part in self.named_parameters() if part.requires_grad}
+
+    @torch.no_grad()
+    def load(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Copies `weights`, by name as in `trained`, into the parameters."""
+        for name, part in self.trained().items():
+            part.copy_(weights[name])
 
     @torch.no_grad()
     def store(self) -> CLIPModel:
@@ -53,29 +68,34 @@ class StageTowers(nn.Module):
         return self.clip
 
     def forward(
-        self, images: torch.Tensor, prompts: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, images: torch.Tensor | None, prompts: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """image_embeds (B, D) and text_embeds (P, D) of unit length, and exp(logit_scale).
 
         Args:
-            images: as `encode_images`.
-            prompts: (P,) which of the prompts.
+            images: as `encode_images`; None: there are no image_embeds.
+            prompts: (P,) which of the prompts; where there are prototypes, these are the
+                text_embeds.
         """
-        parts = [
-            self.encode_texts([self.prompts[prompt] for prompt in part.tolist()])
-            for part in prompts.cpu().split(PROMPTS_AT_ONCE)
-        ]
         # In the weights' precision: under autocast the logits would be rounded to 8 bits.
         precision = self.used.dtype
-        image_embeds = normalize(self.encode_images(images).to(precision), dim=-1)
-        text_embeds = normalize(torch.cat(parts).to(precision), dim=-1)
-        return image_embeds, text_embeds, self.clip.logit_scale.exp()
+        text_embeds = self.prototypes
+        if text_embeds is None:
+            parts = [
+                self.encode_texts([self.prompts[prompt] for prompt in part.tolist()])
+                for part in prompts.cpu().split(PROMPTS_AT_ONCE)
+            ]
+            text_embeds = torch.cat(parts).to(precision)
+        image_embeds = None
+        if images is not None:
+            image_embeds = normalize(self.encode_images(images).to(precision), dim=-1)
+        return image_embeds, normalize(text_embeds, dim=-1), self.clip.logit_scale.exp()
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, S, S), or the states at the cut, -> (B, D)."""
         tower, start = self.clip.vision_model, PIXELS if images.ndim == 4 else self.cut
-        states = images.to(self.used.dtype)
-        return self.clip.visual_projection(between(tower, states, start, depth(tower)))
+        states = between(tower, images.to(self.used.dtype), start, depth(tower))
+        return self.clip.visual_projection(tower.post_layernorm(states))
 
     def encode_texts(self, prompts: list[list[int]]) -> torch.Tensor:
         """Prompts -> (P, D). What they have in common at their beginning is worked out once.
@@ -124,7 +144,7 @@ def distinct_beginnings(prompts: list[list[int]]) -> tuple[torch.Tensor, ...]:
 
 
 def depth(tower: CLIPVisionModel) -> int:
-    """The last cut: after all blocks, of the class token alone."""
+    """The last cut: after all blocks, of the class token alone, before post_layernorm."""
     return len(tower.encoder.layers)
 
 
@@ -137,7 +157,7 @@ def between(tower: CLIPVisionModel, states: torch.Tensor, start: int, end: int) 
         states = block(states, None)
     if start < end == len(blocks):
         class_token = torch.zeros(1, dtype=torch.long, device=states.device)
-        states = tower.post_layernorm(at_places(blocks[-1], states, class_token)[:, 0])
+        states = at_places(blocks[-1], states, class_token)[:, 0]
     return states
 
 
@@ -173,9 +193,7 @@ def cut_before(tower: CLIPVisionModel, trained: Iterable[str]) -> int:
     for name in trained:
         if name.startswith("vision_model.encoder.layers."):
             cuts.append(int(name.split(".")[3]))
-        elif name.startswith("vision_model.post_layernorm."):
-            cuts.append(depth(tower) - 1)
-        elif name.startswith("vision_model."):
+        elif name.startswith("vision_model.") and "post_layernorm" not in name:
             cuts.append(PIXELS)
     return min(cuts)
 

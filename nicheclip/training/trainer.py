@@ -1,4 +1,4 @@
-"""Stages, each one run of a `transformers.Trainer` with an optimiser and a schedule of its own.
+"""Stages, each one or more runs of a `transformers.Trainer` with an optimiser of their own.
 
 trainer = StagedTrainer(model, args, domain, processor, train_dataset=samples, eval_dataset=rows)
 trainer.train()
@@ -8,43 +8,55 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from torch.nn.functional import normalize
 from transformers import CLIPModel, CLIPProcessor, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
-from nicheclip.clip import token_lists
-from nicheclip.domain import Domain, Stage
+from nicheclip.clip import encode_texts, token_lists
+from nicheclip.domain import Domain
 from nicheclip.processes import processes
+from nicheclip.recipe import GRIDS, Stage
 from nicheclip.training.arguments import StagedTrainingArguments
-from nicheclip.training.callbacks import StageEpochs, StopOnSignal, TrainingInterrupted, is_over
+from nicheclip.training.callbacks import (
+    StageEpochs,
+    StopOnSignal,
+    TrainingInterrupted,
+    WeightAverage,
+    is_over,
+    kept_weights,
+)
 from nicheclip.training.contrastive import ContrastiveTrainer
 from nicheclip.training.data import TrainingSamples, Views
+from nicheclip.training.distillation import DistillationTrainer, PromptTargets, generic_texts
 from nicheclip.training.feature_cache import encode_views
+from nicheclip.training.lda import discriminants
 from nicheclip.training.losses import loss_floor
 from nicheclip.training.sampler import ClusterBatchSampler
 from nicheclip.training.stages import set_trainable, trainable_names
 from nicheclip.training.towers import PIXELS, StageTowers, cut_before
 
-LOGGED = ("loss", "eval_accuracy", "eval_macro_f1", "eval_ece")
+LOGGED = ("loss", "eval_accuracy", "eval_macro_f1", "eval_ece", "eval_nll")
 AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PROJECTION = "clip.visual_projection.weight"  # as StageTowers names it
+Weights = dict[str, torch.Tensor]
 logger = logging.getLogger(__name__)
 
 
 class StagedTrainer:
     """Fine-tunes a CLIPModel stage by stage.
 
-    A stage begins with the best weights so far, ends early where validation does not get better,
-    and keeps its checkpoints in a folder of its own. Everything random depends on seed, epoch, step
-    and sample alone, so a resumed training gives the same weights, bit by bit on CPU.
+    A stage goes on from what those before it came to. Each combination of its grids is trained, and
+    each of its `runs`, in a folder of its own. Everything random depends on seed, epoch, step and
+    sample alone, so a resumed training gives the same weights, bit by bit on CPU.
 
     Args:
         model: is trained in place.
@@ -75,22 +87,10 @@ class StagedTrainer:
             model.set_attn_implementation("eager")  # torch's own has a slow backward pass there
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
-        if args.initial_logit_scale is not None:
-            model.logit_scale.data.fill_(math.log(args.initial_logit_scale))
         names = [name for name, _ in model.named_parameters()]
         trained = [name for stage in domain.stages for name in trainable_names(names, stage)]
         self.first_cut = cut_before(model.vision_model, trained)
         self.prompts = token_lists(processor, domain.prompt_bank[0])
-        self.sampler = ClusterBatchSampler(
-            train_dataset.labels,
-            domain.class_clusters,
-            args.train_batch_size * args.world_size,
-            args.cluster_share,
-            seed=args.data_seed if args.data_seed is not None else args.seed,
-            num_processes=args.world_size,
-            process_index=args.process_index,
-        )
-        self.steps_per_epoch = math.ceil(len(self.sampler) / args.gradient_accumulation_steps)
         self.precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "float32"
         self.folders = [
             Path(args.output_dir) / f"{number}-{stage.name.replace('/', '_')}"
@@ -99,9 +99,14 @@ class StagedTrainer:
         self.feature_cache = Path(args.feature_cache or Path(args.output_dir) / "features")
         self.encoding_seconds = 0.0
         self.signals = StopOnSignal()
-        self.epochs: list[dict[str, Any]] = []  # a row each, over all stages
-        self.best_epoch = 0  # counted from 1
-        self.best: Path | None = None  # its checkpoint
+        self.base_bias = model.vision_model.post_layernorm.bias.detach().clone()
+        self.lda: dict[str, np.ndarray] | None = None
+        self.sampling = "balanced"  # of the stage before
+        self.prototypes: torch.Tensor | None = None  # (C, D), where they are free
+        self.stages: list[dict[str, Any]] = []  # of each, what was tried and chosen
+        self.epochs: list[dict[str, Any]] = []  # a row each that was looked at, over all stages
+        self.epochs_done = 0  # of all stages so far
+        self.best: Path | None = None  # the last checkpoint that was kept
         self.best_metric: float | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> None:
@@ -115,18 +120,12 @@ class StagedTrainer:
             FloatingPointError: if the loss is not finite.
             ValueError: if a training can't go on from the checkpoint that was asked for.
         """
-        checkpoints: list[Path | None] = [None] * len(self.folders)
         if resume_from_checkpoint:
-            checkpoints = [last_checkpoint(folder) for folder in self.folders]
-            self._check_asked(resume_from_checkpoint, [path for path in checkpoints if path])
-        for stage, folder, path in zip(self.domain.stages, self.folders, checkpoints, strict=True):
-            state = read_state(path) if path else None
-            if state is None or not is_over(state, self.args.early_stopping_patience):
-                state = self._run(stage, folder, path)
-            self._note(stage, folder, state)
-        self._load(self.best)
+            self._check_asked(resume_from_checkpoint)
+        for stage, folder in zip(self.domain.stages, self.folders, strict=True):
+            self._train_stage(stage, folder, bool(resume_from_checkpoint))
 
-    def _check_asked(self, asked: str | bool, whole: list[Path]) -> None:
+    def _check_asked(self, asked: str | bool) -> None:
         if old := sort_checkpoints(self.args.output_dir):
             raise ValueError(
                 f"'{old[-1]}' is of an older version, which alone can go on from it; remove "
@@ -134,6 +133,9 @@ class StagedTrainer:
             )
         if asked is True:
             return
+        variants = [variant for folder in self.folders for variant in _variant_folders(folder)]
+        found = [last_checkpoint(folder) for folder in variants]
+        whole = [path for path in found if path]
         resolved = [path.resolve() for path in whole]
         if (path := Path(str(asked))).resolve() in resolved[-1:]:
             return
@@ -144,54 +146,196 @@ class StagedTrainer:
             f"{whole[-1] if whole else 'unfinished ones'}"
         )
 
-    def _run(self, stage: Stage, folder: Path, checkpoint: Path | None) -> TrainerState:
-        try:
-            trainer = self.begin_stage(stage, folder, checkpoint)
-        except KeyboardInterrupt as interrupt:  # while encoding: what is done of it is kept
-            raise TrainingInterrupted(signal.SIGINT, checkpoint or self.best) from interrupt
-        with self.signals:
-            trainer.train(str(checkpoint) if checkpoint else None)
-        processes().wait_for_everyone()  # the main process has written the checkpoints
-        if received := self.signals.agree(self.args):
-            raise TrainingInterrupted(received, folder / f"checkpoint-{trainer.state.global_step}")
-        return trainer.state
+    def _train_stage(self, stage: Stage, folder: Path, resume: bool) -> None:
+        """Trains the variants and the runs of the chosen one; averages and mixes these."""
+        repeats = np.asarray(self.train_dataset.rows["repeats"]).mean()
+        variants = stage.variants(float(repeats))
+        several = len(variants) > 1 or stage.runs > 1
+        towers = self.begin_stage(stage)
+        before = _copies(towers.trained())
 
-    def begin_stage(
-        self, stage: Stage, folder: Path, checkpoint: Path | None = None
+        def run(variant: Stage, number: int, draw: int = 0) -> tuple[TrainerState, Path | None]:
+            own = folder / f"variant-{number}" if several else folder
+            return self._run(variant, towers, before, own, draw, resume)
+
+        runs, tried = [], []
+        for number, variant in enumerate(variants, 1):
+            runs.append(run(variant, number))
+            tried.append(_grid_values(stage, variant) | _kept_row(variant, runs[-1][0]))
+        chosen = min(range(len(tried)), key=lambda index: tried[index].get("eval_nll", np.inf))
+        variant, (state, kept) = variants[chosen], runs[chosen]
+        mixes = self._mix(variant, towers, before, [kept])
+        if kept and mixes[0]["mix"] > 0:
+            more = [run(variant, len(variants) + draw, draw) for draw in range(1, stage.runs)]
+            if more:
+                mixes = self._mix(variant, towers, before, [kept, *(path for _, path in more)])
+        self._note(stage, variant, state, tried, chosen, mixes)
+        towers.store()
+        self.prototypes = None
+        if towers.prototypes is not None:
+            self.prototypes = towers.prototypes.detach().clone()
+
+    def begin_stage(self, stage: Stage) -> StageTowers:
+        """The model as the stage trains it."""
+        if stage.logit_scale is not None:
+            self.model.logit_scale.data.fill_(np.log(stage.logit_scale))
+        set_trainable(self.model, stage)
+        prompts = self.prompts
+        if stage.loss == "distillation":
+            prompts = prompts + token_lists(self.processor, self._generic_texts())
+        prototypes = None
+        if stage.free_prototypes:
+            prototypes = self.prototypes
+            if prototypes is None:
+                canonical = self.domain.canonical_prompts
+                prototypes = encode_texts(self.model.eval(), self.processor, canonical)
+        return StageTowers(self.model, prompts, prototypes)
+
+    def _begin(self, stage: Stage, towers: StageTowers, before: Weights) -> None:
+        """Gives the towers the weights that a variant begins with."""
+        towers.load(before)
+        bias = self.model.vision_model.post_layernorm.bias
+        if "lda" in self.domain.stages[0].start and stage.name == self.domain.stages[0].name:
+            bias.data.copy_(self.base_bias)
+        if stage.start == ["lda"]:
+            self._encode_views(stage, towers.cut)
+            found = self._discriminants()
+            bias.data -= torch.from_numpy(found["mean"]).to(bias)
+            start = {PROJECTION: found["projection"], "prototypes": found["prototypes"]}
+            towers.load(before | {name: torch.from_numpy(part) for name, part in start.items()})
+
+    def _discriminants(self) -> dict[str, np.ndarray]:
+        """The analysis that `start: lda` begins with; of the base, and worked out once."""
+        if self.lda is None:
+            train, views = self.train_dataset, self.train_dataset.views
+            features = [_pooled(self.model, train, view) for view in range(views)]
+            features.append(_pooled(self.model, self.eval_dataset, 0))
+            *of_train, validation = features
+            joined = np.concatenate(of_train)
+            projection = self.model.visual_projection.weight.detach().cpu().numpy()
+            embeds = joined @ projection.T
+            self.lda = discriminants(
+                (joined, np.tile(train.labels_of_rows, views)),
+                (validation, self.eval_dataset.labels),
+                embeds / np.linalg.norm(embeds, axis=1, keepdims=True),
+                len(self.domain.classes),
+            )
+        return self.lda
+
+    def _run(
+        self,
+        stage: Stage,
+        towers: StageTowers,
+        before: Weights,
+        folder: Path,
+        draw: int,
+        resume: bool,
+    ) -> tuple[TrainerState, Path | None]:
+        """One run of a variant: its state at the end, and the checkpoint that it keeps.
+
+        None for a stage that keeps its best epoch, if that is no better than those before.
+        """
+        checkpoint = last_checkpoint(folder) if resume else None
+        state = read_state(checkpoint) if checkpoint else None
+        if state is None or not is_over(state, stage, self.args.early_stopping_patience):
+            try:
+                self._begin(stage, towers, before)
+                trainer = self.trainer_of(stage, towers, folder, draw, checkpoint)
+            except KeyboardInterrupt as interrupt:  # while encoding: what is done of it is kept
+                raise TrainingInterrupted(signal.SIGINT, checkpoint or self.best) from interrupt
+            with self.signals:
+                trainer.train(str(checkpoint) if checkpoint else None)
+            processes().wait_for_everyone()  # the main process has written the checkpoints
+            state = trainer.state
+            last = folder / f"checkpoint-{state.global_step}"
+            if received := self.signals.agree(self.args):
+                raise TrainingInterrupted(received, last)
+        step = state.best_global_step if stage.keep == "best" else state.global_step
+        if not step:
+            return state, None
+        self.best = folder / f"checkpoint-{step}"
+        return state, self.best
+
+    def trainer_of(
+        self,
+        stage: Stage,
+        towers: StageTowers,
+        folder: Path,
+        draw: int = 0,
+        checkpoint: Path | None = None,
     ) -> ContrastiveTrainer:
-        """The Trainer of a stage, with what is frozen in it encoded.
+        """The Trainer of one run, with what is frozen in it encoded.
 
         Args:
-            checkpoint: of the stage, to go on from; None: it begins with the best weights so far.
+            stage: without grids.
+            draw: which of the runs.
+            checkpoint: to go on from.
         """
-        self._load(checkpoint or self.best)
-        set_trainable(self.model, stage)
-        model = StageTowers(self.model, self.prompts)
-        self._encode_views(model.cut)
-        before = len(self.epochs)
-        self.sampler.epochs_before = self.train_dataset.epochs_before = before
+        self._encode_views(stage, towers.cut)
+        average = WeightAverage(towers, stage.ema)
+        if checkpoint:
+            average.load(checkpoint)
         args = copy.copy(self.args)
-        args.output_dir, args.num_train_epochs = str(folder), stage.epochs
-        args.learning_rate, args.warmup_steps = stage.learning_rate, stage.warmup
+        args.output_dir, args.warmup_steps = str(folder), stage.warmup
+        (args.learning_rate,), (args.num_train_epochs,) = stage.learning_rate, stage.epochs
+        if stage.weight_decay is not None:
+            args.weight_decay = stage.weight_decay
         args.gradient_checkpointing = args.activation_checkpointing = False  # it is on already
-        return ContrastiveTrainer(
+        epochs_before = self.epochs_done + draw * stage.epochs[0]
+        kind, options = ContrastiveTrainer, {}
+        if stage.loss == "distillation":
+            kind, options = DistillationTrainer, {"train_dataset": self._targets(epochs_before)}
+        else:
+            sampler = self._sampler(stage)
+            sampler.epochs_before = self.train_dataset.epochs_before = epochs_before
+            args.per_device_train_batch_size = sampler.batch_size
+            options = {"train_dataset": self.train_dataset, "sampler": sampler}
+        return kind(
             self.domain,
             stage,
-            self.sampler,
-            before * self.steps_per_epoch,
-            model=model,
+            average,
+            model=towers,
             args=args,
-            train_dataset=self.train_dataset,
             eval_dataset=self.eval_dataset,
             processing_class=self.processor,
-            callbacks=[self.signals, StageEpochs(self.best_metric)],
+            callbacks=[self.signals, StageEpochs(stage, self.best_metric)],
+            **options,
         )
 
-    def _load(self, checkpoint: Path | None) -> None:
-        if checkpoint:
-            self.model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+    def _sampler(self, stage: Stage) -> ClusterBatchSampler:
+        """Of the images as the stage samples them."""
+        args, samples = self.args, self.train_dataset
+        samples.sample(*(stage.sampling or [self.sampling]))
+        samples.patch_dropout = stage.patch_dropout
+        batch_size = args.train_batch_size * args.world_size
+        if stage.batch_size is not None:
+            shared = len(samples) // args.world_size * args.world_size
+            batch_size = min(stage.batch_size, shared)
+        return ClusterBatchSampler(
+            samples.labels,
+            self.domain.class_clusters,
+            batch_size,
+            args.cluster_share,
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+            num_processes=args.world_size,
+            process_index=args.process_index,
+        )
 
-    def _encode_views(self, cut: int) -> None:
+    def _generic_texts(self) -> list[str]:
+        return generic_texts(self.processor.tokenizer, self.args.seed)
+
+    def _targets(self, epochs_before: int) -> PromptTargets:
+        """Prototypes for the prompts of each class; generic texts keep their text_embeds."""
+        _, classes = self.domain.prompt_bank
+        generic = encode_texts(self.model.eval(), self.processor, self._generic_texts())
+        prototypes = normalize(self.prototypes, dim=-1)
+        first = np.unique(classes, return_index=True)[1]
+        kinds = np.repeat([1, 2], [len(classes), len(generic)])
+        kinds[first] = 0
+        targets = torch.cat([prototypes[classes], generic]).cpu()
+        return PromptTargets(kinds, targets, self.args.seed, epochs_before)
+
+    def _encode_views(self, stage: Stage, cut: int) -> None:
         """Encodes the views up to the cut; what no stage trains, for all stages at once."""
         started = time.perf_counter()
         self.model.eval()  # what is kept must not depend on a draw of dropout
@@ -202,27 +346,81 @@ class StagedTrainer:
             ("train", self.train_dataset, self.train_dataset.views),
             ("validation", self.eval_dataset, 1),
         ):
-            cache = self.feature_cache / name
-            views.features = encode_views(tower, views, count, cuts, cache, autocast)
+            if name == "train" and stage.loss == "distillation":
+                continue  # it sees no images
+            folder = self.feature_cache / name
+            views.features = encode_views(tower, views, count, cuts, folder, autocast)
         self.encoding_seconds += time.perf_counter() - started
 
-    def _note(self, stage: Stage, folder: Path, state: TrainerState) -> None:
-        """Takes down a stage's epochs, and its best one if it is the best so far."""
-        before = len(self.epochs)
-        rows: dict[int, dict[str, Any]] = {}
-        for entry in state.log_history:
-            epoch = before + round(entry["epoch"])
-            row = rows.setdefault(epoch, {"epoch": epoch, "stage": stage.name})
-            row |= {name: entry[name] for name in LOGGED if name in entry}
-        self.epochs += [row for row in rows.values() if "eval_accuracy" in row]
-        if state.best_global_step:
-            self.best = folder / f"checkpoint-{state.best_global_step}"
+    def _mix(
+        self, stage: Stage, towers: StageTowers, before: Weights, runs: Sequence[Path | None]
+    ) -> list[dict[str, float]]:
+        """Gives the towers the average of runs, mixed with what the stage began with.
+
+        Returns:
+            a row for each share, that of the lowest validation NLL first, which is taken; none
+            where there is nothing to mix.
+        """
+        self._begin(stage, towers, before)
+        ended = [kept_weights(path) for path in runs if path]
+        if not ended:
+            return []
+        start = _copies(towers.trained())
+        average = {
+            name: torch.stack([each[name].to(part.device) for each in ended]).mean(dim=0)
+            for name, part in start.items()
+        }
+
+        def mix(share: float) -> None:
+            mixed = {name: part.lerp(average[name], share) for name, part in start.items()}
+            towers.load(mixed)
+
+        found = [{"mix": share} for share in stage.mix]
+        if len(found) > 1:
+            judge = self.trainer_of(stage.model_copy(update={"ema": 0.0}), towers, Path())
+            for row in found:
+                mix(row["mix"])
+                measured = judge.evaluate()
+                row |= {name: measured[name] for name in LOGGED if name in measured}
+            found.sort(key=lambda row: row["eval_nll"])
+        mix(found[0]["mix"])
+        return found
+
+    def _note(
+        self,
+        stage: Stage,
+        variant: Stage,
+        state: TrainerState,
+        tried: list[dict[str, Any]],
+        chosen: int,
+        mixes: list[dict[str, float]],
+    ) -> None:
+        """Takes down what a stage came to."""
+        kept = _kept_row(variant, state)
+        for row in _looks(state):
+            is_kept = bool(mixes) and row["epoch"] == kept.get("epoch")
+            self.epochs.append(row | {"stage": stage.name, "kept": is_kept})
+        noted = {"name": stage.name, "tried": tried, "chosen": chosen, "mixes": mixes}
+        if variant.loss != "distillation":
+            sampler = self._sampler(variant)
+            sampler.epochs_before = self.epochs_done
+            sampler.set_epoch(0)
+            labels, classes = self.train_dataset.labels, len(self.domain.classes)
+            smoothing = self.args.label_smoothing_factor
+            floors = [
+                loss_floor(labels[batch], variant.loss, smoothing, classes)
+                for batch in sampler.global_batches()
+            ]
+            noted["batches"] = sampler.composition() | {"loss_floor": float(np.mean(floors))}
+            self.sampling = (variant.sampling or [self.sampling])[0]
+        self.stages.append(noted)
+        self.epochs_done += variant.epochs[0] * variant.runs
+        if variant.keep == "best" and mixes:
             self.best_metric = state.best_metric
-            self.best_epoch = before + state.best_global_step // self.steps_per_epoch
 
     def settings(self) -> dict[str, Any]:
         """What decides the weights, beside model and data."""
-        names = ("seed", "data_seed", "loss", "cluster_share", "weight_decay", "cached_views")
+        names = ("seed", "data_seed", "cluster_share", "weight_decay", "cached_views")
         return {name: getattr(self.args, name) for name in names} | {
             "batch_size": self.args.train_batch_size * self.args.world_size,
             "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
@@ -232,38 +430,70 @@ class StagedTrainer:
         }
 
     def record(self) -> dict[str, Any]:
-        """For training.json: epochs, how batches are composed, what was encoded, settings."""
-        args, labels, classes = self.args, self.train_dataset.labels, len(self.domain.classes)
-        self.sampler.epochs_before = 0
-        self.sampler.set_epoch(0)
-        floors = [
-            loss_floor(labels[batch], args.loss, args.label_smoothing_factor, classes)
-            for batch in self.sampler.global_batches()
-        ]
+        """For training.json: what stages tried and chose, epochs, what was encoded, settings."""
         kept = [path.stat().st_size for path in self.feature_cache.rglob("*.arrow")]
-        views = args.cached_views if kept else 0
+        views = self.args.cached_views if kept else 0
         return {
+            "stages": self.stages,
             "epochs": self.epochs,
-            "best_epoch": self.best_epoch,
-            "batches": self.sampler.composition() | {"loss_floor": float(np.mean(floors))},
             "features": {
                 "views": views,
                 "encoded": views * len(self.train_dataset.rows),
                 "bytes": sum(kept),
                 "seconds": round(self.encoding_seconds, 1),
             },
-            "processes": args.world_size,
+            "processes": self.args.world_size,
             "settings": self.settings(),
         }
 
 
+def _copies(weights: dict[str, Any]) -> Weights:
+    return {name: part.detach().clone() for name, part in weights.items()}
+
+
+@torch.inference_mode()
+def _pooled(model: CLIPModel, views: Views, view: int) -> np.ndarray:
+    """The tower's pooled features of one view of each image, from its states at the depth."""
+    states = torch.stack([views.features(row, view) for row in range(len(views.rows))])
+    norm = model.vision_model.post_layernorm
+    return norm(states.to(norm.weight)).cpu().numpy()
+
+
+def _grid_values(stage: Stage, variant: Stage) -> dict[str, Any]:
+    """What distinguishes a variant."""
+    return {name: getattr(variant, name)[0] for name in GRIDS if len(getattr(stage, name)) > 1}
+
+
+def _looks(state: TrainerState) -> list[dict[str, Any]]:
+    """A row for each epoch of a run that was looked at."""
+    rows: dict[int, dict[str, Any]] = {}
+    for entry in state.log_history:
+        row = rows.setdefault(
+            entry["step"], {"epoch": round(entry["epoch"]), "step": entry["step"]}
+        )
+        row |= {name: entry[name] for name in LOGGED if name in entry}
+    return [row for row in rows.values() if "eval_accuracy" in row]
+
+
+def _kept_row(stage: Stage, state: TrainerState) -> dict[str, Any]:
+    """That of the epoch which a run keeps; empty if it keeps none."""
+    step = state.best_global_step if stage.keep == "best" else state.global_step
+    return next((row for row in _looks(state) if row["step"] == step), {})
+
+
 def read_state(checkpoint: Path) -> TrainerState:
-    """Of the stage, when the checkpoint was written."""
+    """Of the run, when the checkpoint was written."""
     return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
 
+def _variant_folders(folder: Path) -> list[Path]:
+    """Of a stage, where its checkpoints may lie, in the order of training."""
+    variants = folder.glob("variant-*")
+    return [folder, *sorted(variants, key=lambda path: int(path.name.rpartition("-")[2]))]
+
+
 def last_checkpoint(folder: Path) -> Path | None:
-    """The last whole checkpoint of a stage; one that a kill has left unfinished has no state."""
+    """The last whole checkpoint of a run; one that a kill has left unfinished has no state."""
     for checkpoint in map(Path, reversed(sort_checkpoints(str(folder)))):
         try:
             read_state(checkpoint)
