@@ -2,7 +2,7 @@
 
 Fits temperature, abstention threshold, prediction sets and the OOD threshold on the calibration
 split, then reads the test split once. Writes RUN/scorecard.json, calibration.json,
-predictions.parquet, figures and errors.html. Base zero-shot and a linear probe on the base are
+predictions.parquet, figures and errors.html. Base zero-shot and two probes on the base are
 measured on the same images, each with a temperature of its own.
 """
 
@@ -22,7 +22,7 @@ from nicheclip.clip import load_clip
 from nicheclip.domain import Domain
 from nicheclip.evaluation import scorecard
 from nicheclip.evaluation.intervals import METRIC_TITLES, Verdict, judge_gate
-from nicheclip.evaluation.predictions import fit_and_run, run_probe, write_predictions
+from nicheclip.evaluation.predictions import fit_and_run, run_probes, write_predictions
 from nicheclip.files import replaced_file, replaced_folder, write_json
 from nicheclip.processes import keep_freed_memory
 from nicheclip.run import CLASS_MEANS_FILE, check_exam, load_prepared, provenance, run_lock
@@ -51,9 +51,9 @@ def calibrate(run: Path) -> None:
     check_exam(run, splits)
     tuned = fit_and_run(*load_clip(run / "model"), domain, splits, "fine-tuned")
     base = fit_and_run(*load_clip(domain.base), domain, splits, "base", reference=True)
-    probe = run_probe(base.embeds, splits, domain)
+    probes = run_probes(run, base, splits, domain)
 
-    measures = scorecard.compare(tuned, base, probe, domain)
+    measures = scorecard.compare(tuned, base, probes, domain)
     gates: dict[str, Verdict] = {
         name: judge_gate(name, measures[name], target) for name, target in domain.gates.items()
     }
@@ -64,7 +64,7 @@ def calibrate(run: Path) -> None:
         "trained_logit_scale": tuned.head.trained_logit_scale,
         "ood": asdict(tuned.ood),
         "base": base.fitted,
-        "probe": probe.fitted,
+        **{name: probe.fitted for name, probe in probes.items()},
     }
     with replaced_folder(run / "figures") as folder:
         draw_figures(folder, domain, tuned, base, measures, gates)

@@ -1,9 +1,10 @@
 """accelerate launch train.py [DOMAIN_OR_RUN] [--any_training_argument VALUE]
 
-Fine-tunes the domain's base model stage by stage and keeps the epoch that is best on validation in
-RUN/model. DOMAIN_OR_RUN is a domain file (the run is runs/<domain name>), or a run directory that
-data_prep made; by default the embedded façades. Ctrl-C and SIGTERM write a checkpoint first;
-`--resume_from_checkpoint True` goes on from the last one, however the run ended.
+Fine-tunes the domain's base model stage by stage, by the domain's recipe, into RUN/model, and fits
+the strong probe that it has to beat. DOMAIN_OR_RUN is a domain file (the run is runs/<domain
+name>), or a run directory that data_prep made; by default the embedded façades. Ctrl-C and SIGTERM
+write a checkpoint first; `--resume_from_checkpoint True` goes on from the last one, however the run
+ended.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from data_prep.prepare import prepare
 from nicheclip import run as run_directory
 from nicheclip.clip import load_clip
 from nicheclip.domain import Domain
+from nicheclip.evaluation.probe import fit_strong_probe, save_strong_probe
 from nicheclip.files import replaced_folder, write_json
 from nicheclip.processes import keep_freed_memory, processes
 from nicheclip.training.arguments import StagedTrainingArguments, parse_arguments
@@ -88,6 +90,7 @@ def fine_tune(domain: Domain, run: Path, args: StagedTrainingArguments) -> Stage
     settings = {"data_fingerprint": report["fingerprint"], **trainer.settings(), **of_domain}
     run_directory.begin_training(run, Path(args.output_dir), settings, resume is not None)
     started = time.perf_counter()
+    features = trainer.base_features()
     trainer.train(resume_from_checkpoint=resume)
     if processes().is_main_process:
         seconds = round(time.perf_counter() - started, 1)
@@ -95,6 +98,7 @@ def fine_tune(domain: Domain, run: Path, args: StagedTrainingArguments) -> Stage
         with replaced_folder(run / "model") as folder:
             trainer.model.save_pretrained(folder)
             processor.save_pretrained(folder)
+        save_strong_probe(fit_strong_probe(*features, len(domain.classes)), run)
         domain.save(run / "domain.yaml")
         run_directory.write_trained_on(run, splits)
         training = {

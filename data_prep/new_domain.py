@@ -1,9 +1,9 @@
 """python -m data_prep.new_domain FOLDER --name birds [--noun bird] [--base MODEL] [--out FILE]
 
 Writes a domain file from class folders: FOLDER/<class>/<image>, or FOLDER/<split>/<class>/<image>.
-Classes are the folders' names, prompts are templates, clusters and the length of the stages are
-proposals: it trains as it is, and its comments say what is worth a person's time. Tells what it
-found in the folder, and the next commands.
+Classes are the folders' names, prompts are templates, clusters are proposals: it trains as it is,
+and its comments say what is worth a person's time. Tells what it found in the folder, and the next
+commands.
 """
 
 from __future__ import annotations
@@ -47,12 +47,6 @@ TEMPLATES = (
 SMALL_CLASS = 20  # below it a test split of a quarter holds 5 images or fewer
 LEAST = 4  # one image for each split
 FEW_CLASSES = 4  # which make one cluster
-STEPS = 300  # of the first stage, roughly
-BATCH = 48
-WIDE = 512  # of a text tower: OpenAI's and larger
-# Learning rates of the two stages: the article's for OpenAI's ViT-B/32, and for a narrow base
-# between what validation has chosen on façades (3e-4) and on photographs (1e-3), docs/ablations.md.
-RATES = {"wide": ("5.0e-6", "5.0e-7"), "narrow": ("5.0e-4", "5.0e-5")}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -168,7 +162,7 @@ def _few(names: list[str]) -> str:
 
 
 def domain_file(survey: Survey, name: str, base: str, noun: str) -> str:
-    """The YAML; how long the stages are, and how fast, depends on the images and on the base.
+    """The YAML, with what depends on the images and on the base.
 
     Args:
         noun: put after each class in its prompts, where classes are adjectives: "Gothic" -> "a
@@ -185,9 +179,6 @@ def domain_file(survey: Survey, name: str, base: str, noun: str) -> str:
     clusters, origin = _clusters(prompts, local)
     middle = int(statistics.median(survey.images.values()))
     samples = min(280, max(24, middle))
-    epoch = samples * len(names)
-    batch = min(BATCH, epoch // 2)
-    epochs = round(min(12, max(5, STEPS * batch / epoch)))
     templates = environment(Path(__file__).parent)
     templates.autoescape = False
     return templates.get_template(
@@ -203,10 +194,6 @@ def domain_file(survey: Survey, name: str, base: str, noun: str) -> str:
         origin=origin,
         middle=middle,
         samples=samples,
-        batch=batch,
-        epochs=(epochs, max(3, epochs // 2)),
-        rates=RATES["wide" if config.text_config.hidden_size >= WIDE else "narrow"],
-        blocks=min(2, config.vision_config.num_hidden_layers),
         hard_negatives=not clusters or any(len(members) > 1 for members in clusters.values()),
         side=max(32, config.vision_config.image_size * 9 // 7),
         smallest=min(survey.images.values()),

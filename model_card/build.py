@@ -20,6 +20,7 @@ from nicheclip.publishing.hub import save_published_model
 from nicheclip.publishing.image_index import INDEX_FILE, write_index
 from nicheclip.publishing.onnx import add_onnx
 from nicheclip.run import load_prepared, read_report, run_lock
+from nicheclip.training.record import stage_text
 
 TEMPLATE = Path(__file__).parent / "template.md"
 DIVISION_SLASH = "\N{DIVISION SLASH}"  # a file's name may hold this one
@@ -129,5 +130,7 @@ def make_card(
         measures=measures,
         titles=METRIC_TITLES,
         gates=scorecard["gates"],
+        stage_text=stage_text,
+        never_right=[name for name, found in scorecard["classes"].items() if found["f1"] == 0],
         **files,
     )

@@ -25,7 +25,8 @@ from nicheclip.evaluation.metrics import (
 from nicheclip.evaluation.ood import KINDS
 from nicheclip.evaluation.predictions import Outputs
 
-BASE, PROBE, TUNED, GATE, INK = "#9AA0A6", "#009E73", "#0072B2", "#D55E00", "#333333"
+BASE, PROBE, STRONG_PROBE, TUNED = "#9AA0A6", "#009E73", "#CC79A7", "#0072B2"
+GATE, INK = "#D55E00", "#333333"
 # Okabe and Ito's colours, safe for colour-blind readers, then two more for domains with many
 # clusters.
 CLUSTER_COLOURS = (
@@ -79,9 +80,10 @@ def _scorecard(domain: Domain, measures: dict[str, Measure], gates: dict[str, Ve
     names = list(gates)[::-1]
     shown, heights = [measures[name] for name in names], np.arange(len(names))
     for offset, colour, label, row in (
-        (-0.24, BASE, "base zero-shot", [each.base for each in shown]),
-        (0.0, PROBE, "linear probe", [each.probe for each in shown]),
-        (0.24, TUNED, "fine-tuned", shown),
+        (-0.3, BASE, "base zero-shot", [each.base for each in shown]),
+        (-0.1, PROBE, "linear probe", [each.probe for each in shown]),
+        (0.1, STRONG_PROBE, "strong probe", [each.strong_probe for each in shown]),
+        (0.3, TUNED, "fine-tuned", shown),
     ):
         drawn = [(height + offset, each) for height, each in enumerate(row) if each is not None]
         if drawn:
@@ -96,7 +98,7 @@ def _scorecard(domain: Domain, measures: dict[str, Measure], gates: dict[str, Ve
         targets = [domain.gates[name] for name in names]  # type: ignore[index]
         lines = targets, heights - 0.38, heights + 0.38
         axes.vlines(*lines, color=GATE, linewidth=2, label="gate")
-        figure.legend(loc="outside lower center", ncols=4)
+        figure.legend(loc="outside lower center", ncols=5)
     else:
         axes.text(0.5, 0.5, "no gates in the domain file", ha="center", va="center")
     for height, name in enumerate(names):

@@ -57,17 +57,26 @@ def encode_texts(model: CLIPModel, processor: CLIPProcessor, prompts: list[str])
 
 
 class VisualTower(torch.nn.Module):
-    """The half of a CLIPModel that sees: pixel_values (B, 3, S, S) -> unit image_embeds (B, D)."""
+    """The half of a CLIPModel that sees: pixel_values (B, 3, S, S) -> unit image_embeds (B, D).
 
-    def __init__(self, model: CLIPModel):
+    Args:
+        pooled: gives the pooled features (B, F) before the projection instead.
+    """
+
+    def __init__(self, model: CLIPModel, pooled: bool = False):
         super().__init__()
+        self.pooled = pooled
         self.vision_model = model.vision_model
         self.visual_projection = model.visual_projection
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) -> (B, D)."""
-        image_embeds = self.visual_projection(self.vision_model(pixel_values).pooler_output)
-        return torch.nn.functional.normalize(image_embeds.float(), dim=-1)
+        features = self.vision_model(pixel_values).pooler_output
+        return features.float() if self.pooled else self.project(features)
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """Pooled features (B, F) -> unit-length image_embeds (B, D)."""
+        return torch.nn.functional.normalize(self.visual_projection(features).float(), dim=-1)
 
 
 @torch.inference_mode()
@@ -80,14 +89,16 @@ def encode_images(
     description: str = "encoding",
     dtype: torch.dtype = torch.float32,
     progress: bool = True,
+    pooled: bool = False,
 ) -> np.ndarray:
     """Unit-length image_embeds (N, D) float32 of `total` images, read batch by batch.
 
     Args:
+        pooled: as for `VisualTower`.
         dtype: of the arithmetic; bfloat16 goes through autocast.
         progress: whether to show a progress bar.
     """
-    batches, tower = [], VisualTower(model)
+    batches, tower = [], VisualTower(model, pooled)
     with tqdm(total=total, desc=description, unit="img", leave=False, disable=not progress) as bar:
         for pixels in prefetched(
             pixel_values(processor, batch) for batch in _batched(images, batch_size)

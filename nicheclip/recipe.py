@@ -20,6 +20,7 @@ Text = Annotated[str, Field(pattern=r"\S")]
 Rate = Annotated[float, Field(gt=0)]
 PROTOTYPES = "prototypes"
 GRIDS = ("start", "sampling", "epochs", "learning_rate")  # fields whose values are all tried
+Sampling = Literal["balanced", "natural"]
 Value = TypeVar("Value")
 # One value, or several to choose from.
 Grid = Annotated[
@@ -71,7 +72,7 @@ class Stage(Section):
     warmup: float = Field(0.1, ge=0, lt=1)
     batch_size: int | None = Field(None, ge=1)
     weight_decay: float | None = Field(None, ge=0)
-    sampling: Grid[Literal["balanced", "natural"]] = []
+    sampling: Grid[Sampling] = []
     loss: Literal["class_prompts", "multi_positive", "info_nce", "distillation"] = "class_prompts"
     supcon: float = Field(0.0, ge=0)
     logit_scale: float | None = Field(None, gt=0, le=100)

@@ -58,8 +58,9 @@ LOWER_IS_BETTER = frozenset(
 class Measure:
     """One metric on one split, over `n` images, with its 95 % interval.
 
-    `base` and `probe` are the base's zero-shot classifier and a linear probe on its image_embeds,
-    on the same images; `difference` is that to the base, paired.
+    On the same images: `base`, its zero-shot classifier; `probe`, a linear probe on its
+    image_embeds; `strong_probe`, one on its pooled features. Paired differences: `difference` to
+    the base, and `to_probe`, to the better one of the probes.
     """
 
     value: float
@@ -69,7 +70,9 @@ class Measure:
     split: str
     base: Measure | None = None
     probe: Measure | None = None
+    strong_probe: Measure | None = None
     difference: Measure | None = None
+    to_probe: Measure | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As it is written to JSON: what is None is left out."""

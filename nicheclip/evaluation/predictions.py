@@ -7,11 +7,12 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import Dataset
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
-from nicheclip.clip import encode_images, encode_texts, image_side
+from nicheclip.clip import VisualTower, encode_images, encode_texts, image_side
 from nicheclip.domain import Domain
 from nicheclip.evaluation.calibration import fit
 from nicheclip.evaluation.ood import (
@@ -21,7 +22,7 @@ from nicheclip.evaluation.ood import (
     fit_ood_threshold,
     ood_pictures,
 )
-from nicheclip.evaluation.probe import fit_probe
+from nicheclip.evaluation.probe import fit_probe, load_strong_probe
 from nicheclip.evaluation.robustness import CHANGES
 from nicheclip.files import quiet_datasets, replaced_file
 from nicheclip.head import Head, prediction_sets, softmax
@@ -77,6 +78,7 @@ class Outputs(Predictions):
     Args:
         embeds: image_embeds of each split, of OOD pictures (kinds * M, D), and after mild changes
             (K, T, D); text_embeds of "prototypes" (C, D) and "prompts" (P, D).
+        features: pooled, of each split, (N, F).
         trained_logit_scale: as in `Head`.
 
     Attributes:
@@ -91,6 +93,7 @@ class Outputs(Predictions):
     def __init__(
         self,
         embeds: dict[str, np.ndarray],
+        features: dict[str, np.ndarray],
         trained_logit_scale: float,
         splits: dict[str, Dataset],
         domain: Domain,
@@ -99,6 +102,7 @@ class Outputs(Predictions):
         class_means = fit_class_means(embeds["train"], np.array(splits["train"]["label"]))
         head = Head(embeds["prototypes"], class_means, trained_logit_scale)
         super().__init__(head, embeds, splits, domain, reference)
+        self.features = features
         self.similarity = embeds["test"] @ embeds["prompts"].T
         self.prompt_classes = np.array(domain.prompt_bank[1])
         own, choosing, self.own_scores, ood = (
@@ -111,6 +115,9 @@ class Outputs(Predictions):
         self.cosine, self.same = np.full((2, len(CHANGES), len(self.labels)), np.nan)
         self.cosine[:, tried] = (after * embeds["test"][tried]).sum(axis=2)
         self.same[:, tried] = self.head.logits(after).argmax(axis=2) == self.predicted[tried]
+
+
+Probes = dict[str, Predictions]  # by the name that they have in a `Measure`
 
 
 def fit_and_run(
@@ -137,11 +144,17 @@ def fit_and_run(
         drawn = chain.from_iterable(ood_pictures(kind, side, seed, pictures) for kind in KINDS)
         return embed(drawn, PER_KIND * len(KINDS), "OOD pictures")
 
-    embeds = {
-        name: embed((row["image"] for row in rows), len(rows), f"{name} split")
-        for name, rows in splits.items()
-        if reference or name != "validation"
-    }
+    embeds, features, tower = {}, {}, VisualTower(model)
+    for name, rows in splits.items():
+        if not reference and name == "validation":
+            continue
+        what, images = f"{name} split, {title}", (row["image"] for row in rows)
+        features[name] = encode_images(
+            model, processor, images, len(rows), description=what, pooled=True
+        )
+        with torch.inference_mode():
+            projected = tower.project(torch.from_numpy(features[name]).to(model.device))
+        embeds[name] = projected.cpu().numpy()
     # Other OOD pictures choose the score than those that the scorecard is made of.
     embeds["OOD, choosing"] = embed_ood(splits["calibration"], seed=1)
     embeds["OOD"] = embed_ood(splits["test"], seed=0)
@@ -152,7 +165,7 @@ def fit_and_run(
     texts = {"prototypes": domain.canonical_prompts, "prompts": domain.prompt_bank[0]}
     for name, prompts in texts.items():
         embeds[name] = encode_texts(model, processor, prompts).cpu().numpy()
-    return Outputs(embeds, model.logit_scale.item(), splits, domain, reference)
+    return Outputs(embeds, features, model.logit_scale.item(), splits, domain, reference)
 
 
 def _tried(count: int) -> np.ndarray:
@@ -160,15 +173,16 @@ def _tried(count: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, CHANGED_IMAGES).astype(int))
 
 
-def run_probe(
-    embeds: dict[str, np.ndarray], splits: dict[str, Dataset], domain: Domain
-) -> Predictions:
-    """A probe on the base's image_embeds of each split, calibrated and run as the others are."""
+def run_probes(run: Path, base: Outputs, splits: dict[str, Dataset], domain: Domain) -> Probes:
+    """The linear and the strong probe of the base, calibrated and run as the others are."""
     train, validation = (
-        (embeds[name], np.array(splits[name]["label"])) for name in ("train", "validation")
+        (base.embeds[name], np.array(splits[name]["label"])) for name in ("train", "validation")
     )
-    probe = fit_probe(train, validation, len(domain.classes))
-    return Predictions(probe, embeds, splits, domain, reference=True)
+    linear, strong = fit_probe(train, validation, len(domain.classes)), load_strong_probe(run)
+    return {
+        "probe": Predictions(linear, base.embeds, splits, domain, reference=True),
+        "strong_probe": Predictions(strong, base.features, splits, domain, reference=True),
+    }
 
 
 def write_predictions(

@@ -21,7 +21,7 @@ from nicheclip.evaluation.intervals import (
     proportion,
 )
 from nicheclip.evaluation.ood import KINDS
-from nicheclip.evaluation.predictions import Outputs, Predictions
+from nicheclip.evaluation.predictions import Outputs, Predictions, Probes
 from nicheclip.evaluation.robustness import CHANGES, prompt_answers
 
 
@@ -150,22 +150,27 @@ def clip_statistics(outputs: Outputs, domain: Domain) -> dict[str, Statistic]:
     return {name: each for name, each in found.items() if not np.isnan(each.columns[0]).all()}
 
 
-def compare(
-    tuned: Outputs, base: Outputs, probe: Predictions, domain: Domain
-) -> dict[str, Measure]:
-    """Each measure of the fine-tuned model, with the base's, the probe's, and what it gained.
+def compare(tuned: Outputs, base: Outputs, probes: Probes, domain: Domain) -> dict[str, Measure]:
+    """Each measure of the fine-tuned model, with the base's, the probes', and what it gained.
 
+    The better probe is the one with the lower NLL on these images, so luck is on its side.
     `ece_of_perfect` is what the ECE would be by chance if the confidences were right: its mean, and
     the range of 95 % of draws.
     """
-    of_base, of_probe = clip_statistics(base, domain), statistics(probe, domain)
+    of_base = clip_statistics(base, domain)
+    of_probes = {name: statistics(probe, domain) for name, probe in probes.items()}
+    better = min(of_probes.values(), key=lambda each: each["nll"].measure().value)
     measures = {}
     for name, statistic in clip_statistics(tuned, domain).items():
+        rivals: dict[str, Any] = {
+            key: each[name].measure() for key, each in of_probes.items() if name in each
+        }
         measures[name] = replace(
             statistic.measure(),
             base=of_base[name].measure() if name in of_base else None,
-            probe=of_probe[name].measure() if name in of_probe else None,
             difference=statistic.minus(of_base[name]) if name in of_base else None,
+            to_probe=statistic.minus(better[name]) if name in better else None,
+            **rivals,
         )
     draws = metrics.ece_of_perfect(tuned.confidence)
     low, high = np.percentile(draws, [2.5, 97.5]).tolist()
@@ -219,16 +224,25 @@ def scorecard_text(measures: dict[str, Measure], gates: dict[str, Verdict]) -> s
     """All measures, those with a gate first, as calibrate.py shows them."""
     rows = []
     for name in [*gates, *(name for name in METRIC_TITLES if name in measures.keys() - gates)]:
-        found, gain = measures[name], measures[name].difference
-        others = [f"{each.value:.3f}" if each else "" for each in (found.base, found.probe)]
-        gained = f"{gain.value:+.3f}{' ?' if gain.low <= 0 <= gain.high else ''}" if gain else ""
-        row = [METRIC_TITLES[name], *others, str(found), gained, str(gates.get(name, ""))]
+        found = measures[name]
+        rivals = found.base, found.probe, found.strong_probe
+        others = [f"{each.value:.3f}" if each else "" for each in rivals]
+        gains = [_signed(found.difference), _signed(found.to_probe)]
+        row = [METRIC_TITLES[name], *others, str(found), *gains, str(gates.get(name, ""))]
         rows.append([*row, f"{found.n} {found.split}"])
-    header = ["metric", "base", "probe", "fine-tuned [95 % interval]", "gained", "gate", "n"]
+    header = "metric|base|probe|strong probe|fine-tuned [95 % interval]|to base|to probe|gate|n"
     return (
-        f"{format_table(header, rows)}\n"
-        "probe: logistic regression on the base's image_embeds; ?: the interval of the gain holds 0"
+        f"{format_table(header.split('|'), rows)}\n"
+        "probe: logistic regression on the base's image_embeds; strong probe: LDA or logistic "
+        "regression on its pooled features; to probe: to the better of them; ?: the interval of "
+        "the paired difference holds 0"
     )
+
+
+def _signed(difference: Measure | None) -> str:
+    if difference is None:
+        return ""
+    return f"{difference.value:+.3f}{' ?' if difference.low <= 0 <= difference.high else ''}"
 
 
 def calibration_text(tuned: Outputs) -> str:

@@ -102,9 +102,10 @@ class WeightAverage(TrainerCallback):
 
     def __init__(self, model: StageTowers, decay: float):
         self.model, self.decay = model, decay
-        self.weights: dict[str, torch.Tensor] = dict(model.trained())
+        self.weights: dict[str, torch.Tensor] = {}
+        for name, part in model.trained().items():
+            self.weights[name] = part.detach().clone() if decay else part
         if decay:
-            self.weights = {name: part.detach().clone() for name, part in self.weights.items()}
             self.update = get_ema_multi_avg_fn(decay)
 
     @torch.no_grad()
@@ -126,7 +127,9 @@ class WeightAverage(TrainerCallback):
 
     def save(self, path: Path) -> None:
         """Weights and average, as a checkpoint has them."""
-        both = {f"{WEIGHTS}{name}": part for name, part in self.model.trained().items()}
+        both: dict[str, torch.Tensor] = {
+            f"{WEIGHTS}{name}": part for name, part in self.model.trained().items()
+        }
         if self.decay:
             both |= {f"{AVERAGE}{name}": part for name, part in self.weights.items()}
         save_file({name: part.detach().contiguous() for name, part in both.items()}, path)
@@ -136,10 +139,8 @@ class WeightAverage(TrainerCallback):
         saved = load_file(checkpoint / TRAINED_WEIGHTS)
         self.model.load(_named(saved, WEIGHTS))
         if self.decay:
-            self.weights = {
-                name: part.to(self.weights[name].device)
-                for name, part in _named(saved, AVERAGE).items()
-            }
+            for name, part in _named(saved, AVERAGE).items():
+                self.weights[name].copy_(part)
 
 
 def kept_weights(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,15 +21,23 @@ TEMPLATES = ("{}", "a photo of a {}", "{} {}", "a {} {}")
 CANONICAL, OTHER_PROMPTS, GENERIC_TEXTS = (64, 1.0), (32, 0.3), (64, 1.0)
 
 
-def generic_texts(tokenizer: CLIPTokenizer, seed: int, count: int = GENERIC) -> list[str]:
-    """Short texts of whole words that the tokenizer has a token for."""
+def generic_texts(
+    tokenizer: CLIPTokenizer, prompts: Sequence[str], seed: int, count: int = GENERIC
+) -> list[str]:
+    """Short texts, and the prompts with some words replaced, by whole words of the vocabulary."""
     vocabulary = sorted(tokenizer.get_vocab())
     words = [word[:-4] for word in vocabulary if re.fullmatch(r"[a-z]{3,}</w>", word)]
     rng = np.random.default_rng(seed)
     texts = []
     for index in range(count if words else 0):
-        texts.append(TEMPLATES[index % len(TEMPLATES)].format(*rng.choice(words, 2)))
-    return list(dict.fromkeys(texts))
+        if index % 2:
+            texts.append(TEMPLATES[index // 2 % len(TEMPLATES)].format(*rng.choice(words, 2)))
+            continue
+        said = prompts[int(rng.integers(len(prompts)))].split()
+        replaced = rng.random(len(said)) < 0.5
+        replaced[rng.integers(len(said))] = True
+        texts.append(" ".join(np.where(replaced, rng.choice(words, len(said)), said)))
+    return sorted(set(texts) - set(prompts))
 
 
 class PromptTargets(torch.utils.data.Dataset):

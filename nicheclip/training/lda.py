@@ -41,7 +41,7 @@ def discriminants(
     mean = features.mean(axis=0)
     within = np.cov((features - means[np.searchsorted(present, labels)]).T, bias=True)
     size = len(within)
-    tried = []
+    tried: list[tuple[float, int, dict[str, np.ndarray]]] = []
     for shrinkage, rest in product(SHRINKAGES, RESTS):
         shrunk = (1 - shrinkage) * within + shrinkage * np.trace(within) / size * np.eye(size)
         values, vectors = np.linalg.eigh(shrunk)

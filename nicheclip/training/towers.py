@@ -79,8 +79,9 @@ class StageTowers(nn.Module):
         """
         # In the weights' precision: under autocast the logits would be rounded to 8 bits.
         precision = self.used.dtype
-        text_embeds = self.prototypes
-        if text_embeds is None:
+        if self.prototypes is not None:
+            text_embeds: torch.Tensor = self.prototypes
+        else:
             parts = [
                 self.encode_texts([self.prompts[prompt] for prompt in part.tolist()])
                 for part in prompts.cpu().split(PROMPTS_AT_ONCE)

@@ -11,6 +11,7 @@ import logging
 import signal
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from transformers.trainer_utils import sort_checkpoints
 
 from nicheclip.clip import encode_texts, token_lists
 from nicheclip.domain import Domain
+from nicheclip.evaluation.probe import Part
 from nicheclip.processes import processes
-from nicheclip.recipe import GRIDS, Stage
+from nicheclip.recipe import GRIDS, Sampling, Stage
 from nicheclip.training.arguments import StagedTrainingArguments
 from nicheclip.training.callbacks import (
     StageEpochs,
@@ -42,7 +44,7 @@ from nicheclip.training.lda import discriminants
 from nicheclip.training.losses import loss_floor
 from nicheclip.training.sampler import ClusterBatchSampler
 from nicheclip.training.stages import set_trainable, trainable_names
-from nicheclip.training.towers import PIXELS, StageTowers, cut_before
+from nicheclip.training.towers import PIXELS, StageTowers, cut_before, depth
 
 LOGGED = ("loss", "eval_accuracy", "eval_macro_f1", "eval_ece", "eval_nll")
 AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -100,8 +102,9 @@ class StagedTrainer:
         self.encoding_seconds = 0.0
         self.signals = StopOnSignal()
         self.base_bias = model.vision_model.post_layernorm.bias.detach().clone()
-        self.lda: dict[str, np.ndarray] | None = None
-        self.sampling = "balanced"  # of the stage before
+        self.base_projection = model.visual_projection.weight.detach().cpu().numpy().copy()
+        self._base_features: tuple[Part, Part] | None = None
+        self.sampling: Sampling = "balanced"  # of the stage before
         self.prototypes: torch.Tensor | None = None  # (C, D), where they are free
         self.stages: list[dict[str, Any]] = []  # of each, what was tried and chosen
         self.epochs: list[dict[str, Any]] = []  # a row each that was looked at, over all stages
@@ -198,29 +201,36 @@ class StagedTrainer:
         if "lda" in self.domain.stages[0].start and stage.name == self.domain.stages[0].name:
             bias.data.copy_(self.base_bias)
         if stage.start == ["lda"]:
-            self._encode_views(stage, towers.cut)
-            found = self._discriminants()
+            found = self._discriminants
             bias.data -= torch.from_numpy(found["mean"]).to(bias)
             start = {PROJECTION: found["projection"], "prototypes": found["prototypes"]}
             towers.load(before | {name: torch.from_numpy(part) for name, part in start.items()})
 
+    def base_features(self) -> tuple[Part, Part]:
+        """Pooled features and labels of the base: of the views of train, and of validation.
+
+        Called before anything is trained.
+        """
+        if self._base_features is None:
+            tower = self.model.vision_model
+            cuts = sorted({self.first_cut, depth(tower)} - {PIXELS})
+            counts = {"train": max(1, self.args.cached_views), "validation": 1}
+            parts = []
+            for name, views in (("train", self.train_dataset), ("validation", self.eval_dataset)):
+                self._encode(name, views, counts[name], cuts)
+                of_views = [_pooled(self.model, views, view) for view in range(counts[name])]
+                labels = np.tile(np.asarray(views.rows["label"]), counts[name])
+                parts.append((np.concatenate(of_views), labels))
+            self._base_features = parts[0], parts[1]
+        return self._base_features
+
+    @cached_property
     def _discriminants(self) -> dict[str, np.ndarray]:
-        """The analysis that `start: lda` begins with; of the base, and worked out once."""
-        if self.lda is None:
-            train, views = self.train_dataset, self.train_dataset.views
-            features = [_pooled(self.model, train, view) for view in range(views)]
-            features.append(_pooled(self.model, self.eval_dataset, 0))
-            *of_train, validation = features
-            joined = np.concatenate(of_train)
-            projection = self.model.visual_projection.weight.detach().cpu().numpy()
-            embeds = joined @ projection.T
-            self.lda = discriminants(
-                (joined, np.tile(train.labels_of_rows, views)),
-                (validation, self.eval_dataset.labels),
-                embeds / np.linalg.norm(embeds, axis=1, keepdims=True),
-                len(self.domain.classes),
-            )
-        return self.lda
+        """The analysis that `start: lda` begins with."""
+        train, validation = self.base_features()
+        embeds = train[0] @ self.base_projection.T
+        embeds /= np.linalg.norm(embeds, axis=1, keepdims=True)
+        return discriminants(train, validation, embeds, len(self.domain.classes))
 
     def _run(
         self,
@@ -282,7 +292,7 @@ class StagedTrainer:
             args.weight_decay = stage.weight_decay
         args.gradient_checkpointing = args.activation_checkpointing = False  # it is on already
         epochs_before = self.epochs_done + draw * stage.epochs[0]
-        kind, options = ContrastiveTrainer, {}
+        kind, options = ContrastiveTrainer, dict[str, Any]()
         if stage.loss == "distillation":
             kind, options = DistillationTrainer, {"train_dataset": self._targets(epochs_before)}
         else:
@@ -322,12 +332,14 @@ class StagedTrainer:
         )
 
     def _generic_texts(self) -> list[str]:
-        return generic_texts(self.processor.tokenizer, self.args.seed)
+        prompts, _ = self.domain.prompt_bank
+        return generic_texts(self.processor.tokenizer, prompts, self.args.seed)
 
     def _targets(self, epochs_before: int) -> PromptTargets:
         """Prototypes for the prompts of each class; generic texts keep their text_embeds."""
         _, classes = self.domain.prompt_bank
         generic = encode_texts(self.model.eval(), self.processor, self._generic_texts())
+        assert self.prototypes is not None  # by check_order
         prototypes = normalize(self.prototypes, dim=-1)
         first = np.unique(classes, return_index=True)[1]
         kinds = np.repeat([1, 2], [len(classes), len(generic)])
@@ -337,19 +349,18 @@ class StagedTrainer:
 
     def _encode_views(self, stage: Stage, cut: int) -> None:
         """Encodes the views up to the cut; what no stage trains, for all stages at once."""
-        started = time.perf_counter()
-        self.model.eval()  # what is kept must not depend on a draw of dropout
         cuts = sorted({self.first_cut, cut} - {PIXELS}) if self.args.cached_views else []
         self.train_dataset.views = self.args.cached_views if cuts else 0
+        if stage.loss != "distillation":  # which sees no images
+            self._encode("train", self.train_dataset, self.train_dataset.views, cuts)
+        self._encode("validation", self.eval_dataset, 1, cuts)
+
+    def _encode(self, name: str, views: Views, count: int, cuts: list[int]) -> None:
+        started = time.perf_counter()
+        self.model.eval()  # what is kept must not depend on a draw of dropout
         tower, autocast = self.model.vision_model, AUTOCAST[self.precision]
-        for name, views, count in (
-            ("train", self.train_dataset, self.train_dataset.views),
-            ("validation", self.eval_dataset, 1),
-        ):
-            if name == "train" and stage.loss == "distillation":
-                continue  # it sees no images
-            folder = self.feature_cache / name
-            views.features = encode_views(tower, views, count, cuts, folder, autocast)
+        cache = self.feature_cache / name
+        views.features = encode_views(tower, views, count, cuts, cache, autocast)
         self.encoding_seconds += time.perf_counter() - started
 
     def _mix(
@@ -466,7 +477,7 @@ def _grid_values(stage: Stage, variant: Stage) -> dict[str, Any]:
 
 def _looks(state: TrainerState) -> list[dict[str, Any]]:
     """A row for each epoch of a run that was looked at."""
-    rows: dict[int, dict[str, Any]] = {}
+    rows: dict[float, dict[str, Any]] = {}
     for entry in state.log_history:
         row = rows.setdefault(
             entry["step"], {"epoch": round(entry["epoch"]), "step": entry["step"]}
