@@ -1,9 +1,9 @@
 """python -m benchmarks.recipes [DOMAIN] [--images FOLDER] [--base MODEL] [--seeds 701 702 703]
 
-What our recipe is worth beside simpler ones (the base as it is, a linear probe, all weights at
-once, the article's), and what each choice in it is worth: variants with one change each. All on the
-same data and the same test images. Writes the domain's table into docs/ablations.md, with a
-picture.
+What our recipe is worth beside rivals (the base as it is, probes, few-shot heads, ways of
+fine-tuning, the article's), and what each part of it is worth: variants with one change each. All
+on the same data and the same test images; rivals choose their rates on validation as ours does.
+Writes the domain's table into docs/ablations.md, with a picture.
 
 Each recipe and seed has a folder of its own under OUT with a result.json: an interrupted benchmark
 goes on where it was. It reads the test split, which is its to name: nothing is chosen by it.
@@ -33,22 +33,29 @@ from transformers import CLIPModel, CLIPProcessor
 
 import train
 from benchmarks.comparison import OURS, draw, footnote, markdown_table, summary, write_docs
+from benchmarks.rivals import Rival, linear, lp_plus_plus, strong, tip_adapter_f
 from data_prep.prepare import DATA_SETTINGS, prepare
-from nicheclip.clip import encode_images, encode_texts, image_side, load_clip, zero_shot_logits
+from nicheclip.clip import (
+    VisualTower,
+    encode_images,
+    encode_texts,
+    image_side,
+    load_clip,
+    zero_shot_logits,
+)
 from nicheclip.domain import Domain
 from nicheclip.evaluation import metrics
 from nicheclip.evaluation.calibration import fit_temperature
 from nicheclip.evaluation.ood import PER_KIND, ood_pictures
-from nicheclip.evaluation.probe import fit_probe
 from nicheclip.evaluation.robustness import retention_accuracy
 from nicheclip.files import read_json, write_json
+from nicheclip.recipe import RECIPES
 from nicheclip.run import load_prepared, load_retention
-from nicheclip.training.arguments import StagedTrainingArguments
+from nicheclip.training.data import TrainingSamples
 
 ROOT = Path(__file__).parents[1]
-ARTICLE = ROOT / "domains" / "architecture" / "article.yaml"
-ARTICLE_RATES = (5e-6, 5e-7)
-FULL_RATES = (1e-5, 3e-5, 1e-4, 3e-4)  # of all weights at once; validation chooses
+RATES = [1e-5, 1e-4, 1e-3]  # of rivals; validation chooses
+VIEWS, BATCH = 4, 64  # of the strong probe's training images
 Result = dict[str, Any]
 
 
@@ -68,73 +75,60 @@ class Recipe:
 
 
 def recipes(domain: Domain) -> dict[str, Recipe]:
-    """All recipes of a domain, ours among them; those that would be ours again are left out."""
-    stages = [stage.model_dump(mode="json") for stage in domain.stages]
-    first, last = stages[0], stages[-1]
-    epochs = sum(stage["epochs"] for stage in stages)
-    article = Domain.load(ARTICLE).model_dump(mode="json", include={"stages", "training"})
+    """Rivals, ours, and ours with one change each."""
+    named = {name: {"recipe": name, "stages": each["stages"]} for name, each in RECIPES.items()}
+    article = named["article"] | {"training": RECIPES["article"]["training"]}
+    head, visual, text = RECIPES["default"]["stages"]
+    tuned = {"epochs": 10, "learning_rate": RATES, "sampling": "natural", "keep": "best"}
+    tower = {"train": ["vision_model.*", "visual_projection.*"]}
+    alone = {"train": ["prototypes"], "start": "base", "supcon": 0.0}
     no_filter = domain.quality_filter.model_dump(mode="json") | {"mode": "none", "threshold": None}
-    batch = {k: v for k, v in domain.training.items() if k == "per_device_train_batch_size"}
-    plain = {"training": batch | {"loss": "multi_positive", "cluster_share": 0.0}}
 
-    def one_stage(like: dict[str, Any], rate: float) -> dict[str, Any]:
-        return {"stages": [like | {"name": "all", "epochs": epochs, "learning_rate": rate}]}
+    def stages(*each: dict[str, Any], **training: Any) -> dict[str, Any]:
+        return {"recipe": None, "stages": list(each), "training": domain.training | training}
 
-    def rates(rate: Callable[[int, float], float]) -> dict[str, Any]:
-        changed = [
-            stage | {"learning_rate": rate(index, stage["learning_rate"])}
-            for index, stage in enumerate(stages)
-        ]
-        return {"stages": changed}
+    def ours(of_head: dict[str, Any], of_visual: dict[str, Any]) -> dict[str, Any]:
+        return stages(head | of_head, visual | of_visual, text)
 
-    def setting(name: str, value: Any) -> dict[str, Any]:
-        default = StagedTrainingArguments.__dataclass_fields__[name].default
-        if domain.training.get(name, default) == value:
-            return {}
-        return {"training": domain.training | {name: value}}
-
-    variants = {
-        "no_filter": Recipe("no quality filter", {"quality_filter": no_filter}),
-        "one_stage": Recipe("one stage", one_stage(last, last["learning_rate"])),
-        "reversed": Recipe("stages in reverse order", {"stages": stages[::-1]}),
-        "first_only": Recipe("first stage only", one_stage(first, first["learning_rate"])),
-        **{
-            f"cluster_{share}": Recipe(f"cluster share {share}", setting("cluster_share", share))
-            for share in (0.0, 0.5, 0.8)
-        },
-        **{
-            loss: Recipe(f"loss {loss}", setting("loss", loss))
-            for loss in ("multi_positive", "info_nce", "class_prompts")
-        },
-        "smoothing_0": Recipe("label smoothing 0", setting("label_smoothing_factor", 0.0)),
-        "rates_third": Recipe("learning rates × 1/3", rates(lambda _, rate: rate / 3)),
-        "rates_triple": Recipe("learning rates × 3", rates(lambda _, rate: rate * 3)),
-        "rates_article": Recipe(
-            "learning rates 5e-6 and 5e-7", rates(lambda index, _: ARTICLE_RATES[min(index, 1)])
-        ),
-        **{
-            f"views_{count}": Recipe(f"{count or 'fresh'} views", setting("cached_views", count))
-            for count in (0, 2, 4, 8)
-        },
-        "wise_ft": Recipe("WiSE-FT auto", setting("wise_ft", "auto")),
-    }
-    return {
+    prototypes = {"name": "tower", **tuned, "train": ["prototypes", *tower["train"]]}
+    everything = {"name": "all", **tuned, "train": ["*"]}
+    projection = {**tuned, "train": ["visual_projection.*"], "mix": [0.25, 0.5, 0.75, 1.0]}
+    rivals = {
         "zero_shot": Recipe("zero-shot, one prompt a class", run=zero_shot),
         "zero_shot_ensemble": Recipe(
             "zero-shot, prompt ensemble", run=partial(zero_shot, ensemble=True)
         ),
-        "linear_probe": Recipe("linear probe", run=probe),
-        **{
-            f"full_{rate:g}": Recipe(
-                f"all weights at once, {rate:g}",
-                one_stage({"train": ["*"]}, rate) | plain,
-            )
-            for rate in FULL_RATES
-        },
+        "linear_probe": Recipe("linear probe", run=partial(on_features, rival=linear)),
+        "strong_probe": Recipe("strong probe", run=partial(on_features, rival=strong)),
+        "lp_plus_plus": Recipe("LP++", run=partial(on_features, rival=lp_plus_plus)),
+        "tip_adapter_f": Recipe("Tip-Adapter-F", run=partial(on_features, rival=tip_adapter_f)),
+        "projection": Recipe("visual projection (ProLIP)", stages({"name": "map", **projection})),
+        "full": Recipe("all weights at once", stages(everything)),
+        "flyp": Recipe("FLYP + WiSE-FT", stages(everything | {"loss": "info_nce"}, wise_ft="auto")),
+        "lp_ft": Recipe("LP-FT", stages(head | alone, prototypes, text)),
         "article": Recipe("the article's recipe", article),
+        "text_first": Recipe("text first (the old default)", named["text_first"]),
         OURS: Recipe("ours"),
-        **{name: recipe for name, recipe in variants.items() if recipe.overrides},
     }
+    variants = {
+        "no_filter": Recipe("no quality filter", {"quality_filter": no_filter}),
+        "start_base": Recipe("start: base only", ours({"start": "base"}, {})),
+        "start_lda": Recipe("start: LDA only", ours({"start": "lda"}, {})),
+        "balanced": Recipe("balanced only", ours({"sampling": "balanced"}, {})),
+        "no_supcon": Recipe("no SupCon", ours({"supcon": 0.0}, {"supcon": 0.0})),
+        "learned_scale": Recipe(
+            "learned logit_scale",
+            ours({"train": [*head["train"], "logit_scale"]}, {}),
+        ),
+        "head_only": Recipe("no visual stage", stages(head, text)),
+        "one_run": Recipe("one visual run", ours({}, {"runs": 1})),
+        "unmixed": Recipe("visual stage not mixed", ours({}, {"mix": 1.0})),
+        "three_blocks": Recipe("three visual blocks", ours({}, {"last_visual_blocks": 3})),
+        "all_patches": Recipe("no patch dropout", ours({}, {"patch_dropout": 0.0})),
+        "no_clusters": Recipe("cluster share 0", stages(head, visual, text, cluster_share=0.0)),
+        "views_8": Recipe("8 views", stages(head, visual, text, cached_views=8)),
+    }
+    return rivals | (variants if domain.recipe == "default" else {})
 
 
 def zero_shot(data_run: Path, domain: Domain, ensemble: bool = False) -> Result:
@@ -150,28 +144,55 @@ def zero_shot(data_run: Path, domain: Domain, ensemble: bool = False) -> Result:
     return evaluate(model, processor, domain, data_run, prototypes)
 
 
-def probe(data_run: Path, domain: Domain) -> Result:
-    """Logistic regression on the base's frozen image_embeds, its settings chosen on validation."""
+def on_features(data_run: Path, domain: Domain, rival: Rival) -> Result:
+    """A classifier on the base's frozen features, its settings chosen on validation."""
     model, processor = load_clip(domain.base)
-    splits = load_prepared(data_run)
-    embeds = {name: _embed(model, processor, rows) for name, rows in splits.items()}
+    splits, tower = load_prepared(data_run), VisualTower(model)
+    features, embeds = {}, {}
+    for name, rows in splits.items():
+        images = (row["image"] for row in rows)
+        features[name] = encode_images(
+            model, processor, images, len(rows), progress=False, pooled=True
+        )
+        with torch.inference_mode():
+            pooled = torch.from_numpy(features[name]).to(model.device)
+            embeds[name] = tower.project(pooled).cpu().numpy()
     labels = {name: np.array(rows["label"]) for name, rows in splits.items()}
-    train_set, validation = ((embeds[n], labels[n]) for n in ("train", "validation"))
-    fitted = fit_probe(train_set, validation, len(domain.classes))
-    logits = {name: fitted.logits(of_split) for name, of_split in embeds.items()}
-    return _measures(logits, labels, splits["test"])
+    prototypes = encode_texts(model, processor, domain.canonical_prompts).cpu().numpy()
+    seen = embeds
+    if rival is strong:
+        seen, tower.pooled = features, True
+        samples = TrainingSamples(
+            splits["train"], domain.prompt_bank[1], domain.augmentation, processor, seed=0
+        )
+        seen["train"] = np.concatenate([_of_view(samples, tower, view) for view in range(VIEWS)])
+        labels["train"] = np.tile(labels["train"], VIEWS)
+    logits = rival(seen, labels, prototypes)
+    return _measures(logits, labels, splits["test"], embeds["test"])
+
+
+@torch.inference_mode()
+def _of_view(samples: TrainingSamples, tower: VisualTower, view: int) -> np.ndarray:
+    """What the tower makes of one augmented view of each image, (N, F)."""
+    parts = []
+    for start in range(0, len(samples.rows), BATCH):
+        rows = range(start, min(start + BATCH, len(samples.rows)))
+        pixels = torch.stack([samples.view(row, view) for row in rows])
+        parts.append(tower(pixels.to(tower.visual_projection.weight.device)).cpu().numpy())
+    return np.concatenate(parts)
 
 
 def fine_tune(recipe_run: Path, data_run: Path, domain: Domain, seed: int) -> Result:
     """Trains on the data of `data_run` with the stages and settings of `domain`."""
     (recipe_run / "data").symlink_to((data_run / "data").resolve(), target_is_directory=True)
     domain.save(recipe_run / "domain.yaml")
-    train.train([str(recipe_run), "--seed", str(seed)])
+    cache = (data_run / "cache" / "features").absolute()  # alike for all recipes
+    train.train([str(recipe_run), "--seed", str(seed), "--feature_cache", str(cache)])
     trained = read_json(recipe_run / "training.json", "")
     result = evaluate(*load_clip(recipe_run / "model"), domain, data_run)
     for large in ("checkpoints", "cache", "model"):
         shutil.rmtree(recipe_run / large, ignore_errors=True)
-    return result | {"best_epoch": trained["best_epoch"], "alpha": trained["wise_ft"]["alpha"]}
+    return result | {"stages": trained["stages"], "alpha": trained["wise_ft"]["alpha"]}
 
 
 def evaluate(
@@ -195,7 +216,7 @@ def evaluate(
     }
     logits = {name: zero_shot_logits(model, embeds[name], prototypes) for name in embeds}
     labels = {name: np.array(splits[name]["label"]) for name in embeds}
-    result = _measures(logits, labels, splits["test"])
+    result = _measures(logits, labels, splits["test"], embeds["test"])
 
     prompts, prompt_classes = domain.prompt_bank
     bank = encode_texts(model, processor, prompts).cpu().numpy()  # (P, D)
@@ -227,7 +248,10 @@ def _embed(model: CLIPModel, processor: CLIPProcessor, rows: datasets.Dataset) -
 
 
 def _measures(
-    logits: dict[str, np.ndarray], labels: dict[str, np.ndarray], test: datasets.Dataset
+    logits: dict[str, np.ndarray],
+    labels: dict[str, np.ndarray],
+    test: datasets.Dataset,
+    image_embeds: np.ndarray,
 ) -> Result:
     """What any classifier has; which test images are right, to pool and pair them."""
     try:
@@ -239,10 +263,16 @@ def _measures(
     right = metrics.correct(calibrated, labels["test"])
     predicted, classes = calibrated.argmax(axis=1), calibrated.shape[1]
     on_validation = metrics.correct(logits["validation"], labels["validation"])
+    f1 = metrics.class_scores(predicted, labels["test"], classes)[2]
+    _, precision = metrics.image_retrieval(image_embeds, labels["test"], np.array(test["group_id"]))
+    own = calibrated[np.arange(len(predicted)), labels["test"]]
     return {
         "accuracy": float(right.mean()),
         "validation_accuracy": float(on_validation.mean()),
-        "macro_f1": metrics.macro_f1(predicted, labels["test"], classes),
+        "macro_f1": float(np.nanmean(f1)),
+        "lost_classes": int((f1 == 0).sum()),
+        "nll": float(-np.log(np.maximum(own, 1e-12)).mean()),
+        "image_map": float(np.nanmean(precision)),
         "ece_before_calibration": metrics.expected_calibration_error(raw.max(axis=1), right),
         "ece": metrics.expected_calibration_error(calibrated.max(axis=1), right),
         "temperature": temperature,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import shutil
@@ -22,13 +23,14 @@ import train  # noqa: E402
 from data_prep.prepare import prepare  # noqa: E402
 from model_card.build import build  # noqa: E402
 from nicheclip.domain import Domain
+from nicheclip.recipe import recipe
 
 ROOT = Path(__file__).parents[1]
 FACADES = ROOT / "domains" / "facades"
 
 
 def tiny_facades(folder: Path) -> Path:
-    """The façades domain with few drawings and two short stages, as a file of its own."""
+    """The façades domain with few drawings and the default recipe, short, as a file of its own."""
     raw = yaml.safe_load((FACADES / "domain.yaml").read_text(encoding="utf-8"))
     raw["base"] = str(FACADES / "base")
     raw["source"]["options"] |= {
@@ -37,11 +39,20 @@ def tiny_facades(folder: Path) -> Path:
     }  # fmt: skip
     raw["retention"]["images_per_class"] = 5
     raw["samples_per_class"] = 12
-    raw["stages"][0]["epochs"], raw["stages"][1]["epochs"] = 1, 2
-    raw["training"] |= {"per_device_train_batch_size": 24, "disable_tqdm": True}
+    raw["stages"] = short_recipe()
+    raw["training"] = {"per_device_train_batch_size": 24, "disable_tqdm": True}
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
     return path
+
+
+def short_recipe() -> list[dict[str, Any]]:
+    """The default one with fewer epochs, runs and variants."""
+    head, visual, text = copy.deepcopy(recipe("default")["stages"])
+    head |= {"epochs": 4, "learning_rate": 1e-3, "sampling": "balanced", "batch_size": 48}
+    visual |= {"epochs": 2, "learning_rate": 1e-4, "runs": 2, "batch_size": 48, "mix": [0.5, 1.0]}
+    text["epochs"] = 1
+    return [head, visual, text]
 
 
 @pytest.fixture(scope="session")

@@ -98,13 +98,16 @@ class StagedTrainer:
             Path(args.output_dir) / f"{number}-{stage.name.replace('/', '_')}"
             for number, stage in enumerate(domain.stages, 1)
         ]
+        self.sampling: Sampling = "balanced"  # of the stage before
+        for stage in domain.stages:
+            for variant in self._variants(stage):
+                self._sampler(variant)  # what can't be sampled is told before anything is trained
         self.feature_cache = Path(args.feature_cache or Path(args.output_dir) / "features")
         self.encoding_seconds = 0.0
         self.signals = StopOnSignal()
         self.base_bias = model.vision_model.post_layernorm.bias.detach().clone()
         self.base_projection = model.visual_projection.weight.detach().cpu().numpy().copy()
         self._base_features: tuple[Part, Part] | None = None
-        self.sampling: Sampling = "balanced"  # of the stage before
         self.prototypes: torch.Tensor | None = None  # (C, D), where they are free
         self.stages: list[dict[str, Any]] = []  # of each, what was tried and chosen
         self.epochs: list[dict[str, Any]] = []  # a row each that was looked at, over all stages
@@ -151,8 +154,7 @@ class StagedTrainer:
 
     def _train_stage(self, stage: Stage, folder: Path, resume: bool) -> None:
         """Trains the variants and the runs of the chosen one; averages and mixes these."""
-        repeats = np.asarray(self.train_dataset.rows["repeats"]).mean()
-        variants = stage.variants(float(repeats))
+        variants = self._variants(stage)
         several = len(variants) > 1 or stage.runs > 1
         towers = self.begin_stage(stage)
         before = _copies(towers.trained())
@@ -177,6 +179,9 @@ class StagedTrainer:
         self.prototypes = None
         if towers.prototypes is not None:
             self.prototypes = towers.prototypes.detach().clone()
+
+    def _variants(self, stage: Stage) -> list[Stage]:
+        return stage.variants(float(np.mean(self.train_dataset.rows["repeats"])))
 
     def begin_stage(self, stage: Stage) -> StageTowers:
         """The model as the stage trains it."""
@@ -319,8 +324,7 @@ class StagedTrainer:
         samples.patch_dropout = stage.patch_dropout
         batch_size = args.train_batch_size * args.world_size
         if stage.batch_size is not None:
-            shared = len(samples) // args.world_size * args.world_size
-            batch_size = min(stage.batch_size, shared)
+            batch_size = min(stage.batch_size, len(samples)) // args.world_size * args.world_size
         return ClusterBatchSampler(
             samples.labels,
             self.domain.class_clusters,
