@@ -38,9 +38,8 @@ SHOWN_IMAGES = 3  # for each direction of a pair
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.clusters", description=__doc__.split("\n", 1)[1]
-    )
+    about = __doc__.split("\n", 1)[1]
+    parser = argparse.ArgumentParser(prog="python -m data_prep.clusters", description=about)
     parser.add_argument("domain", help="a domain file, or the folder that holds it as domain.yaml")
     parser.add_argument("--run", type=Path, help="a prepared run (default: runs/<domain name>)")
     parser.add_argument("--largest", type=int, default=LARGEST, help="classes of a cluster at most")
@@ -98,7 +97,7 @@ def measure(
         own = np.flatnonzero(in_train & (labels == label))
         mistaken = own[probe[own].argmax(axis=1) == other]
         surest = mistaken[np.argsort(-probe[mistaken, other], kind="stable")][:SHOWN_IMAGES]
-        chances = probe[surest, other].round(4).tolist()
+        shown, chances = used[["source_id"]].iloc[surest], probe[surest, other].round(4)
         pairs.append(
             {
                 "label": names[label],
@@ -107,10 +106,7 @@ def measure(
                 "zero_shot": round(by_zero_shot[label, other], 4),
                 "images": len(own),
                 "mistaken": len(mistaken),
-                "surest": [
-                    {"source_id": source_id, "probability": chance}
-                    for source_id, chance in zip(used.source_id.iloc[surest], chances, strict=True)
-                ],
+                "surest": shown.assign(probability=chances).to_dict("records"),
             }
         )
     return {
@@ -188,11 +184,10 @@ def to_yaml(domain: Domain, confusions: dict[str, Any], proposed: dict[str, list
         lines.append("# no pair stands out: leave clusters out, and all classes are in one")
     lines.append("clusters:")
     for cluster, members in proposed.items():
-        alone = len(members) == 1
-        own, others = domain.indices(members), domain.indices(names if alone else members)
-        closest = max(((a, b) for a in own for b in others if a != b), key=affinity.__getitem__)
-        pair = " ".join(" / ".join(names[index] for index in closest).split())  # on one line
-        lines.append(f"  # {'alone; ' if alone else ''}{pair}: {affinity[closest]:.1%}")
+        if len(members) > 1:
+            closest = max(combinations(domain.indices(members), 2), key=affinity.__getitem__)
+            pair = " ".join(" / ".join(names[index] for index in closest).split())  # on one line
+            lines.append(f"  # {pair}: {affinity[closest]:.1%}")
         listed = yaml.safe_dump(members, default_flow_style=True, allow_unicode=True, width=10**6)
         lines.append(f"  {cluster}: {listed.strip()}")
     return "\n".join(lines)

@@ -39,7 +39,9 @@ def divide(images: pd.DataFrame, pairs: np.ndarray, domain: Domain) -> pd.DataFr
         ValueError: if a split would have no image of a class.
     """
     images = images.assign(rank=[PRECEDENCE.index(split or "train") for split in images.given])
-    images["group_id"] = _group_ids(images.sha256, pairs)
+    # A group is called after its smallest hash, which stays when most others come or go.
+    connected = connected_groups(pairs, len(images))
+    images["group_id"] = images.sha256.str[:16].groupby(connected).transform("min")
     dropped = images.index[images.decision == "drop"]
     reasons = {index: Reason("dropped by hand") for index in dropped}
     _set_copies_aside(images.drop(dropped), reasons)
@@ -97,11 +99,6 @@ def _set_contradiction_aside(image: Any, other: Any, reasons: dict[int, Reason])
     if not (believed or settled or image.Index in reasons):
         detail = f"a near-duplicate of it is under {other.label}"
         reasons[image.Index] = Reason("conflict", other.source_id, detail)
-
-
-def _group_ids(sha256: pd.Series, pairs: np.ndarray) -> pd.Series:
-    """A group is called after its smallest hash, which stays when most others come or go."""
-    return sha256.str[:16].groupby(connected_groups(pairs, len(sha256))).transform("min")
 
 
 def assign_splits(

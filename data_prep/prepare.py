@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pandas as pd
 from accelerate.utils import broadcast_object_list
-from PIL import Image
 from scipy.special import softmax
 
-from data_prep import findings
 from data_prep.clusters import measure
 from data_prep.divide import divide
 from data_prep.duplicates import Encode, Fingerprints
 from data_prep.quality import samples_per_epoch, suspect_labels
-from data_prep.report import write_report
+from data_prep.report import Entry, findings, suspicions, write_report
 from data_prep.review import Suspicion, read_decisions, write_review
 from data_prep.sources import fetch_images, read_source, retention_rows
 from data_prep.sources.rows import check_classes, unusable
@@ -45,7 +42,7 @@ def prepare(
     images: str | Path | None = None,
     seed: int = 0,
     contact: str | None = None,
-) -> findings.Report | None:
+) -> dict[str, Any] | None:
     """Makes `run`/data (a DatasetDict, report.json and report.html), review.csv and domain.yaml.
 
     A killed run goes on where it was: finished shards of verified and encoded images lie in
@@ -70,7 +67,7 @@ def prepare(
             f"'{run / 'data'}' is not prepared data and would be overwritten; choose another --run"
         )
     state = processes()
-    with run_lock(run), quiet_datasets(), _uncached():
+    with run_lock(run), quiet_datasets():
         # The second file is of calibrate.py's errors.html; where both decide, review.csv does.
         decided = read_decisions(run / "review_errors.csv") | read_decisions(run / "review.csv")
         fetched: list[str | Path | None] = [None]
@@ -95,15 +92,8 @@ def prepare(
         table = suspect_labels(table, image_embeds, zero_shot, domain, seed)
         kept = _kept(table, domain, zero_shot, seed)
         splits = _splits(rows, kept, domain)
-        confusions = measure(domain, kept, image_embeds, zero_shot, seed)
-
-        aside = findings.entries(table[table.kind.notna()], "kind", "other", "detail")
-        quarantined = unplaced + unreadable + aside
-        suspects = findings.suspects(table)
-        alike = findings.alike_across_splits(table, fingerprints)
-        classes = findings.classes(domain, table, kept, quarantined)
         mended = (what for note in rows["mended"][:] if note for what in note.split("; "))
-        report: findings.Report = {
+        report = {
             "provenance": provenance(),
             "domain": domain.name,
             "base": domain.base,
@@ -112,39 +102,29 @@ def prepare(
             "settings": domain.model_dump(mode="json", include=DATA_SETTINGS),
             "fingerprint": fingerprint(splits, domain),
             "near_duplicate_cosines": [round(cosine, 4) for cosine in fingerprints.cosines],
-            "counts": findings.counts(table, kept, quarantined, len(listed) + len(unplaced)),
             "filter": domain.quality_filter.model_dump(),
-            "classes": classes,
-            "warnings": findings.warnings(classes, table, decided, alike, fingerprints),
             "mended": dict(Counter(mended)),
-            "quarantined": quarantined,
-            "suspects": suspects,
-            "least_likely_kept": findings.least_likely_kept(kept),
-            "near_duplicates": findings.near_duplicates(kept),
-            "alike_across_splits": alike,
-            "confusions": confusions,
+            **findings(domain, table, kept, unplaced + unreadable, decided, fingerprints),
+            "confusions": measure(domain, kept, image_embeds, zero_shot, seed),
         }
-        _write_data(run, domain, splits, report, rows)
+        pictures = rows.select_columns("image").cast_column("image", datasets.Image())
+        row_of = {source_id: row for row, source_id in enumerate(rows["source_id"])}
+        with replaced_folder(run / "data") as folder:
+            splits.save_to_disk(folder)
+            if domain.retention is not None:
+                retained = retention_rows(domain, run / "retention_images")
+                retained.save_to_disk(folder / "retention")
+            write_json(folder / "report.json", report)
+            page = folder / "report.html"
+            write_report(page, report, domain, lambda name: pictures[row_of[name]]["image"])
         domain.save(run / "domain.yaml")
-        write_review(run / "review.csv", findings.suspicions(quarantined, suspects))
+        write_review(run / "review.csv", suspicions(report))
     return report
-
-
-@contextmanager
-def _uncached() -> Iterator[None]:
-    """`datasets` would leave its intermediate tables beside the shards, or in the user's data."""
-    enabled = datasets.is_caching_enabled()
-    datasets.disable_caching()
-    try:
-        yield
-    finally:
-        if enabled:
-            datasets.enable_caching()
 
 
 def _verify(
     listed: datasets.Dataset, domain: Domain, cache: Path
-) -> tuple[datasets.Dataset, list[findings.Entry]]:
+) -> tuple[datasets.Dataset, list[Entry]]:
     """The readable rows with their stored image, hashes and what was mended; and the others."""
     sides = {"stored_short_side": domain.stored_short_side, "smallest_side": domain.smallest_side}
     identity = [" ".join(pair) for pair in zip(listed["source_id"], listed["version"], strict=True)]
@@ -159,17 +139,13 @@ def _verify(
     )
     kept_columns = listed.remove_columns(["image", "version"])
     rows = datasets.concatenate_datasets([kept_columns, verified], axis=1)
-    readable, unreadable = [], []
-    columns = rows["source_id"], rows["error_kind"], rows["error_detail"], rows["class_name"]
-    for index, told in enumerate(zip(*columns, strict=True)):
-        if told[1] is None:
-            readable.append(index)
-        else:
-            unreadable.append(unusable(*told))
-    rows = rows.select(readable)
-    found = set(rows["class_name"])
-    check_classes(found, domain.class_names, f"the {len(rows)} readable images")
-    return rows, unreadable
+    told = rows.remove_columns("image").to_pandas()
+    lost = told[told.error_kind.notna()]
+    columns = lost.source_id, lost.error_kind, lost.error_detail, lost.class_name
+    rows = rows.select(np.flatnonzero(told.error_kind.isna()))
+    where = f"the {len(rows)} readable images"
+    check_classes(set(rows["class_name"]), domain.class_names, where)
+    return rows, [unusable(*image) for image in zip(*columns, strict=True)]
 
 
 def _encode(rows: datasets.Dataset, encode: Encode, settings: str, cache: Path) -> np.ndarray:
@@ -198,28 +174,6 @@ def _table(rows: datasets.Dataset, decided: dict[tuple[str, str], Suspicion]) ->
     keys = zip(table.sha256, table.label, strict=True)
     table["decision"] = [decided[key].decision if key in decided else "" for key in keys]
     return table
-
-
-def _write_data(
-    run: Path,
-    domain: Domain,
-    splits: datasets.DatasetDict,
-    report: findings.Report,
-    rows: datasets.Dataset,
-) -> None:
-    pictures = rows.select_columns("image").cast_column("image", datasets.Image())
-    row_of = {source_id: row for row, source_id in enumerate(rows["source_id"])}
-
-    def picture(source_id: str) -> Image.Image:
-        return pictures[row_of[source_id]]["image"]
-
-    with replaced_folder(run / "data") as folder:
-        splits.save_to_disk(folder)
-        if domain.retention is not None:
-            retained = retention_rows(domain, run / "retention_images")
-            retained.save_to_disk(folder / "retention")
-        write_json(folder / "report.json", report)
-        write_report(folder / "report.html", report, domain, picture)
 
 
 def _kept(table: pd.DataFrame, domain: Domain, zero_shot: np.ndarray, seed: int) -> pd.DataFrame:

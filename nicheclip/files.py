@@ -122,11 +122,14 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """No progress bars of `datasets`; the steps that take long have their own."""
-    shown = datasets.is_progress_bar_enabled()
+    """`datasets` shows no progress bars, and leaves no intermediate files in the user's data."""
+    shown, cached = datasets.is_progress_bar_enabled(), datasets.is_caching_enabled()
     datasets.disable_progress_bars()
+    datasets.disable_caching()
     try:
         yield
     finally:
         if shown:
             datasets.enable_progress_bars()
+        if cached:
+            datasets.enable_caching()

@@ -64,7 +64,7 @@ def download_commons(
         OSError: if Commons can't be reached, refuses, or keeps asking to wait. What was downloaded
             by then stays.
     """
-    chosen = read_options(CommonsOptions, options, "Commons")
+    chosen = read_options(CommonsOptions, options)
     filled = {name: categories for name, categories in chosen.categories.items() if categories}
     of_class = check_classes(filled, class_names, "source.options.categories")
     categories = {of_class[name]: _canonical(given) for name, given in filled.items()}

@@ -44,19 +44,17 @@ def read_folders(
     rows: list[dict[str, Any]] = []
     aside = []
     for path in paths:
-        inside = path.relative_to(folder)
-        split, folders = split_and_folders(inside.parts, names)
         if path.name in SIDECARS:
             continue
-        if not folders:
-            aside.append(unusable(inside.as_posix(), "no class", "not in a class folder"))
-        elif not path.is_file():
-            aside.append(
-                unusable(inside.as_posix(), "no class", "not a file: a broken link, or a device")
-            )
-        else:
-            status = path.stat()
-            row: dict[str, Any] = {
+        inside = path.relative_to(folder)
+        split, folders = split_and_folders(inside.parts, names)
+        if not folders or not path.is_file():
+            why = "not a file: a broken link, or a device" if folders else "not in a class folder"
+            aside.append(unusable(inside.as_posix(), "no class", why))
+            continue
+        status = path.stat()
+        rows.append(
+            {
                 "image": {"path": str(path), "bytes": None},
                 "source_id": inside.as_posix(),
                 "version": f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}",
@@ -64,7 +62,7 @@ def read_folders(
                 "split": split,
                 "attribution": attributions.get(path),
             }
-            rows.append(row)
+        )
     canonical = check_classes({row["class_name"] for row in rows}, class_names, f"'{folder}'")
     for row in rows:
         row["class_name"] = canonical[row["class_name"]]

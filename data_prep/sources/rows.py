@@ -27,7 +27,7 @@ def unusable(
     return {**named, "kind": kind, "other": None, "detail": detail}
 
 
-def read_options(kind: type[T], options: dict[str, Any], source: str) -> T:
+def read_options(kind: type[T], options: dict[str, Any]) -> T:
     """`source.options` of a domain file as the dataclass of its source.
 
     Raises:
@@ -35,9 +35,7 @@ def read_options(kind: type[T], options: dict[str, Any], source: str) -> T:
     """
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     if unknown := sorted(set(options) - set(known)):
-        raise ValueError(
-            f"source.options of {source}: '{unknown[0]}'; known options are {', '.join(known)}"
-        )
+        raise ValueError(f"source.options: '{unknown[0]}'; known options are {', '.join(known)}")
     try:
         return TypeAdapter(kind).validate_python(options)
     except ValidationError as error:

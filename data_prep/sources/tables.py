@@ -60,7 +60,7 @@ def read_table(
         ValueError: for an unknown option, column, split or label.
         FileNotFoundError: if there is no such dataset, or a class has no image.
     """
-    chosen = read_options(TableOptions, options, "a dataset")
+    chosen = read_options(TableOptions, options)
     tables = _load(location, chosen)
     split_of = SPLIT_NAMES | chosen.splits
     table = datasets.concatenate_datasets(list(tables.values()))

@@ -73,7 +73,7 @@ def write_images(folder: Path, domain: Domain, seed: int, **options: Any) -> Pat
     Raises:
         ValueError: for an option that does not exist, or if `folder` holds something else.
     """
-    chosen = read_options(FacadeOptions, options, "the façade painter")
+    chosen = read_options(FacadeOptions, options)
     clusters = list(domain.clusters.values())
     order = {"seed": seed, "clusters": clusters, "attribution": ATTRIBUTION, **asdict(chosen)}
     truth_file = folder / "truth.json"
