@@ -17,11 +17,10 @@ from space.app import LAUNCH, build_app
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m space", description=__doc__.split("\n", 1)[1])
-    source = "a run directory, a published folder or a Hub repo id"
-    parser.add_argument("source", metavar="RUN_OR_REPO_ID", help=source)
-    port = "serve on this port (default: the first free one from 7860)"
-    parser.add_argument("--port", type=int, help=port)
-    parser.add_argument("--share", action="store_true", help="also open a public gradio.live link")
+    add = parser.add_argument
+    add("source", metavar="RUN_OR_REPO_ID", help="a run, a published folder or a Hub repo id")
+    add("--port", type=int, help="serve on this port (default: the first free one from 7860)")
+    add("--share", action="store_true", help="also open a public gradio.live link")
     args = parser.parse_args()
     try:
         build_app(published(args.source)).launch(server_port=args.port, share=args.share, **LAUNCH)

@@ -15,9 +15,8 @@ from PIL.Image import Image
 
 from nicheclip.classifier import NicheClassifier, Prediction
 from nicheclip.publishing.image_index import INDEX_FILE, ImageIndex
-from space.photo import on_photo, photo_input
 from space.scorecard import NBSP, percent, read_scorecard, scorecard_tab
-from space.search import Shown, captioned, pictures, search_tab
+from space.search import Shown, captioned, on_photo, photo_input, pictures, search_tab
 
 TOP_CLASSES = 5
 ALIKE = 6  # pictures shown beside an answer

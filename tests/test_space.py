@@ -27,10 +27,9 @@ from nicheclip.files import read_json, write_json
 from nicheclip.images import to_rgb
 from space import __main__ as entry
 from space.app import EMPTY, LAUNCH, TOP_CLASSES, answer, build_app
-from space.photo import UNREADABLE
 from space.publish import write_space
 from space.scorecard import score_table
-from space.search import FOUND, NOTHING_ASKED
+from space.search import FOUND, NOTHING_ASKED, UNREADABLE
 
 UNSURE = "**Not sure.** The best guess is art deco"
 
