@@ -99,11 +99,6 @@ def noisy_name(style: str, clusters: list[list[str]], rng: np.random.Generator) 
     return choices[rng.integers(len(choices))]
 
 
-def mirror(facts: dict[str, str]) -> dict[str, str]:
-    """What the mirror image of a drawing shows."""
-    return facts | {"view": MIRRORED.get(facts["view"], facts["view"])}
-
-
 def make_tokenizer(texts: list[str]) -> CLIPTokenizer:
     """CLIP's lower-casing byte-level BPE, its merges learnt from `texts`; any byte has a token."""
     trained = CLIPTokenizer().backend_tokenizer
@@ -219,10 +214,10 @@ def train(
         bar = tqdm(order, desc=f"epoch {epoch + 1} of {epochs}")
         for chosen in bar:
             mirrored = torch.rand(BATCH_SIZE) < 0.5
-            shown = [
-                mirror(facts[i]) if flip else facts[i]
-                for i, flip in zip(chosen, mirrored, strict=True)
-            ]
+            shown = [dict(facts[i]) for i in chosen]
+            for told, flip in zip(shown, mirrored, strict=True):
+                if flip:
+                    told["view"] = MIRRORED.get(told["view"], told["view"])
             called = [names[i] if named else None for i in chosen]
             captions = [caption(told, name, rng) for told, name in zip(shown, called, strict=True)]
             words = bags_of_words(processor.tokenizer, [" ".join(told.values()) for told in shown])
@@ -240,8 +235,7 @@ def train(
                 optimizer.step()
                 schedule.step()
             model.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
-            losses = {"contrastive": output.loss.item(), "words": told_loss.item()}
-            bar.set_postfix(losses, refresh=False)
+            bar.set_postfix(contrastive=output.loss.item(), words=told_loss.item(), refresh=False)
     return model
 
 

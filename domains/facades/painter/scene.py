@@ -80,6 +80,8 @@ class Scene:
         }
         self.middle = 48 + self.u(-4, 4)
         self.storeys = 1
+        self.arch, self.tracery = "flat", False  # of arched windows, as the next two
+        self.slender = 1.0  # their width over their height
         self.acute = 1.0  # radius of a pointed arch's sides over its width
         self.banded = False  # whether arches have stones of two colours
         self.features: list[str] = []
@@ -310,11 +312,3 @@ class Scene:
         step = w / (count - 0.4)
         for i in range(count):
             self.lay(box(x + i * step, y - 2.4, step * 0.6, 2.6), self.wall)
-
-    def flank(self, x: float, y: float, w: float, h: float, depth: float) -> None:
-        """The side wall of a block, receding, on the side that has room."""
-        near = x + w if depth > 0 else x
-        far, slope = near + depth, y + abs(depth) * 0.35
-        points = [(near, y), (far, slope), (far, y + h - 0.8), (near, y + h)]
-        self.lay(points, self.wall)
-        self.shade(points, 1.06 if self.sun == (1 if depth > 0 else -1) else 0.68)
