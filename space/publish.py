@@ -17,7 +17,7 @@ def code_of(module: str) -> tuple[set[Path], set[str]]:
     """The files of this project that a module needs, and the packages that those import on top."""
     finder = ModuleFinder([str(CODE)])
     finder.import_hook(module)
-    files = {Path(found.__file__) for found in finder.modules.values() if found.__file__}
+    files = {Path(path) for found in finder.modules.values() if (path := vars(found)["__file__"])}
     imported = {name.partition(".")[0] for name in finder.badmodules}  # it looks here alone
     return files, imported - sys.stdlib_module_names - {"nicheclip", "space"}
 
