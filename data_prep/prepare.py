@@ -20,7 +20,7 @@ from data_prep.duplicates import Encode, Fingerprints
 from data_prep.quality import samples_per_epoch, suspect_labels
 from data_prep.report import Entry, findings, suspicions, write_report
 from data_prep.review import Suspicion, read_decisions, write_review
-from data_prep.sources import fetch_images, read_source, retention_rows
+from data_prep.sources import fetch, read, retention_rows, source_of
 from data_prep.sources.rows import check_classes, unusable
 from data_prep.verify import VERIFY_VERSION, verify_rows
 from nicheclip.cached_map import map_shards, stored_digests, weights_digest
@@ -70,11 +70,11 @@ def prepare(
     with run_lock(run), quiet_datasets():
         # The second file is of calibrate.py's errors.html; where both decide, review.csv does.
         decided = read_decisions(run / "review_errors.csv") | read_decisions(run / "review.csv")
-        fetched: list[str | Path | None] = [None]
+        source, fetched = source_of(domain, images), [""]
         if state.is_main_process:
-            fetched = [fetch_images(domain, run, images, seed, contact)]
+            fetched = [str(fetch(source, run / "images", domain, seed, contact))]
         (location,) = broadcast_object_list(fetched)
-        listed, unplaced = read_source(domain, location, own=images is None)
+        listed, unplaced = read(source, location, domain.class_names)
         rows, unreadable = _verify(listed, domain, run / "cache" / "verified")
         model, processor = load_clip(domain.base)
         dtype = fast_dtype(model.device)
@@ -97,7 +97,7 @@ def prepare(
             "provenance": provenance(),
             "domain": domain.name,
             "base": domain.base,
-            "images": str(location),
+            "images": location,
             "seed": seed,
             "settings": domain.model_dump(mode="json", include=DATA_SETTINGS),
             "fingerprint": fingerprint(splits, domain),

@@ -130,12 +130,10 @@ def warnings(
         wanted, pool, taken = (entry["filter"][key] for key in ("wanted", "images", "suspect"))
         if wanted > taken:
             found.append(
-                f"{entry['name']}: the filter wanted {wanted} of {pool} images "
-                f"({wanted / pool:.0%}); this is rather a class that the base model does not "
-                f"know, not noise, and the cap held the filter to {taken}"
+                f"{entry['name']}: the filter wanted {wanted} of {pool} images, and the cap held "
+                f"it to {taken}; rather a class that the base model does not know than noise"
             )
-    small = [f"{e['name']} ({e['test']})" for e in classes if e["test"] < SMALL_EXAM]
-    if small:
+    if small := [f"{e['name']} ({e['test']})" for e in classes if e["test"] < SMALL_EXAM]:
         found.append(
             f"fewer than {SMALL_EXAM} test images, so that the class's own accuracy will say next "
             f"to nothing: {', '.join(small)}; add images, or merge it with a class that it is like"
@@ -146,11 +144,10 @@ def warnings(
             f"{len(unused)} decisions in review.csv match no image, the first is {unused[0]}"
         )
     # The search asks the hash first, and a crop changes that soon.
-    if striking := sum(pair[0]["cosine"] >= fingerprints.cosines[-1] for pair in alike):
-        number = f"{striking}{' or more' if striking == len(alike) else ''}"
+    if any(pair[0]["cosine"] >= fingerprints.cosines[-1] for pair in alike):
         found.append(
-            f"{number} pairs of pictures in different splits are as alike to the base model as a "
-            "picture and its copy; look at them under “most alike across splits”"
+            "pictures in different splits are as alike to the base model as a picture and its "
+            "copy; look at them under “most alike across splits”"
         )
     return found
 

@@ -52,17 +52,16 @@ def verify_image(
         to be done to read it, or None), and why the file can't be used: error_kind, "unreadable",
         "too small" or "blank", and error_detail, both None if it can.
     """
-    verified: dict[str, Any] = dict.fromkeys(VERIFIED_FEATURES)
     try:
-        verified |= _verified(source, stored_short_side, smallest_side)
+        found = _verified(source, stored_short_side, smallest_side)
     except UnusableError as error:
-        verified["error_kind"], verified["error_detail"] = error.args
-    # Decoders raise nearly anything for a broken file; the reason is kept.
-    except Exception as error:
+        found = {"error_kind": error.args[0], "error_detail": error.args[1]}
+    except UnidentifiedImageError:
+        found = {"error_kind": "unreadable", "error_detail": "not an image"}
+    except Exception as error:  # decoders raise nearly anything for a broken file
         told = (str(error) or type(error).__name__).splitlines()[0]
-        verified["error_kind"] = "unreadable"
-        verified["error_detail"] = "not an image" if type(error) is UnidentifiedImageError else told
-    return verified
+        found = {"error_kind": "unreadable", "error_detail": told}
+    return dict.fromkeys(VERIFIED_FEATURES) | found
 
 
 def _verified(
