@@ -55,10 +55,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
     except (ValueError, OSError) as error:
         sys.exit(f"data_prep.clusters: {error}")
-    affinity = squareform(report["confusions"]["affinity"])
-    proposed = propose(domain.class_names, affinity, args.largest)
-    print(to_yaml(domain, report["confusions"], proposed))
-    print(f"\n{agreement(domain, proposed)}", file=sys.stderr)
+    confusions = report["confusions"]
+    proposed = propose(domain.class_names, squareform(confusions["affinity"]), args.largest)
+    images = confusions["train"] + confusions["validation"]
+    print(f"# proposed from {images} train and validation images: edit the clusters, and name them")
+    if len(proposed) == len(domain.class_names):
+        print("# no pair stands out: leave clusters out, and all classes are in one")
+    options: dict[str, Any] = {"default_flow_style": None, "sort_keys": False, "width": 10**6}
+    print(yaml.safe_dump({"clusters": proposed}, allow_unicode=True, **options))
+    print(agreement(domain, proposed), file=sys.stderr)
     print(f"look at {run / 'data' / 'report.html'}, edit the clusters, paste them", file=sys.stderr)
 
 
@@ -170,27 +175,6 @@ def agreement(domain: Domain, proposed: dict[str, list[str]]) -> str:
         f"{both + only_ours}; adjusted Rand index {adjusted_rand_score(own, ours):.2f} (1: the "
         "same clusters, 0: alike as by chance)."
     )
-
-
-def to_yaml(domain: Domain, confusions: dict[str, Any], proposed: dict[str, list[str]]) -> str:
-    """The proposal as the `clusters` of a domain file; above each its most confused pair."""
-    names, affinity = domain.class_names, squareform(confusions["affinity"])
-    images = confusions["train"] + confusions["validation"]
-    lines = [
-        f"# proposed from {images} train and validation images: edit the clusters, and name them",
-        "# above each the most confused pair, and the probability that they give to each other",
-    ]
-    if len(proposed) == len(names):
-        lines.append("# no pair stands out: leave clusters out, and all classes are in one")
-    lines.append("clusters:")
-    for cluster, members in proposed.items():
-        if len(members) > 1:
-            closest = max(combinations(domain.indices(members), 2), key=affinity.__getitem__)
-            pair = " ".join(" / ".join(names[index] for index in closest).split())  # on one line
-            lines.append(f"  # {pair}: {affinity[closest]:.1%}")
-        listed = yaml.safe_dump(members, default_flow_style=True, allow_unicode=True, width=10**6)
-        lines.append(f"  {cluster}: {listed.strip()}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from data_prep.divide import divide
 from data_prep.duplicates import Encode, Fingerprints
 from data_prep.quality import samples_per_epoch, suspect_labels
 from data_prep.report import Entry, findings, suspicions, write_report
-from data_prep.review import Suspicion, read_decisions, write_review
+from data_prep.review import read_decisions, write_review
 from data_prep.sources import fetch, read, retention_rows, source_of
 from data_prep.sources.rows import check_classes, unusable
 from data_prep.verify import VERIFY_VERSION, verify_rows
@@ -87,12 +87,15 @@ def prepare(
         prototypes = encode_texts(model, processor, domain.canonical_prompts)
         zero_shot = softmax(zero_shot_logits(model, image_embeds, prototypes), axis=1)  # (N, C)
         fingerprints = Fingerprints.make(rows, image_embeds, encode)
-        table = _table(rows, decided)
+        table = pd.DataFrame(rows.remove_columns("image").to_dict(), dtype=object)
+        table = table.rename(columns={"class_name": "label", "split": "given"})
+        keys = zip(table.sha256, table.label, strict=True)
+        table["decision"] = [decided[key].decision if key in decided else "" for key in keys]
         table = divide(table, fingerprints.near_duplicates(), domain)
         table = suspect_labels(table, image_embeds, zero_shot, domain, seed)
         kept = _kept(table, domain, zero_shot, seed)
         splits = _splits(rows, kept, domain)
-        mended = (what for note in rows["mended"][:] if note for what in note.split("; "))
+        mended = (what for note in table.mended if note for what in note.split("; "))
         report = {
             "provenance": provenance(),
             "domain": domain.name,
@@ -166,16 +169,6 @@ def _encode(rows: datasets.Dataset, encode: Encode, settings: str, cache: Path) 
     )
 
 
-def _table(rows: datasets.Dataset, decided: dict[tuple[str, str], Suspicion]) -> pd.DataFrame:
-    """What `divide` asks of each image."""
-    columns = {"source_id": "source_id", "class_name": "label", "sha256": "sha256"}
-    columns |= {"split": "given"}
-    table = pd.DataFrame({name: rows[column][:] for column, name in columns.items()}, dtype=object)
-    keys = zip(table.sha256, table.label, strict=True)
-    table["decision"] = [decided[key].decision if key in decided else "" for key in keys]
-    return table
-
-
 def _kept(table: pd.DataFrame, domain: Domain, zero_shot: np.ndarray, seed: int) -> pd.DataFrame:
     """What is used, one split after the other; with what `features` adds to it."""
     used = table[table.outcome != "dropped"]
@@ -191,15 +184,12 @@ def _kept(table: pd.DataFrame, domain: Domain, zero_shot: np.ndarray, seed: int)
 
 def _splits(rows: datasets.Dataset, kept: pd.DataFrame, domain: Domain) -> datasets.DatasetDict:
     schema = features(domain.class_names)
-    rows = rows.select_columns(["image", "source_id", "sha256", "attribution"])
-    rows = rows.cast_column("image", schema["image"])
-    added = datasets.Features({name: schema[name] for name in schema if name not in rows.features})
+    images = rows.select_columns("image").cast_column("image", schema.pop("image"))
     splits = datasets.DatasetDict()
     for name in SPLITS:
         own = kept[kept.split == name]
-        columns = datasets.Dataset.from_dict(own[list(added)].to_dict("list"), features=added)
-        split = datasets.concatenate_datasets([rows.select(own.index), columns], axis=1)
-        splits[name] = split.select_columns(list(schema))
+        columns = datasets.Dataset.from_dict(own[list(schema)].to_dict("list"), features=schema)
+        splits[name] = datasets.concatenate_datasets([images.select(own.index), columns], axis=1)
     return splits
 
 

@@ -18,7 +18,8 @@ import datasets
 from data_prep.sources.rows import SOURCE_FEATURES, check_classes, unusable
 from nicheclip.run import SPLITS
 
-SIDECARS = frozenset({"metadata.jsonl", "metadata.csv", "skipped.jsonl", "truth.json"})
+METADATA = frozenset({"metadata.jsonl", "metadata.csv"})
+SIDECARS = METADATA | {"skipped.jsonl", "truth.json"}
 
 
 def read_folders(
@@ -40,7 +41,8 @@ def read_folders(
         )
     names = {name.casefold() for name in class_names}
     paths = list_files(folder)
-    attributions = {path: text for sidecar in paths for path, text in _attributions(sidecar)}
+    metadata = [path for path in paths if path.name in METADATA]
+    attributions = {path: text for sidecar in metadata for path, text in _attributions(sidecar)}
     rows: list[dict[str, Any]] = []
     aside = []
     for path in paths:
@@ -100,14 +102,11 @@ def list_files(folder: Path) -> list[Path]:
 
 def _attributions(sidecar: Path) -> Iterator[tuple[Path, str]]:
     """What a metadata file says of the images beside it."""
-    if sidecar.name == "metadata.jsonl":
-        lines = sidecar.read_text(encoding="utf-8").splitlines()
-        entries = [json.loads(line) for line in lines if line.strip()]
-    elif sidecar.name == "metadata.csv":
-        with sidecar.open(encoding="utf-8", newline="") as file:
+    with sidecar.open(encoding="utf-8", newline="") as file:
+        if sidecar.suffix == ".csv":
             entries = list(csv.DictReader(file))
-    else:
-        return
+        else:
+            entries = [json.loads(line) for line in file if line.strip()]
     for entry in entries:
         if "file_name" not in entry:
             raise ValueError(f"'{sidecar}': an entry has no file_name; expected one in each")
