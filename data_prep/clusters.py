@@ -50,9 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         remedy = f"run `python -m data_prep {args.domain} --run {run}` first"
         report = read_json(run / "data" / "report.json", remedy, ["classes", "confusions"])
         if [entry["name"] for entry in report["classes"]] != domain.class_names:
-            raise ValueError(
-                f"'{run}' was prepared with other classes than '{domain.name}' has; {remedy}"
-            )
+            raise ValueError(f"'{run}' was prepared for other classes; {remedy}")
     except (ValueError, OSError) as error:
         sys.exit(f"data_prep.clusters: {error}")
     confusions = report["confusions"]

@@ -68,8 +68,7 @@ def divide(images: pd.DataFrame, pairs: np.ndarray, domain: Domain) -> pd.DataFr
         present = set(images.label[parts == name])
         if empty := [label for label in domain.class_names if label not in present]:
             raise ValueError(
-                f"the {name} split has no image of: {', '.join(empty)}; add images, merge "
-                "classes, or change splits in the domain file"
+                f"the {name} split has no image of: {', '.join(empty)}; add some, or change splits"
             )
     told = [reasons.get(index, Reason()) for index in images.index]
     return images.assign(split=parts).join(pd.DataFrame(told, dtype=object))

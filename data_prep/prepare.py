@@ -45,9 +45,8 @@ def prepare(
 ) -> dict[str, Any] | None:
     """Makes `run`/data (a DatasetDict, report.json and report.html), review.csv and domain.yaml.
 
-    A killed run goes on where it was: finished shards of verified and encoded images lie in
-    `run`/cache, which also makes the next run quick and may be removed. Under `accelerate launch`
-    the processes share the shards.
+    Finished shards of verified and encoded images lie in `run`/cache, so that a killed run goes on
+    where it was; under `accelerate launch` the processes share them.
 
     Args:
         images: class folders or a dataset to read instead of the domain's own source.

@@ -6,7 +6,6 @@ import warnings
 
 import numpy as np
 import pandas as pd
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from threadpoolctl import threadpool_limits
@@ -61,16 +60,10 @@ def out_of_fold_probabilities(
         return -np.log(np.maximum(own, 1e-6)).mean()
 
     few = np.random.default_rng(seed).permutation(len(labels))[:4000]  # enough to choose by
-    strengths = tqdm(
-        REGULARIZATIONS, "judging labels with linear probes", unit="probe", leave=False
-    )
-    # Threads would spend more time on waiting for each other than on matrices of this size.
-    with threadpool_limits(1), warnings.catch_warnings():
-        # A class may be smaller than the number of folds, or missing in one; and a probe that is
-        # nearly converged is as good here.
-        for message in ("The least populated class", "Number of classes in training fold"):
-            warnings.filterwarnings("ignore", message)
-        warnings.simplefilter("ignore", ConvergenceWarning)
+    strengths = tqdm(REGULARIZATIONS, "judging labels by probes", unit="probe", leave=False)
+    # Threads would spend more time on waiting for each other than on matrices of this size. A class
+    # may be missing in a fold, and a probe that is nearly converged is as good here.
+    with threadpool_limits(1), warnings.catch_warnings(action="ignore"):
         return out_of_fold(np.arange(len(labels)), min(strengths, key=loss))
 
 

@@ -81,10 +81,7 @@ def read_json(path: str | Path, remedy: str, keys: Sequence[str] = ()) -> Any:
     except ValueError as error:
         raise ValueError(f"'{path}' is damaged, not valid JSON ({error}); {remedy}") from error
     if missing := [key for key in keys if key not in content]:
-        raise ValueError(
-            f"'{path}' has no '{missing[0]}', so it is another version's or another program's; "
-            f"{remedy}"
-        )
+        raise ValueError(f"'{path}' has no '{missing[0]}', as of another version; {remedy}")
     return content
 
 

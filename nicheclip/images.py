@@ -51,9 +51,7 @@ def open_image(photo: Photo) -> Image.Image:
     expected = "a path, a PIL image, the bytes of a file, or a uint8 array (H, W, 3) or (H, W)"
     named = f"'{photo}'" if isinstance(photo, str | Path) else f"a {type(photo).__name__}"
     if named.startswith(("'http://", "'https://")):
-        raise ValueError(
-            f"{named} is an address, and nothing is downloaded here; save the image first"
-        )
+        raise ValueError(f"{named} is an address; nothing is downloaded here, save it first")
     fits = isinstance(photo, Photo)
     if isinstance(photo, np.ndarray):
         named = f"an array of {photo.dtype}, {photo.shape}"

@@ -53,8 +53,7 @@ def fetch(
         return download_commons(folder, domain.class_names, contact, **source.options)
     if source.path is None:
         raise ValueError(
-            f"domain '{domain.name}' names no images; pass --images FOLDER, one folder a class "
-            "inside, or a dataset"
+            f"domain '{domain.name}' names no images; pass --images, class folders or a dataset"
         )
     if source.kind != "module":
         return source.path
@@ -78,18 +77,14 @@ def read(
 
 
 def retention_rows(domain: Domain, drawn: Path, seed: int = 0) -> datasets.Dataset:
-    """The images of the retention task, at most `retention.images_per_class` a class.
-
-    Where the images come in splits, those of the test split are taken. What does not decode is left
-    out, with a warning.
+    """The images of the retention task: of the test split, if they come in splits.
 
     Args:
         drawn: where a module draws, if that is the source.
         seed: of the draw; the same for models that are compared.
 
     Returns:
-        image (shrunk as the domain's own, decoded on access) and label (the index of the class in
-        `retention.classes`).
+        image (shrunk as the domain's own) and label (the index of the class in the task).
 
     Raises:
         ValueError: if the domain has no such task, its labels don't fit, or no image of a class

@@ -69,21 +69,17 @@ def download_commons(
 ) -> Path:
     """Downloads class folders of photos; goes on where an earlier run stopped.
 
-    Writes `folder`/<class name>/<image>, `folder`/metadata.jsonl (a line an image, with its
-    attribution) and `folder`/skipped.jsonl (every other file that was listed: title, class_name,
-    category, reason). Removes images that other options had chosen. A file that was listed for two
-    classes goes into neither.
+    Writes `folder`/<class name>/<image>, with both lists beside them, and removes images that other
+    options had chosen. A file that was listed for two classes goes into neither.
 
     Args:
-        contact: an e-mail address or a web page, for Wikimedia's operators; not needed once all is
-            there.
+        contact: an e-mail address or a web page; not needed once all is there.
         options: the fields of `CommonsOptions`.
 
     Raises:
         ValueError: for wrong options, without a contact where one is needed, or for categories that
             are missing or empty: all of them are named before anything is downloaded.
-        OSError: if Commons can't be reached, refuses, or keeps asking to wait. What was downloaded
-            by then stays.
+        OSError: if Commons can't be reached, refuses, or keeps asking to wait.
     """
     chosen = read_options(CommonsOptions, options)
     filled = {name: categories for name, categories in chosen.categories.items() if categories}
@@ -116,8 +112,7 @@ def _list(commons: Commons, folder: Path, categories: dict[str, list[str]]) -> p
     if empty := commons.empty(list(homes)):
         named = "; ".join(f"'{category}' (of {homes[category]})" for category in empty)
         raise ValueError(
-            f"source.options.categories: missing or empty on Commons: {named}. Look up what they "
-            "are called now, or take them out"
+            f"source.options.categories: missing or empty on Commons: {named}; rename them"
         )
     for name in tqdm(todo, desc="listing Commons", unit="class", disable=not todo):
         write_json(paths[name], _list_class(commons, categories[name]))
@@ -257,8 +252,7 @@ class Commons:
         """
         if not self.contact:
             raise ValueError(
-                "Wikimedia asks whoever downloads for a way of contact; pass --contact to `python "
-                "-m data_prep`: you@example.org, or the address of a page about you"
+                "Wikimedia asks for a way of contact; pass --contact you@example.org, or a web page"
             )
         next_try = 0.0
         for attempt in range(TRIES):

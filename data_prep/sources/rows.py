@@ -64,7 +64,6 @@ def check_classes(found: Iterable[str], class_names: list[str], where: str) -> d
         canonical[label] = names[key]
     if empty := sorted(set(class_names) - set(canonical.values())):
         raise FileNotFoundError(
-            f"no images in {where} for: {', '.join(empty)}; add them, or take the classes out of "
-            "the domain file"
+            f"no images in {where} for: {', '.join(empty)}; add some, or take the classes out"
         )
     return canonical

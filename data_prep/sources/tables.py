@@ -115,8 +115,7 @@ def _load(location: str | Path, options: TableOptions) -> dict[str, datasets.Dat
             loaded = datasets.load_dataset(str(location), options.config, revision=options.revision)
         except (FileNotFoundError, ConnectionError) as error:
             raise FileNotFoundError(
-                f"no folder and no dataset '{location}': {error}; check the path, or the id and "
-                "the network"
+                f"no folder and no dataset '{location}': {error}; check the name and the network"
             ) from error
     return loaded if isinstance(loaded, dict) else {"table": loaded}
 

@@ -98,8 +98,7 @@ def push(
         head = api.repo_info(repo_id, repo_type=repo_type)
         if private and not head.private:
             raise ValueError(
-                f"'{repo_id}' is a public repository; say --public to publish there, or make it "
-                "private first"
+                f"'{repo_id}' is a public repository; say --public, or make it private first"
             )
         siblings = head.siblings or ()  # type: ignore[union-attr]  # it is no kernel
         there, name = {file.rfilename for file in siblings} - KEPT, f"{repo_type}:{repo_id}"
