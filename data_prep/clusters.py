@@ -123,9 +123,8 @@ def measure(
 def soft_confusion(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The mean probability that the images of one class give to another, however many they are.
 
-    Probabilities, not counts of wrong answers: few images say more with them. Clusters of 25 styles
-    made from half of the photos held 33.4 % of the wrong answers on the other half, with counts
-    31.3 %, and both halves' clusters were more alike (adjusted Rand index 0.76, with counts 0.66).
+    Few images say more with probabilities than with counts of wrong answers: clusters of 25 styles
+    made from half of the photos held 33.4 % of those on the other half, and with counts 31.3 %.
 
     Args: probabilities (N, C), labels (N,) int. Returns: (C, C), row: the label, column: the other;
         the diagonal is 0.
@@ -139,12 +138,10 @@ def soft_confusion(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def propose(names: list[str], affinity: np.ndarray, largest: int = LARGEST) -> dict[str, list[str]]:
     """Average linkage, cut where a cluster would be too large or its parts too little confused.
 
-    Args: names (C) of the classes; affinity (C, C) symmetric; largest: how many classes a cluster
-        has at most.
+    Args: names (C) of the classes; affinity (C, C) symmetric; largest: classes of a cluster.
 
     Returns:
-        the members of the clusters c1, c2, ...; classes that are confused with nothing come last,
-        each in a cluster of its own.
+        the members of c1, c2, ...; classes that are confused with nothing come last, each alone.
     """
     pairs = squareform(affinity, checks=False)  # (C (C - 1) / 2,)
     least = max(TIMES_MEAN * pairs.mean(), LEAST_CONFUSION)

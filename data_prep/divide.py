@@ -106,16 +106,13 @@ def assign_splits(
     """Puts each group into a split by a hash of its name: later images don't move earlier ones.
 
     A share of a class is met on average: of 100 images at 0.25, between 17 and 33 in 95 % of the
-    cases. A count is met as nearly as groups allow, for which an added image may push one out.
-    Every class gets at least one group in every split asked for, so in classes of a handful an
-    added image may move one, too. A near-duplicate that is added may change the name of its group,
-    and so its split.
+    cases. An added image may move another to meet a count, or to give every class at least one
+    group in every split; and a near-duplicate may change the name of its group, and so its split.
 
     Args:
         labels: (N,) class of each image; a group counts towards the class of its first image.
         groups: (N,) group of each image; a group goes to one split as a whole.
-        splits: counts (1 or more) or shares of each class; beside counts, shares are of what the
-            counts leave.
+        splits: counts (1 or more) or shares of each class, of what the counts leave.
         names: which of the held-out splits to fill.
 
     Returns:

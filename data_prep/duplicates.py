@@ -47,9 +47,8 @@ class Fingerprints:
     def make(cls, rows: datasets.Dataset, image_embeds: np.ndarray, encode: Encode) -> Fingerprints:
         """Learns `cosines` from copies of `COPIES` of the pictures, cropped and recompressed.
 
-        How far a crop moves an embedding, and how far apart pictures of one niche lie, depends on
-        the base model. They are what 99.9 % of different pictures stay below, what 90 % of the
-        copies reach, and what half of them do.
+        They depend on the base model: what 99.9 % of different pictures stay below, what 90 % of
+        the copies reach, and what half of them do.
 
         Args:
             rows: image, phash and mirrored_phash of N pictures.

@@ -18,10 +18,10 @@ from data_prep.clusters import measure
 from data_prep.divide import divide
 from data_prep.duplicates import Encode, Fingerprints
 from data_prep.quality import samples_per_epoch, suspect_labels
-from data_prep.report import Entry, findings, suspicions, write_report
+from data_prep.report import findings, suspicions, write_report
 from data_prep.review import read_decisions, write_review
 from data_prep.sources import fetch, read, retention_rows, source_of
-from data_prep.sources.rows import check_classes, unusable
+from data_prep.sources.rows import Listing, check_classes, unusable
 from data_prep.verify import VERIFY_VERSION, verify_rows
 from nicheclip.cached_map import map_shards, stored_digests, weights_digest
 from nicheclip.clip import encode_images, encode_texts, fast_dtype, load_clip, zero_shot_logits
@@ -62,9 +62,7 @@ def prepare(
     """
     run = Path(run)
     if (run / "data").exists() and not (run / "data" / "dataset_dict.json").is_file():
-        raise ValueError(
-            f"'{run / 'data'}' is not prepared data and would be overwritten; choose another --run"
-        )
+        raise ValueError(f"'{run / 'data'}' is not prepared data; choose another --run")
     state = processes()
     with run_lock(run), quiet_datasets():
         # The second file is of calibrate.py's errors.html; where both decide, review.csv does.
@@ -124,9 +122,7 @@ def prepare(
     return report
 
 
-def _verify(
-    listed: datasets.Dataset, domain: Domain, cache: Path
-) -> tuple[datasets.Dataset, list[Entry]]:
+def _verify(listed: datasets.Dataset, domain: Domain, cache: Path) -> Listing:
     """The readable rows with their stored image, hashes and what was mended; and the others."""
     sides = {"stored_short_side": domain.stored_short_side, "smallest_side": domain.smallest_side}
     identity = [" ".join(pair) for pair in zip(listed["source_id"], listed["version"], strict=True)]
@@ -163,9 +159,8 @@ def _encode(rows: datasets.Dataset, encode: Encode, settings: str, cache: Path) 
     identity = stored_digests(rows)
     images, description = rows.select_columns("image"), "encoding with the base model"
     encoded = map_shards(images, encode_shard, identity, settings, cache, description)
-    return np.concatenate(
-        [batch["image_embeds"] for batch in encoded.with_format("numpy").iter(4096)]
-    )
+    batches = encoded.with_format("numpy").iter(4096)
+    return np.concatenate([batch["image_embeds"] for batch in batches])
 
 
 def _kept(table: pd.DataFrame, domain: Domain, zero_shot: np.ndarray, seed: int) -> pd.DataFrame:

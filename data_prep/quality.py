@@ -34,8 +34,7 @@ def out_of_fold_probabilities(
         groups: (N,) near-duplicates share one.
 
     Returns:
-        (N, C) float, rows add up to 1. A class that a fold's training part lacks has probability 0
-        there.
+        (N, C) float, rows add up to 1; a class that a fold has not seen has probability 0 there.
     """
 
     def out_of_fold(some: np.ndarray, strength: float) -> np.ndarray:
@@ -85,10 +84,8 @@ def suspect_labels(
     train = np.flatnonzero(images.split == "train")
     labels, probabilities = domain.indices(images.label)[train], zero_shot[train]
     if how.mode == "linear_probe":
-        groups = images.group_id.to_numpy()[train]
-        probabilities = out_of_fold_probabilities(
-            image_embeds[train], labels, groups, len(names), seed
-        )
+        own, groups = image_embeds[train], images.group_id.to_numpy()[train]
+        probabilities = out_of_fold_probabilities(own, labels, groups, len(names), seed)
     verdict = judge(probabilities, labels, how, (images.decision == "keep").to_numpy()[train])
     verdict["suspected_label"] = names[verdict.suspected_label]
     outcome = "dropped" if how.action == "drop" else "flagged"
@@ -110,10 +107,9 @@ def judge(
         trusted: (N,) bool, images that a person has kept; they are never suspected.
 
     Returns:
-        (N rows) score: how well the own label fits, for `linear_probe` its probability over the
-        mean in the class, for `zero_shot` the probability itself; suspected_label: the likeliest
-        other class, int; wanted: whether the score is below the threshold; suspect: whether the cap
-        allows it, too.
+        (N rows) score: the probability of the own label, for `linear_probe` over the mean in the
+        class; suspected_label: the likeliest other class, int; wanted: whether the score is below
+        the threshold; suspect: whether the cap allows it, too.
     """
     everyone, others = np.arange(len(labels)), probabilities.copy()
     others[everyone, labels] = -1

@@ -20,6 +20,7 @@ from data_prep.clusters import agreement, propose
 from data_prep.duplicates import Fingerprints
 from data_prep.quality import threshold_of
 from data_prep.review import Suspicion
+from data_prep.sources.rows import Entry
 from nicheclip.domain import Domain, QualityFilter
 from nicheclip.evaluation.intervals import detectable_difference
 from nicheclip.publishing.pages import Thumbnails, environment
@@ -29,7 +30,6 @@ LEAST_LIKELY = 24  # images, and
 MOST_ALIKE = 12  # pairs, for a person to look at
 SMALL_EXAM = 10  # test images of a class; with fewer, its own accuracy says next to nothing
 SHOWN = 60  # entries of a gallery
-Entry = dict[str, Any]  # an image of the report: source_id, label, sha256 and more
 
 # The kinds of what is set aside, those worth a look first: after which step of the funnel they are
 # missing, and what they mean.
@@ -140,9 +140,7 @@ def warnings(
         )
     present = set(zip(images.sha256, images.label, strict=True))
     if unused := [line.source_id for key, line in decided.items() if key not in present]:
-        found.append(
-            f"{len(unused)} decisions in review.csv match no image, the first is {unused[0]}"
-        )
+        found.append(f"{len(unused)} decisions in review.csv match no image: {unused[0]} …")
     # The search asks the hash first, and a crop changes that soon.
     if any(pair[0]["cosine"] >= fingerprints.cosines[-1] for pair in alike):
         found.append(

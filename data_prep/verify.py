@@ -24,10 +24,6 @@ VERIFIED_FEATURES = datasets.Features(
 )
 
 
-class UnusableError(Exception):
-    """The file is of no use: kind and detail of the reason."""
-
-
 def verify_rows(
     rows: datasets.Dataset, stored_short_side: int, smallest_side: int
 ) -> datasets.Dataset:
@@ -54,8 +50,6 @@ def verify_image(
     """
     try:
         found = _verified(source, stored_short_side, smallest_side)
-    except UnusableError as error:
-        found = {"error_kind": error.args[0], "error_detail": error.args[1]}
     except UnidentifiedImageError:
         found = {"error_kind": "unreadable", "error_detail": "not an image"}
     except Exception as error:  # decoders raise nearly anything for a broken file
@@ -68,10 +62,10 @@ def _verified(
     source: dict[str, Any] | None, stored_short_side: int, smallest_side: int
 ) -> dict[str, Any]:
     if source is None:
-        raise UnusableError("unreadable", "the row has no image")
+        raise ValueError("the row has no image")
     content = source["bytes"] if source["bytes"] is not None else Path(source["path"]).read_bytes()
     if not content:
-        raise UnusableError("unreadable", "empty file")
+        raise ValueError("empty file")
     mended: list[str] = []
     with warnings.catch_warnings():
         # A picture of twice as many pixels is an error.
@@ -80,7 +74,7 @@ def _verified(
             (width, height), short_side = opened.size, min(opened.size)
             if short_side < smallest_side:
                 told = f"{width} x {height} px, expected at least {smallest_side} on the short side"
-                raise UnusableError("too small", told)
+                return {"error_kind": "too small", "error_detail": told}
             # Of an MPO the others are previews.
             if getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO":
                 mended.append("first frame of an animation")
@@ -96,7 +90,7 @@ def _verified(
         size = [max(1, round(side * scale)) for side in image.size]
         image = image.resize(size, Image.Resampling.BICUBIC)
     if image.getcolors(maxcolors=1):
-        raise UnusableError("blank", "every pixel has the same colour")
+        return {"error_kind": "blank", "error_detail": "every pixel has the same colour"}
     side = 4 * HASH_SIDE  # to which imagehash shrinks
     small = image.convert("L").resize((side, side), Image.Resampling.LANCZOS)
     stored = content if as_is else encode_jpeg(image, JPEG_QUALITY)

@@ -193,9 +193,7 @@ class NicheClassifier:
             OSError: if a file is no image.
         """
         if isinstance(images, Photo):
-            raise TypeError(
-                "expected a list of images; put the image into a list: classifier([image])[0]"
-            )
+            raise TypeError("expected a list of images, as in classifier([image])[0]")
         return self.predict(self.image_embeds(images).numpy())
 
     def predict(self, image_embeds: np.ndarray) -> list[Prediction]:

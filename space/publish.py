@@ -32,6 +32,7 @@ def write_space(folder: Path, model_id: str, title: str, license_name: str) -> N
     # The Hub installs gradio by sdk_version, and without ONNX nobody needs onnxruntime.
     needed = packages - {"gradio", "onnxruntime"}
     projects = sorted({packages_distributions()[package][0] for package in needed})
+    pins = [f"{name}=={version(name).partition('+')[0]}\n" for name in projects]
     for path in code:
         copy = folder / path.relative_to(CODE)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -49,9 +50,7 @@ def write_space(folder: Path, model_id: str, title: str, license_name: str) -> N
         "README.md": f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n\n"
         f"The demo of [{model_id}](https://huggingface.co/{model_id}). If that model is private, "
         "give this Space a secret `HF_TOKEN` that may read it.\n",
-        "requirements.txt": "".join(
-            f"{name}=={version(name).partition('+')[0]}\n" for name in projects
-        ),
+        "requirements.txt": "".join(pins),
         "app.py": "from space.app import LAUNCH, build_app\n\n"
         f'build_app("{model_id}").launch(**LAUNCH)\n',
     }

@@ -10,13 +10,13 @@ from __future__ import annotations
 import importlib
 import logging
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
 
 from data_prep.sources.commons import download_commons
 from data_prep.sources.folders import read_folders
+from data_prep.sources.rows import Listing
 from data_prep.sources.tables import is_table, read_table
 from data_prep.verify import verify_image
 from nicheclip.domain import Domain, Source
@@ -52,9 +52,7 @@ def fetch(
     if source.kind == "commons":
         return download_commons(folder, domain.class_names, contact, **source.options)
     if source.path is None:
-        raise ValueError(
-            f"domain '{domain.name}' names no images; pass --images, class folders or a dataset"
-        )
+        raise ValueError(f"'{domain.name}' names no images; pass --images FOLDER_OR_DATASET")
     if source.kind != "module":
         return source.path
     try:
@@ -67,9 +65,7 @@ def fetch(
     return module.write_images(folder, domain, seed, **source.options)
 
 
-def read(
-    source: Source, location: str | Path, class_names: list[str]
-) -> tuple[datasets.Dataset, list[dict[str, Any]]]:
+def read(source: Source, location: str | Path, class_names: list[str]) -> Listing:
     """Lists what lies at `location` and decodes none of it; the rows, and what has no class."""
     if source.kind == "dataset":
         return read_table(location, class_names, **source.options)

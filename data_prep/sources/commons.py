@@ -111,9 +111,7 @@ def _list(commons: Commons, folder: Path, categories: dict[str, list[str]]) -> p
     homes = {category: name for name in todo for category in categories[name]}
     if empty := commons.empty(list(homes)):
         named = "; ".join(f"'{category}' (of {homes[category]})" for category in empty)
-        raise ValueError(
-            f"source.options.categories: missing or empty on Commons: {named}; rename them"
-        )
+        raise ValueError(f"categories missing or empty on Commons, rename them: {named}")
     for name in tqdm(todo, desc="listing Commons", unit="class", disable=not todo):
         write_json(paths[name], _list_class(commons, categories[name]))
     listed = {name: read_json(path, "remove it") for name, path in paths.items()}
@@ -251,9 +249,7 @@ class Commons:
             PermissionError: if it refuses.
         """
         if not self.contact:
-            raise ValueError(
-                "Wikimedia asks for a way of contact; pass --contact you@example.org, or a web page"
-            )
+            raise ValueError("Wikimedia asks for a way of contact; pass --contact you@example.org")
         next_try = 0.0
         for attempt in range(TRIES):
             if self.stopped.wait(max(next_try, self.resume_at) - time.monotonic()):
@@ -348,9 +344,7 @@ class Commons:
 def _passing_problem(response: httpx.Response) -> str | None:
     """What may be over when one asks again later; raises an error for what stays."""
     if response.status_code == 403:
-        raise PermissionError(
-            f"{response.url} is refused (HTTP 403); check that --contact really reaches you"
-        )
+        raise PermissionError(f"{response.url}: HTTP 403; check that --contact really reaches you")
     if response.status_code == 429 or response.status_code >= 500:
         return f"HTTP {response.status_code}"
     if not response.is_success:

@@ -15,16 +15,14 @@ from typing import Any
 
 import datasets
 
-from data_prep.sources.rows import SOURCE_FEATURES, check_classes, unusable
+from data_prep.sources.rows import SOURCE_FEATURES, Listing, check_classes, unusable
 from nicheclip.run import SPLITS
 
 METADATA = frozenset({"metadata.jsonl", "metadata.csv"})
 SIDECARS = METADATA | {"skipped.jsonl", "truth.json"}
 
 
-def read_folders(
-    folder: str | Path, class_names: list[str]
-) -> tuple[datasets.Dataset, list[dict[str, Any]]]:
+def read_folders(folder: str | Path, class_names: list[str]) -> Listing:
     """Lists the files of class folders, in the order of their names; opens no image.
 
     Returns:
@@ -36,9 +34,7 @@ def read_folders(
     """
     folder = Path(folder).resolve()
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"no image folder at '{folder}'; expected one folder a class, e.g. {folder}/gothic"
-        )
+        raise FileNotFoundError(f"no image folder at '{folder}'; expected one folder a class in it")
     names = {name.casefold() for name in class_names}
     paths = list_files(folder)
     metadata = [path for path in paths if path.name in METADATA]

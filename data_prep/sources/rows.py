@@ -16,12 +16,12 @@ TEXTS = ("source_id", "version", "class_name", "split", "attribution")
 SOURCE_FEATURES = datasets.Features(
     {"image": datasets.Image(decode=False), **dict.fromkeys(TEXTS, datasets.Value("string"))}
 )
+Entry = dict[str, Any]  # an image of report.json: source_id, label, sha256 and more
+Listing = tuple[datasets.Dataset, list[Entry]]  # the rows, and what could not be taken
 T = TypeVar("T")
 
 
-def unusable(
-    source_id: str, kind: str, detail: str, label: str | None = None
-) -> dict[str, str | None]:
+def unusable(source_id: str, kind: str, detail: str, label: str | None = None) -> Entry:
     """The entry of report.json for what has no class, or can't be read."""
     named = {"source_id": source_id, "label": label, "sha256": None}
     return {**named, "kind": kind, "other": None, "detail": detail}
@@ -63,7 +63,5 @@ def check_classes(found: Iterable[str], class_names: list[str], where: str) -> d
             raise ValueError(f"'{label}' in {where} is no class of the domain; {remedy}")
         canonical[label] = names[key]
     if empty := sorted(set(class_names) - set(canonical.values())):
-        raise FileNotFoundError(
-            f"no images in {where} for: {', '.join(empty)}; add some, or take the classes out"
-        )
+        raise FileNotFoundError(f"no images in {where} for: {', '.join(empty)}; add or drop them")
     return canonical

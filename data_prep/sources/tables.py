@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import datasets
 
-from data_prep.sources.rows import SOURCE_FEATURES, check_classes, read_options, unusable
+from data_prep.sources.rows import SOURCE_FEATURES, Listing, check_classes, read_options, unusable
 from nicheclip.run import SPLITS
 
 SPLIT_NAMES = {name: name for name in SPLITS} | dict.fromkeys(("val", "valid", "dev"), "validation")
@@ -40,9 +40,7 @@ def _is_saved(path: Path) -> bool:
     return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
-def read_table(
-    location: str | Path, class_names: list[str], **options: Any
-) -> tuple[datasets.Dataset, list[dict[str, Any]]]:
+def read_table(location: str | Path, class_names: list[str], **options: Any) -> Listing:
     """Opens a dataset; images stay undecoded and on disk.
 
     A split that is not train, validation, calibration or test is dealt out.

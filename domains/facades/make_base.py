@@ -103,12 +103,10 @@ def noisy_name(style: str, clusters: list[list[str]], rng: np.random.Generator) 
 def make_tokenizer(texts: list[str]) -> CLIPTokenizer:
     """CLIP's lower-casing byte-level BPE, its merges learnt from `texts`; any byte has a token."""
     trained = CLIPTokenizer().backend_tokenizer
-    alphabet = sorted(ByteLevel.alphabet())
-    singles = alphabet + [f"{letter}</w>" for letter in alphabet]
+    letters = sorted(ByteLevel.alphabet())
+    singles = letters + [f"{letter}</w>" for letter in letters]
     special = ["<|startoftext|>", "<|endoftext|>"]
-    trainer = BpeTrainer(
-        vocab_size=VOCABULARY, initial_alphabet=alphabet, end_of_word_suffix="</w>"
-    )
+    trainer = BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=letters, end_of_word_suffix="</w>")
     trained.train_from_iterator(texts, trainer)
     merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
     merges = merges[: VOCABULARY - len(singles) - len(special)]
@@ -127,16 +125,13 @@ def make_model(tokenizer: CLIPTokenizer) -> CLIPModel:
     text = {
         "vocab_size": len(tokenizer), "max_position_embeddings": 77, "hidden_size": 128,
         "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos,
+        "bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos, **shared,
     }  # fmt: skip
     vision = {
         "image_size": SIZE, "patch_size": 16, "hidden_size": 192,
-        "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 3,
+        "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 3, **shared,
     }  # fmt: skip
-    config = CLIPConfig(
-        text_config=text | shared, vision_config=vision | shared, projection_dim=128
-    )
-    return CLIPModel(config)
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
 
 
 def augment(images: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
@@ -249,9 +244,8 @@ def main() -> None:
     texts = [caption(facts, STYLES[i % len(STYLES)], rng) for i, facts in enumerate(painted * 4)]
     tokenizer = make_tokenizer(texts + domain.prompt_bank[0] * 20)
     size = {"height": SIZE, "width": SIZE}
-    processor = CLIPProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=size), tokenizer
-    )
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=size)
+    processor = CLIPProcessor(image_processor, tokenizer)
     train(processor, list(domain.clusters.values())).half().save_pretrained(output)
     processor.save_pretrained(output)
 

@@ -63,11 +63,10 @@ def write_images(folder: Path, domain: Domain, seed: int, **options: Any) -> Pat
     """Paints `folder`/<split>/<style>/*.jpg with metadata.jsonl and truth.json, unless it is done.
 
     `truth.json` holds wrong_labels {source_id: true style}, near_duplicates {source_id: source_id
-    of the original} and unreadable [source_id]; `python -m domains.facades.score RUN` reads it.
+    of the original} and unreadable [source_id], for `domains.facades.score`. Two of three wrong
+    labels stay inside their cluster of the domain, as people's errors do.
 
     Args:
-        domain: its clusters hold the styles; two of three wrong labels stay inside their cluster,
-            as people's errors do.
         options: the fields of `FacadeOptions`.
 
     Raises:
@@ -80,9 +79,7 @@ def write_images(folder: Path, domain: Domain, seed: int, **options: Any) -> Pat
     if truth_file.is_file() and read_json(truth_file, "")["order"] == order:
         return folder
     if folder.exists() and not truth_file.is_file():
-        raise ValueError(
-            f"'{folder}' was not painted here and would be overwritten; choose another --run"
-        )
+        raise ValueError(f"'{folder}' was not painted here; choose another --run")
     drawings = _plan(clusters, chosen, np.random.default_rng(seed))
     with replaced_folder(folder) as unfinished, ProcessPoolExecutor(os.cpu_count()) as pool:
         painting = partial(_paint_file, unfinished, seed, chosen.size)

@@ -33,9 +33,8 @@ def add_onnx(run: Path, folder: Path) -> dict[str, Any]:
     """Writes the `ONNX_FILES` and onnx/report.json, INT8 only within the limits.
 
     Returns:
-        the report: "split" and "n", what was compared on; "torch", "fp32" and "int8", each with
-        accuracy, ECE, size, and how near its image_embeds are to torch's; "int8" has "published"
-        and "reasons", the limits that it exceeds.
+        the report: "split" and "n"; "torch", "fp32" and "int8", each with accuracy, ECE, size and
+        nearness to torch; "int8" has "published" and "reasons", the limits that it exceeds.
 
     Raises:
         ImportError: if onnx, onnxruntime or onnxscript is not installed.
@@ -73,9 +72,7 @@ def add_onnx(run: Path, folder: Path) -> dict[str, Any]:
         ("ECE grows", int8["ece"] - reference["ece"], MAX_ECE_GROWTH),
         ("the mean cosine to torch's image_embeds falls", 1 - int8["mean_cosine"], MAX_COSINE_LOSS),
     ]
-    reasons = [
-        f"{what} by {cost:.3f}, more than {most}" for what, cost, most in costs if cost > most
-    ]
+    reasons = [f"{what} by {cost:.3f}, over {most}" for what, cost, most in costs if cost > most]
     int8 |= {"published": not reasons, "reasons": reasons}
     if reasons:
         paths["int8"].unlink()
