@@ -7,8 +7,6 @@ goes on where it was. On several GPUs: accelerate launch -m data_prep DOMAIN; in
 CPU: torchrun --nproc_per_node 2 -m -- data_prep DOMAIN.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

@@ -5,8 +5,6 @@ domain file: YAML on stdout; on stderr how it agrees with the domain file's own 
 has measured the confusions on train and validation; pictures of them are in its report.html.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Which image goes where: contradictions are set aside, near-duplicates stay in one split."""
 
-from __future__ import annotations
-
 import hashlib
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """The way from images to `RUN/data`: each image read is kept, set aside or dropped, and counted."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from functools import partial

@@ -1,7 +1,5 @@
 """Which training images are suspected of a wrong label, and how often an epoch has the others."""
 
-from __future__ import annotations
-
 import warnings
 
 import numpy as np

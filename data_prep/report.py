@@ -5,8 +5,6 @@ the same report and pictures give the same bytes. The markup, and which pictures
 report.html.jinja.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path

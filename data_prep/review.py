@@ -3,8 +3,6 @@
 The decisions hold for the next run.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Does each file decode? What does is stored upright, in RGB, shrunk to what training needs."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import warnings

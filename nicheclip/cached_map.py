@@ -3,8 +3,6 @@
 Under `accelerate launch` the shards are dealt out to the processes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """Files and folders that take their place once they are whole: a reader never sees half of one."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -3,8 +3,6 @@
 image = open_image("photo.jpg")  # upright, RGB
 """
 
-from __future__ import annotations
-
 import io
 import struct
 import warnings

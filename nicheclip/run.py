@@ -1,7 +1,5 @@
 """The run directory: no result in it may speak of another model or of other data."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

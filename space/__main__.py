@@ -4,8 +4,6 @@ Opens the app of a run directory (its RUN/hub), of a published folder, or of a r
 Hub.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 

@@ -3,8 +3,6 @@
 build_app("runs/facades/hub").launch(**LAUNCH)
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The folder of a Gradio Space: the app with the code that it needs, and the model's name."""
 
-from __future__ import annotations
-
 import shutil
 import sys
 from importlib.metadata import packages_distributions, version

@@ -1,7 +1,5 @@
 """A visitor's photo, the pictures that are shown, and the tab that looks for them."""
 
-from __future__ import annotations
-
 import hashlib
 import tempfile
 from collections.abc import Callable

@@ -5,8 +5,6 @@ version (changes when the content does), class_name, split (None: to be decided)
 (None: not known). What it could not take are entries of report.json, see `rows.unusable`.
 """
 
-from __future__ import annotations
-
 import importlib
 import logging
 from pathlib import Path

@@ -4,8 +4,6 @@ A `metadata.jsonl` or `metadata.csv` beside the images, as `datasets`' imagefold
 give each file_name an attribution, or its author, license and source_url.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import os

@@ -1,7 +1,5 @@
 """What the rows of every source have in common."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 from dataclasses import fields

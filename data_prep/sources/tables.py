@@ -1,7 +1,5 @@
 """A `datasets` dataset with image and label: a Hub id, a Parquet or Arrow file, a saved folder."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal

@@ -5,8 +5,6 @@ files are broken, classes are uneven. The held-out splits are like what an exper
 evenly many, clean, rightly labelled.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os

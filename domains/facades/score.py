@@ -3,8 +3,6 @@
 How many of the painter's planted faults data_prep has found in RUN, and how often it was wrong.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections import defaultdict
 from pathlib import Path

@@ -3,8 +3,6 @@
 The folder: a plain CLIPModel with the temperature folded in, and what the classifier needs beside.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Literal

@@ -6,8 +6,6 @@
 Published only by option, since the images go along.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ A file is published only if it says what the model says: FP32 to rounding, INT8 
 below.
 """
 
-from __future__ import annotations
-
 import logging
 import warnings
 from pathlib import Path
