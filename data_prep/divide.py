@@ -124,7 +124,9 @@ def assign_splits(
     for _, waiting in sizes.groupby("first"):
         left = 1.0
         for number, name in enumerate(by_count, start=1):
-            place = [_hash(name, group) for group in waiting.index]
+            # a number in [0, 1) that depends on the two names alone
+            hashes = [hashlib.sha256(f"{name} {group}".encode()) for group in waiting.index]
+            place = [int.from_bytes(each.digest()[:7]) / 2**56 for each in hashes]
             waiting = waiting.assign(place=place).sort_values("place")
             if asked[name] < 1:
                 fair = int((waiting.place < asked[name] / left).sum())
@@ -137,8 +139,3 @@ def assign_splits(
             home[waiting.index[:take]] = name
             waiting = waiting[take:]
     return home.loc[groups].tolist()
-
-
-def _hash(name: str, group: str) -> float:
-    """A number in [0, 1) that depends on the two names alone, and is another one for each split."""
-    return int.from_bytes(hashlib.sha256(f"{name} {group}".encode()).digest()[:7]) / 2**56

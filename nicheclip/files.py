@@ -36,9 +36,11 @@ def replaced_folder(folder: str | Path) -> Iterator[Path]:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     yield unfinished
+    mask = os.umask(0)  # there is no way to read it without setting it
+    os.umask(mask)
     for file in unfinished.rglob("*"):
         if file.is_file():
-            file.chmod(0o666 & ~_umask())
+            file.chmod(0o666 & ~mask)
     shutil.rmtree(former, ignore_errors=True)
     if folder.exists():
         folder.rename(former)  # deleting takes longer than renaming, and may be interrupted
@@ -49,12 +51,6 @@ def replaced_folder(folder: str | Path) -> Iterator[Path]:
 def _beside(path: Path, state: str) -> Path:
     """A hidden name that no user gives a file: what a killed command leaves may be removed."""
     return path.with_name(f".{path.name}.nicheclip-{state}")
-
-
-def _umask() -> int:
-    mask = os.umask(0)  # there is no way to read it without setting it
-    os.umask(mask)
-    return mask
 
 
 def write_json(path: str | Path, content: Any) -> None:

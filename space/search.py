@@ -77,13 +77,9 @@ def search_tab(classifier: NicheClassifier, index: ImageIndex) -> None:
     )
     with gr.Row():
         with gr.Column(scale=2):
-            first_prompt = classifier.settings["prompts"][classifier.class_names[0]][0]
-            words = gr.Textbox(
-                label="In words",
-                placeholder=f"for example: {first_prompt}",
-                max_length=LONGEST_QUERY,
-                submit_btn="Search",
-            )
+            prompts = classifier.settings["prompts"][classifier.class_names[0]]
+            query: dict[str, Any] = {"max_length": LONGEST_QUERY, "submit_btn": "Search"}
+            words = gr.Textbox(label="In words", placeholder=f"for example: {prompts[0]}", **query)
         with gr.Column(scale=1):
             photo = photo_input("Or by a photo", height=180)
     told = gr.Markdown(NOTHING_ASKED, label="What was looked for")
