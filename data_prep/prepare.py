@@ -124,15 +124,9 @@ def _verify(listed: datasets.Dataset, domain: Domain, cache: Path) -> Listing:
     """The readable rows with their stored image, hashes and what was mended; and the others."""
     sides = {"stored_short_side": domain.stored_short_side, "smallest_side": domain.smallest_side}
     identity = [" ".join(pair) for pair in zip(listed["source_id"], listed["version"], strict=True)]
-    verified = map_shards(
-        listed.select_columns("image"),
-        partial(verify_rows, **sides),
-        identity,
-        f"{VERIFY_VERSION} {sides}",
-        cache,
-        "verifying images",
-        parallel=True,
-    )
+    images, verify = listed.select_columns("image"), partial(verify_rows, **sides)
+    settings, description = f"{VERIFY_VERSION} {sides}", "verifying images"
+    verified = map_shards(images, verify, identity, settings, cache, description, parallel=True)
     kept_columns = listed.remove_columns(["image", "version"])
     rows = datasets.concatenate_datasets([kept_columns, verified], axis=1)
     told = rows.remove_columns("image").to_pandas()

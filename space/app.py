@@ -154,8 +154,7 @@ classifier = NicheClassifier.from_pretrained("{repo_or_path}")
 print(classifier(["photo.jpg"])[0])
 ```
 
-This app, over the network,
-with `pip install gradio_client` (the whole list stands under “Use via API” below):
+This app, with `pip install gradio_client` (the whole list is under “Use via API” below):
 
 ```python
 from gradio_client import Client, handle_file

@@ -96,16 +96,11 @@ def export(folder: Path, fp32: Path, int8: Path) -> None:
     logging.disable(logging.WARNING)  # on operators of torchvision, and on what is not needed here
     try:
         with warnings.catch_warnings(action="ignore"):
-            torch.onnx.export(
-                tower,
-                (torch.zeros(2, 3, side, side),),  # the exporter takes a batch of 1 for a constant
-                fp32,
-                input_names=["pixel_values"],
-                output_names=["image_embeds"],
-                dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
-                external_data=False,
-                verbose=False,
-            )
+            pixels = torch.zeros(2, 3, side, side)  # the exporter takes a batch of 1 for a constant
+            shapes = {"pixel_values": {0: torch.export.Dim("batch")}}
+            options: dict[str, Any] = {"input_names": [*shapes], "output_names": ["image_embeds"]}
+            options |= {"dynamic_shapes": shapes, "external_data": False, "verbose": False}
+            torch.onnx.export(tower, (pixels,), fp32, **options)
             quantize_dynamic(
                 fp32,
                 int8,
