@@ -7,13 +7,11 @@ goes on where it was. On several GPUs: accelerate launch -m data_prep DOMAIN; in
 CPU: torchrun --nproc_per_node 2 -m -- data_prep DOMAIN.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
-from data_prep.findings import Report
 from data_prep.prepare import prepare
 from nicheclip.domain import Domain
 from nicheclip.evaluation.intervals import format_table
@@ -22,23 +20,15 @@ from nicheclip.processes import keep_freed_memory
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep", description=__doc__.split("\n", 1)[1]
-    )
-    parser.add_argument("domain", help="a domain file, or the folder that holds it as domain.yaml")
-    parser.add_argument(
-        "--images", help="class folders or a dataset to read instead of the domain's own source"
-    )
-    parser.add_argument(
-        "--base", help="a Hub id or a folder, instead of the domain's own base model"
-    )
-    parser.add_argument(
-        "--run", type=Path, help="where the run lives (default: runs/<domain name>)"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--contact", help="your e-mail or web address, which Wikimedia Commons asks for"
-    )
+    about = __doc__.split("\n", 1)[1]
+    parser = argparse.ArgumentParser(prog="python -m data_prep", description=about)
+    add = parser.add_argument
+    add("domain", help="a domain file, or the folder that holds it as domain.yaml")
+    add("--images", help="class folders or a dataset to read instead of the domain's own source")
+    add("--base", help="a Hub id or a folder, instead of the domain's own base model")
+    add("--run", type=Path, help="where the run lives (default: runs/<domain name>)")
+    add("--seed", type=int, default=0)
+    add("--contact", help="your e-mail or web address, which Wikimedia Commons asks for")
     args = parser.parse_args()
     keep_freed_memory()
     try:
@@ -53,7 +43,7 @@ def main() -> None:
         print(f"next: accelerate launch train.py {run}")
 
 
-def summary(report: Report) -> str:
+def summary(report: dict[str, Any]) -> str:
     """What was read, what became of it, and the classes, in plain text."""
     counts, splits = report["counts"], list(report["counts"]["kept"])
     aside = [f"{number} {reason}" for reason, number in counts["quarantined"].items()]
@@ -64,10 +54,10 @@ def summary(report: Report) -> str:
         f"kept: {kept}; an epoch visits {counts['train_samples_per_epoch']} training views",
         *report["warnings"],
     ]
-    rows = []
-    for entry in report["classes"]:
-        numbers = [*(entry[split] for split in splits), entry["filter"]["dropped"]]
-        rows.append([entry["name"], *map(str, numbers)])
+    rows = [
+        [entry["name"], *(str(entry[split]) for split in splits), str(entry["filter"]["dropped"])]
+        for entry in report["classes"]
+    ]
     return "\n".join([*lines, "", format_table(["class", *splits, "dropped"], rows)])
 
 

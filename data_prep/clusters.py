@@ -5,8 +5,6 @@ domain file: YAML on stdout; on stderr how it agrees with the domain file's own 
 has measured the confusions on train and validation; pictures of them are in its report.html.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence
@@ -38,9 +36,8 @@ SHOWN_IMAGES = 3  # for each direction of a pair
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.clusters", description=__doc__.split("\n", 1)[1]
-    )
+    about = __doc__.split("\n", 1)[1]
+    parser = argparse.ArgumentParser(prog="python -m data_prep.clusters", description=about)
     parser.add_argument("domain", help="a domain file, or the folder that holds it as domain.yaml")
     parser.add_argument("--run", type=Path, help="a prepared run (default: runs/<domain name>)")
     parser.add_argument("--largest", type=int, default=LARGEST, help="classes of a cluster at most")
@@ -51,15 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         remedy = f"run `python -m data_prep {args.domain} --run {run}` first"
         report = read_json(run / "data" / "report.json", remedy, ["classes", "confusions"])
         if [entry["name"] for entry in report["classes"]] != domain.class_names:
-            raise ValueError(
-                f"'{run}' was prepared with other classes than '{domain.name}' has; {remedy}"
-            )
+            raise ValueError(f"'{run}' was prepared for other classes; {remedy}")
     except (ValueError, OSError) as error:
         sys.exit(f"data_prep.clusters: {error}")
-    affinity = squareform(report["confusions"]["affinity"])
-    proposed = propose(domain.class_names, affinity, args.largest)
-    print(to_yaml(domain, report["confusions"], proposed))
-    print(f"\n{agreement(domain, proposed)}", file=sys.stderr)
+    confusions = report["confusions"]
+    proposed = propose(domain.class_names, squareform(confusions["affinity"]), args.largest)
+    images = confusions["train"] + confusions["validation"]
+    print(f"# proposed from {images} train and validation images: edit the clusters, and name them")
+    if len(proposed) == len(domain.class_names):
+        print("# no pair stands out: leave clusters out, and all classes are in one")
+    options: dict[str, Any] = {"default_flow_style": None, "sort_keys": False, "width": 10**6}
+    print(yaml.safe_dump({"clusters": proposed}, allow_unicode=True, **options))
+    print(agreement(domain, proposed), file=sys.stderr)
     print(f"look at {run / 'data' / 'report.html'}, edit the clusters, paste them", file=sys.stderr)
 
 
@@ -98,7 +98,7 @@ def measure(
         own = np.flatnonzero(in_train & (labels == label))
         mistaken = own[probe[own].argmax(axis=1) == other]
         surest = mistaken[np.argsort(-probe[mistaken, other], kind="stable")][:SHOWN_IMAGES]
-        chances = probe[surest, other].round(4).tolist()
+        shown, chances = used[["source_id"]].iloc[surest], probe[surest, other].round(4)
         pairs.append(
             {
                 "label": names[label],
@@ -107,10 +107,7 @@ def measure(
                 "zero_shot": round(by_zero_shot[label, other], 4),
                 "images": len(own),
                 "mistaken": len(mistaken),
-                "surest": [
-                    {"source_id": source_id, "probability": chance}
-                    for source_id, chance in zip(used.source_id.iloc[surest], chances, strict=True)
-                ],
+                "surest": shown.assign(probability=chances).to_dict("records"),
             }
         )
     return {
@@ -124,9 +121,8 @@ def measure(
 def soft_confusion(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The mean probability that the images of one class give to another, however many they are.
 
-    Probabilities, not counts of wrong answers: few images say more with them. Clusters of 25 styles
-    made from half of the photos held 33.4 % of the wrong answers on the other half, with counts
-    31.3 %, and both halves' clusters were more alike (adjusted Rand index 0.76, with counts 0.66).
+    Few images say more with probabilities than with counts of wrong answers: clusters of 25 styles
+    made from half of the photos held 33.4 % of those on the other half, and with counts 31.3 %.
 
     Args: probabilities (N, C), labels (N,) int. Returns: (C, C), row: the label, column: the other;
         the diagonal is 0.
@@ -140,12 +136,10 @@ def soft_confusion(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def propose(names: list[str], affinity: np.ndarray, largest: int = LARGEST) -> dict[str, list[str]]:
     """Average linkage, cut where a cluster would be too large or its parts too little confused.
 
-    Args: names (C) of the classes; affinity (C, C) symmetric; largest: how many classes a cluster
-        has at most.
+    Args: names (C) of the classes; affinity (C, C) symmetric; largest: classes of a cluster.
 
     Returns:
-        the members of the clusters c1, c2, ...; classes that are confused with nothing come last,
-        each in a cluster of its own.
+        the members of c1, c2, ...; classes that are confused with nothing come last, each alone.
     """
     pairs = squareform(affinity, checks=False)  # (C (C - 1) / 2,)
     least = max(TIMES_MEAN * pairs.mean(), LEAST_CONFUSION)
@@ -174,28 +168,6 @@ def agreement(domain: Domain, proposed: dict[str, list[str]]) -> str:
         f"{both + only_ours}; adjusted Rand index {adjusted_rand_score(own, ours):.2f} (1: the "
         "same clusters, 0: alike as by chance)."
     )
-
-
-def to_yaml(domain: Domain, confusions: dict[str, Any], proposed: dict[str, list[str]]) -> str:
-    """The proposal as the `clusters` of a domain file; above each its most confused pair."""
-    names, affinity = domain.class_names, squareform(confusions["affinity"])
-    images = confusions["train"] + confusions["validation"]
-    lines = [
-        f"# proposed from {images} train and validation images: edit the clusters, and name them",
-        "# above each the most confused pair, and the probability that they give to each other",
-    ]
-    if len(proposed) == len(names):
-        lines.append("# no pair stands out: leave clusters out, and all classes are in one")
-    lines.append("clusters:")
-    for cluster, members in proposed.items():
-        alone = len(members) == 1
-        own, others = domain.indices(members), domain.indices(names if alone else members)
-        closest = max(((a, b) for a in own for b in others if a != b), key=affinity.__getitem__)
-        pair = " ".join(" / ".join(names[index] for index in closest).split())  # on one line
-        lines.append(f"  # {'alone; ' if alone else ''}{pair}: {affinity[closest]:.1%}")
-        listed = yaml.safe_dump(members, default_flow_style=True, allow_unicode=True, width=10**6)
-        lines.append(f"  {cluster}: {listed.strip()}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

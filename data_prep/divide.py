@@ -1,7 +1,5 @@
 """Which image goes where: contradictions are set aside, near-duplicates stay in one split."""
 
-from __future__ import annotations
-
 import hashlib
 from typing import Any, NamedTuple
 
@@ -39,7 +37,9 @@ def divide(images: pd.DataFrame, pairs: np.ndarray, domain: Domain) -> pd.DataFr
         ValueError: if a split would have no image of a class.
     """
     images = images.assign(rank=[PRECEDENCE.index(split or "train") for split in images.given])
-    images["group_id"] = _group_ids(images.sha256, pairs)
+    # A group is called after its smallest hash, which stays when most others come or go.
+    connected = connected_groups(pairs, len(images))
+    images["group_id"] = images.sha256.str[:16].groupby(connected).transform("min")
     dropped = images.index[images.decision == "drop"]
     reasons = {index: Reason("dropped by hand") for index in dropped}
     _set_copies_aside(images.drop(dropped), reasons)
@@ -66,8 +66,7 @@ def divide(images: pd.DataFrame, pairs: np.ndarray, domain: Domain) -> pd.DataFr
         present = set(images.label[parts == name])
         if empty := [label for label in domain.class_names if label not in present]:
             raise ValueError(
-                f"the {name} split has no image of: {', '.join(empty)}; add images, merge "
-                "classes, or change splits in the domain file"
+                f"the {name} split has no image of: {', '.join(empty)}; add some, or change splits"
             )
     told = [reasons.get(index, Reason()) for index in images.index]
     return images.assign(split=parts).join(pd.DataFrame(told, dtype=object))
@@ -99,27 +98,19 @@ def _set_contradiction_aside(image: Any, other: Any, reasons: dict[int, Reason])
         reasons[image.Index] = Reason("conflict", other.source_id, detail)
 
 
-def _group_ids(sha256: pd.Series, pairs: np.ndarray) -> pd.Series:
-    """A group is called after its smallest hash, which stays when most others come or go."""
-    return sha256.str[:16].groupby(connected_groups(pairs, len(sha256))).transform("min")
-
-
 def assign_splits(
     labels: np.ndarray, groups: list[str], splits: Splits, names: tuple[str, ...] = HELD_OUT
 ) -> list[str]:
     """Puts each group into a split by a hash of its name: later images don't move earlier ones.
 
     A share of a class is met on average: of 100 images at 0.25, between 17 and 33 in 95 % of the
-    cases. A count is met as nearly as groups allow, for which an added image may push one out.
-    Every class gets at least one group in every split asked for, so in classes of a handful an
-    added image may move one, too. A near-duplicate that is added may change the name of its group,
-    and so its split.
+    cases. An added image may move another to meet a count, or to give every class at least one
+    group in every split; and a near-duplicate may change the name of its group, and so its split.
 
     Args:
         labels: (N,) class of each image; a group counts towards the class of its first image.
         groups: (N,) group of each image; a group goes to one split as a whole.
-        splits: counts (1 or more) or shares of each class; beside counts, shares are of what the
-            counts leave.
+        splits: counts (1 or more) or shares of each class, of what the counts leave.
         names: which of the held-out splits to fill.
 
     Returns:
@@ -133,7 +124,9 @@ def assign_splits(
     for _, waiting in sizes.groupby("first"):
         left = 1.0
         for number, name in enumerate(by_count, start=1):
-            place = [_hash(name, group) for group in waiting.index]
+            # a number in [0, 1) that depends on the two names alone
+            hashes = [hashlib.sha256(f"{name} {group}".encode()) for group in waiting.index]
+            place = [int.from_bytes(each.digest()[:7]) / 2**56 for each in hashes]
             waiting = waiting.assign(place=place).sort_values("place")
             if asked[name] < 1:
                 fair = int((waiting.place < asked[name] / left).sum())
@@ -146,8 +139,3 @@ def assign_splits(
             home[waiting.index[:take]] = name
             waiting = waiting[take:]
     return home.loc[groups].tolist()
-
-
-def _hash(name: str, group: str) -> float:
-    """A number in [0, 1) that depends on the two names alone, and is another one for each split."""
-    return int.from_bytes(hashlib.sha256(f"{name} {group}".encode()).digest()[:7]) / 2**56

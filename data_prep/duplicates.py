@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from sklearn.preprocessing import normalize
 
 # Bits of 144 in which the perceptual hashes of two pictures differ. Measured on façades and
 # photographs, see docs/lab_notebook.md.
@@ -46,21 +47,21 @@ class Fingerprints:
     def make(cls, rows: datasets.Dataset, image_embeds: np.ndarray, encode: Encode) -> Fingerprints:
         """Learns `cosines` from copies of `COPIES` of the pictures, cropped and recompressed.
 
-        How far a crop moves an embedding, and how far apart pictures of one niche lie, depends on
-        the base model. They are what 99.9 % of different pictures stay below, what 90 % of the
-        copies reach, and what half of them do.
+        They depend on the base model: what 99.9 % of different pictures stay below, what 90 % of
+        the copies reach, and what half of them do.
 
         Args:
             rows: image, phash and mirrored_phash of N pictures.
             image_embeds: (N, D) of unit length, made by `encode`.
         """
         mean = image_embeds.mean(axis=0)
-        centred = _unit(image_embeds - mean)
+        centred = normalize(image_embeds - mean)
         texts = rows["phash"][:] + rows["mirrored_phash"][:]
         hashes = np.frombuffer(bytes.fromhex("".join(texts)), np.uint8).reshape(2, len(rows), -1)
         chosen = np.unique(np.linspace(0, len(centred) - 1, COPIES).round().astype(int))
         pictures = rows.select(chosen).cast_column("image", datasets.Image())
-        copies = _unit(encode((_copy(row["image"]) for row in pictures), len(chosen)) - mean)
+        copied = (_copy(row["image"]) for row in pictures)
+        copies = normalize(encode(copied, len(chosen)) - mean)
         cosine = copies @ centred[chosen].T  # (COPIES, COPIES) at most
         own = hashes[0, chosen]
         different = cosine[np.bitwise_count(own[:, None] ^ own).sum(axis=2) > REMOTE]
@@ -111,9 +112,7 @@ class Fingerprints:
 
 def connected_groups(pairs: np.ndarray, count: int) -> np.ndarray:
     """The group of each of `count` pictures, (N,) int: those that pairs (P, 2) connect."""
-    graph = coo_array(
-        (np.ones(len(pairs), dtype=bool), (pairs[:, 0], pairs[:, 1])), shape=(count, count)
-    )
+    graph = coo_array((np.ones(len(pairs), bool), tuple(pairs.T)), shape=(count, count))
     return connected_components(graph, directed=False)[1]
 
 
@@ -125,7 +124,3 @@ def _copy(image: Image.Image) -> Image.Image:
     encoded = io.BytesIO()
     image.resize(image.size, Image.Resampling.BICUBIC, box).save(encoded, "JPEG", quality=60)
     return Image.open(encoded)
-
-
-def _unit(embeds: np.ndarray) -> np.ndarray:
-    return embeds / np.maximum(np.linalg.norm(embeds, axis=1, keepdims=True), 1e-12)

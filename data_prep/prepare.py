@@ -1,30 +1,25 @@
 """The way from images to `RUN/data`: each image read is kept, set aside or dropped, and counted."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pandas as pd
 from accelerate.utils import broadcast_object_list
-from PIL import Image
 from scipy.special import softmax
 
-from data_prep import findings
 from data_prep.clusters import measure
 from data_prep.divide import divide
 from data_prep.duplicates import Encode, Fingerprints
 from data_prep.quality import samples_per_epoch, suspect_labels
-from data_prep.report import write_report
-from data_prep.review import Suspicion, read_decisions, write_review
-from data_prep.sources import fetch_images, read_source, retention_rows
-from data_prep.sources.rows import check_classes, unusable
+from data_prep.report import findings, suspicions, write_report
+from data_prep.review import read_decisions, write_review
+from data_prep.sources import fetch, read, retention_rows, source_of
+from data_prep.sources.rows import Listing, check_classes, unusable
 from data_prep.verify import VERIFY_VERSION, verify_rows
 from nicheclip.cached_map import map_shards, stored_digests, weights_digest
 from nicheclip.clip import encode_images, encode_texts, fast_dtype, load_clip, zero_shot_logits
@@ -45,12 +40,11 @@ def prepare(
     images: str | Path | None = None,
     seed: int = 0,
     contact: str | None = None,
-) -> findings.Report | None:
+) -> dict[str, Any] | None:
     """Makes `run`/data (a DatasetDict, report.json and report.html), review.csv and domain.yaml.
 
-    A killed run goes on where it was: finished shards of verified and encoded images lie in
-    `run`/cache, which also makes the next run quick and may be removed. Under `accelerate launch`
-    the processes share the shards.
+    Finished shards of verified and encoded images lie in `run`/cache, so that a killed run goes on
+    where it was; under `accelerate launch` the processes share them.
 
     Args:
         images: class folders or a dataset to read instead of the domain's own source.
@@ -66,18 +60,16 @@ def prepare(
     """
     run = Path(run)
     if (run / "data").exists() and not (run / "data" / "dataset_dict.json").is_file():
-        raise ValueError(
-            f"'{run / 'data'}' is not prepared data and would be overwritten; choose another --run"
-        )
+        raise ValueError(f"'{run / 'data'}' is not prepared data; choose another --run")
     state = processes()
-    with run_lock(run), quiet_datasets(), _uncached():
+    with run_lock(run), quiet_datasets():
         # The second file is of calibrate.py's errors.html; where both decide, review.csv does.
         decided = read_decisions(run / "review_errors.csv") | read_decisions(run / "review.csv")
-        fetched: list[str | Path | None] = [None]
+        source, fetched = source_of(domain, images), [""]
         if state.is_main_process:
-            fetched = [fetch_images(domain, run, images, seed, contact)]
+            fetched = [str(fetch(source, run / "images", domain, seed, contact))]
         (location,) = broadcast_object_list(fetched)
-        listed, unplaced = read_source(domain, location, own=images is None)
+        listed, unplaced = read(source, location, domain.class_names)
         rows, unreadable = _verify(listed, domain, run / "cache" / "verified")
         model, processor = load_clip(domain.base)
         dtype = fast_dtype(model.device)
@@ -90,86 +82,60 @@ def prepare(
         prototypes = encode_texts(model, processor, domain.canonical_prompts)
         zero_shot = softmax(zero_shot_logits(model, image_embeds, prototypes), axis=1)  # (N, C)
         fingerprints = Fingerprints.make(rows, image_embeds, encode)
-        table = _table(rows, decided)
+        table = pd.DataFrame(rows.remove_columns("image").to_dict(), dtype=object)
+        table = table.rename(columns={"class_name": "label", "split": "given"})
+        keys = zip(table.sha256, table.label, strict=True)
+        table["decision"] = [decided[key].decision if key in decided else "" for key in keys]
         table = divide(table, fingerprints.near_duplicates(), domain)
         table = suspect_labels(table, image_embeds, zero_shot, domain, seed)
         kept = _kept(table, domain, zero_shot, seed)
         splits = _splits(rows, kept, domain)
-        confusions = measure(domain, kept, image_embeds, zero_shot, seed)
-
-        aside = findings.entries(table[table.kind.notna()], "kind", "other", "detail")
-        quarantined = unplaced + unreadable + aside
-        suspects = findings.suspects(table)
-        alike = findings.alike_across_splits(table, fingerprints)
-        classes = findings.classes(domain, table, kept, quarantined)
-        mended = (what for note in rows["mended"][:] if note for what in note.split("; "))
-        report: findings.Report = {
+        mended = (what for note in table.mended if note for what in note.split("; "))
+        report = {
             "provenance": provenance(),
             "domain": domain.name,
             "base": domain.base,
-            "images": str(location),
+            "images": location,
             "seed": seed,
             "settings": domain.model_dump(mode="json", include=DATA_SETTINGS),
             "fingerprint": fingerprint(splits, domain),
             "near_duplicate_cosines": [round(cosine, 4) for cosine in fingerprints.cosines],
-            "counts": findings.counts(table, kept, quarantined, len(listed) + len(unplaced)),
             "filter": domain.quality_filter.model_dump(),
-            "classes": classes,
-            "warnings": findings.warnings(classes, table, decided, alike, fingerprints),
             "mended": dict(Counter(mended)),
-            "quarantined": quarantined,
-            "suspects": suspects,
-            "least_likely_kept": findings.least_likely_kept(kept),
-            "near_duplicates": findings.near_duplicates(kept),
-            "alike_across_splits": alike,
-            "confusions": confusions,
+            **findings(domain, table, kept, unplaced + unreadable, decided, fingerprints),
+            "confusions": measure(domain, kept, image_embeds, zero_shot, seed),
         }
-        _write_data(run, domain, splits, report, rows)
+        pictures = rows.select_columns("image").cast_column("image", datasets.Image())
+        row_of = {source_id: row for row, source_id in enumerate(rows["source_id"])}
+        with replaced_folder(run / "data") as folder:
+            splits.save_to_disk(folder)
+            if domain.retention is not None:
+                retained = retention_rows(domain, run / "retention_images")
+                retained.save_to_disk(folder / "retention")
+            write_json(folder / "report.json", report)
+            page = folder / "report.html"
+            write_report(page, report, domain, lambda name: pictures[row_of[name]]["image"])
         domain.save(run / "domain.yaml")
-        write_review(run / "review.csv", findings.suspicions(quarantined, suspects))
+        write_review(run / "review.csv", suspicions(report))
     return report
 
 
-@contextmanager
-def _uncached() -> Iterator[None]:
-    """`datasets` would leave its intermediate tables beside the shards, or in the user's data."""
-    enabled = datasets.is_caching_enabled()
-    datasets.disable_caching()
-    try:
-        yield
-    finally:
-        if enabled:
-            datasets.enable_caching()
-
-
-def _verify(
-    listed: datasets.Dataset, domain: Domain, cache: Path
-) -> tuple[datasets.Dataset, list[findings.Entry]]:
+def _verify(listed: datasets.Dataset, domain: Domain, cache: Path) -> Listing:
     """The readable rows with their stored image, hashes and what was mended; and the others."""
     sides = {"stored_short_side": domain.stored_short_side, "smallest_side": domain.smallest_side}
     identity = [" ".join(pair) for pair in zip(listed["source_id"], listed["version"], strict=True)]
-    verified = map_shards(
-        listed.select_columns("image"),
-        partial(verify_rows, **sides),
-        identity,
-        f"{VERIFY_VERSION} {sides}",
-        cache,
-        "verifying images",
-        parallel=True,
-    )
+    images, verify = listed.select_columns("image"), partial(verify_rows, **sides)
+    settings, description = f"{VERIFY_VERSION} {sides}", "verifying images"
+    verified = map_shards(images, verify, identity, settings, cache, description, parallel=True)
     kept_columns = listed.remove_columns(["image", "version"])
     rows = datasets.concatenate_datasets([kept_columns, verified], axis=1)
-    readable, unreadable = [], []
-    columns = rows["source_id"], rows["error_kind"], rows["error_detail"], rows["class_name"]
-    for index, told in enumerate(zip(*columns, strict=True)):
-        if told[1] is None:
-            readable.append(index)
-        else:
-            unreadable.append(unusable(*told))
-    rows = rows.select(readable)
-    found = set(rows["class_name"])
-    check_classes(found, domain.class_names, f"the {len(rows)} readable images")
-    return rows, unreadable
+    told = rows.remove_columns("image").to_pandas()
+    lost = told[told.error_kind.notna()]
+    columns = lost.source_id, lost.error_kind, lost.error_detail, lost.class_name
+    rows = rows.select(np.flatnonzero(told.error_kind.isna()))
+    where = f"the {len(rows)} readable images"
+    check_classes(set(rows["class_name"]), domain.class_names, where)
+    return rows, [unusable(*image) for image in zip(*columns, strict=True)]
 
 
 def _encode(rows: datasets.Dataset, encode: Encode, settings: str, cache: Path) -> np.ndarray:
@@ -185,41 +151,8 @@ def _encode(rows: datasets.Dataset, encode: Encode, settings: str, cache: Path) 
     identity = stored_digests(rows)
     images, description = rows.select_columns("image"), "encoding with the base model"
     encoded = map_shards(images, encode_shard, identity, settings, cache, description)
-    return np.concatenate(
-        [batch["image_embeds"] for batch in encoded.with_format("numpy").iter(4096)]
-    )
-
-
-def _table(rows: datasets.Dataset, decided: dict[tuple[str, str], Suspicion]) -> pd.DataFrame:
-    """What `divide` asks of each image."""
-    columns = {"source_id": "source_id", "class_name": "label", "sha256": "sha256"}
-    columns |= {"split": "given"}
-    table = pd.DataFrame({name: rows[column][:] for column, name in columns.items()}, dtype=object)
-    keys = zip(table.sha256, table.label, strict=True)
-    table["decision"] = [decided[key].decision if key in decided else "" for key in keys]
-    return table
-
-
-def _write_data(
-    run: Path,
-    domain: Domain,
-    splits: datasets.DatasetDict,
-    report: findings.Report,
-    rows: datasets.Dataset,
-) -> None:
-    pictures = rows.select_columns("image").cast_column("image", datasets.Image())
-    row_of = {source_id: row for row, source_id in enumerate(rows["source_id"])}
-
-    def picture(source_id: str) -> Image.Image:
-        return pictures[row_of[source_id]]["image"]
-
-    with replaced_folder(run / "data") as folder:
-        splits.save_to_disk(folder)
-        if domain.retention is not None:
-            retained = retention_rows(domain, run / "retention_images")
-            retained.save_to_disk(folder / "retention")
-        write_json(folder / "report.json", report)
-        write_report(folder / "report.html", report, domain, picture)
+    batches = encoded.with_format("numpy").iter(4096)
+    return np.concatenate([batch["image_embeds"] for batch in batches])
 
 
 def _kept(table: pd.DataFrame, domain: Domain, zero_shot: np.ndarray, seed: int) -> pd.DataFrame:
@@ -237,15 +170,12 @@ def _kept(table: pd.DataFrame, domain: Domain, zero_shot: np.ndarray, seed: int)
 
 def _splits(rows: datasets.Dataset, kept: pd.DataFrame, domain: Domain) -> datasets.DatasetDict:
     schema = features(domain.class_names)
-    rows = rows.select_columns(["image", "source_id", "sha256", "attribution"])
-    rows = rows.cast_column("image", schema["image"])
-    added = datasets.Features({name: schema[name] for name in schema if name not in rows.features})
+    images = rows.select_columns("image").cast_column("image", schema.pop("image"))
     splits = datasets.DatasetDict()
     for name in SPLITS:
         own = kept[kept.split == name]
-        columns = datasets.Dataset.from_dict(own[list(added)].to_dict("list"), features=added)
-        split = datasets.concatenate_datasets([rows.select(own.index), columns], axis=1)
-        splits[name] = split.select_columns(list(schema))
+        columns = datasets.Dataset.from_dict(own[list(schema)].to_dict("list"), features=schema)
+        splits[name] = datasets.concatenate_datasets([images.select(own.index), columns], axis=1)
     return splits
 
 

@@ -1,12 +1,9 @@
 """Which training images are suspected of a wrong label, and how often an epoch has the others."""
 
-from __future__ import annotations
-
 import warnings
 
 import numpy as np
 import pandas as pd
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from threadpoolctl import threadpool_limits
@@ -35,8 +32,7 @@ def out_of_fold_probabilities(
         groups: (N,) near-duplicates share one.
 
     Returns:
-        (N, C) float, rows add up to 1. A class that a fold's training part lacks has probability 0
-        there.
+        (N, C) float, rows add up to 1; a class that a fold has not seen has probability 0 there.
     """
 
     def out_of_fold(some: np.ndarray, strength: float) -> np.ndarray:
@@ -61,16 +57,10 @@ def out_of_fold_probabilities(
         return -np.log(np.maximum(own, 1e-6)).mean()
 
     few = np.random.default_rng(seed).permutation(len(labels))[:4000]  # enough to choose by
-    strengths = tqdm(
-        REGULARIZATIONS, "judging labels with linear probes", unit="probe", leave=False
-    )
-    # Threads would spend more time on waiting for each other than on matrices of this size.
-    with threadpool_limits(1), warnings.catch_warnings():
-        # A class may be smaller than the number of folds, or missing in one; and a probe that is
-        # nearly converged is as good here.
-        for message in ("The least populated class", "Number of classes in training fold"):
-            warnings.filterwarnings("ignore", message)
-        warnings.simplefilter("ignore", ConvergenceWarning)
+    strengths = tqdm(REGULARIZATIONS, "judging labels by probes", unit="probe", leave=False)
+    # Threads would spend more time on waiting for each other than on matrices of this size. A class
+    # may be missing in a fold, and a probe that is nearly converged is as good here.
+    with threadpool_limits(1), warnings.catch_warnings(action="ignore"):
         return out_of_fold(np.arange(len(labels)), min(strengths, key=loss))
 
 
@@ -92,10 +82,8 @@ def suspect_labels(
     train = np.flatnonzero(images.split == "train")
     labels, probabilities = domain.indices(images.label)[train], zero_shot[train]
     if how.mode == "linear_probe":
-        groups = images.group_id.to_numpy()[train]
-        probabilities = out_of_fold_probabilities(
-            image_embeds[train], labels, groups, len(names), seed
-        )
+        own, groups = image_embeds[train], images.group_id.to_numpy()[train]
+        probabilities = out_of_fold_probabilities(own, labels, groups, len(names), seed)
     verdict = judge(probabilities, labels, how, (images.decision == "keep").to_numpy()[train])
     verdict["suspected_label"] = names[verdict.suspected_label]
     outcome = "dropped" if how.action == "drop" else "flagged"
@@ -117,10 +105,9 @@ def judge(
         trusted: (N,) bool, images that a person has kept; they are never suspected.
 
     Returns:
-        (N rows) score: how well the own label fits, for `linear_probe` its probability over the
-        mean in the class, for `zero_shot` the probability itself; suspected_label: the likeliest
-        other class, int; wanted: whether the score is below the threshold; suspect: whether the cap
-        allows it, too.
+        (N rows) score: the probability of the own label, for `linear_probe` over the mean in the
+        class; suspected_label: the likeliest other class, int; wanted: whether the score is below
+        the threshold; suspect: whether the cap allows it, too.
     """
     everyone, others = np.arange(len(labels)), probabilities.copy()
     others[everyone, labels] = -1

@@ -3,8 +3,6 @@
 The decisions hold for the next run.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Iterable
@@ -61,8 +59,7 @@ def read_decisions(path: Path) -> dict[tuple[str, str], Suspicion]:
         decision = (line["decision"] or "").strip().lower()
         if decision not in DECISIONS:
             raise ValueError(
-                f"'{path}', line {number}: decision '{line['decision']}'; expected keep, drop or "
-                "nothing"
+                f"'{path}', line {number}: decision '{decision}'; expected keep, drop or nothing"
             )
         if decision:
             values = {field.name: line.get(field.name) or "" for field in fields(Suspicion)}

@@ -1,7 +1,5 @@
 """Does each file decode? What does is stored upright, in RGB, shrunk to what training needs."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import warnings
@@ -22,10 +20,6 @@ TEXTS = ("sha256", "phash", "mirrored_phash", "mended", "error_kind", "error_det
 VERIFIED_FEATURES = datasets.Features(
     {"image": datasets.Image(decode=False), **dict.fromkeys(TEXTS, datasets.Value("string"))}
 )
-
-
-class UnusableError(Exception):
-    """The file is of no use: kind and detail of the reason."""
 
 
 def verify_rows(
@@ -52,27 +46,24 @@ def verify_image(
         to be done to read it, or None), and why the file can't be used: error_kind, "unreadable",
         "too small" or "blank", and error_detail, both None if it can.
     """
-    verified: dict[str, Any] = dict.fromkeys(VERIFIED_FEATURES)
     try:
-        verified |= _verified(source, stored_short_side, smallest_side)
-    except UnusableError as error:
-        verified["error_kind"], verified["error_detail"] = error.args
-    # Decoders raise nearly anything for a broken file; the reason is kept.
-    except Exception as error:
+        found = _verified(source, stored_short_side, smallest_side)
+    except UnidentifiedImageError:
+        found = {"error_kind": "unreadable", "error_detail": "not an image"}
+    except Exception as error:  # decoders raise nearly anything for a broken file
         told = (str(error) or type(error).__name__).splitlines()[0]
-        verified["error_kind"] = "unreadable"
-        verified["error_detail"] = "not an image" if type(error) is UnidentifiedImageError else told
-    return verified
+        found = {"error_kind": "unreadable", "error_detail": told}
+    return dict.fromkeys(VERIFIED_FEATURES) | found
 
 
 def _verified(
     source: dict[str, Any] | None, stored_short_side: int, smallest_side: int
 ) -> dict[str, Any]:
     if source is None:
-        raise UnusableError("unreadable", "the row has no image")
+        raise ValueError("the row has no image")
     content = source["bytes"] if source["bytes"] is not None else Path(source["path"]).read_bytes()
     if not content:
-        raise UnusableError("unreadable", "empty file")
+        raise ValueError("empty file")
     mended: list[str] = []
     with warnings.catch_warnings():
         # A picture of twice as many pixels is an error.
@@ -81,7 +72,7 @@ def _verified(
             (width, height), short_side = opened.size, min(opened.size)
             if short_side < smallest_side:
                 told = f"{width} x {height} px, expected at least {smallest_side} on the short side"
-                raise UnusableError("too small", told)
+                return {"error_kind": "too small", "error_detail": told}
             # Of an MPO the others are previews.
             if getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO":
                 mended.append("first frame of an animation")
@@ -97,7 +88,7 @@ def _verified(
         size = [max(1, round(side * scale)) for side in image.size]
         image = image.resize(size, Image.Resampling.BICUBIC)
     if image.getcolors(maxcolors=1):
-        raise UnusableError("blank", "every pixel has the same colour")
+        return {"error_kind": "blank", "error_detail": "every pixel has the same colour"}
     side = 4 * HASH_SIDE  # to which imagehash shrinks
     small = image.convert("L").resize((side, side), Image.Resampling.LANCZOS)
     stored = content if as_is else encode_jpeg(image, JPEG_QUALITY)

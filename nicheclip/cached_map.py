@@ -3,8 +3,6 @@
 Under `accelerate launch` the shards are dealt out to the processes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import multiprocessing
 import os
@@ -53,9 +51,8 @@ def map_shards(
     shards = []
     for start in range(0, len(rows), SHARD_ROWS):
         span = range(start, min(start + SHARD_ROWS, len(rows)))
-        key = hashlib.sha256(
-            "\n".join([settings, *(identity[index] for index in span)]).encode()
-        ).hexdigest()
+        order = "\n".join([settings, *(identity[index] for index in span)])
+        key = hashlib.sha256(order.encode()).hexdigest()
         shards.append((span, cache / key[:24]))
     todo = [(span, folder) for span, folder in shards if not folder.is_dir()]
     missing = sum(len(span) for span, _ in todo)

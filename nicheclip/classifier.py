@@ -88,8 +88,7 @@ def onnx_tower(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
         import onnxruntime
     except ImportError as error:
         raise ImportError(
-            f"'{path}' needs onnxruntime, which is not installed; run `pip install "
-            "'nicheclip[onnx]'`, or use backend='torch'"
+            f"'{path}' needs onnxruntime: `pip install 'nicheclip[onnx]'`, or use backend='torch'"
         ) from error
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda pixels: torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0])
@@ -136,8 +135,7 @@ class NicheClassifier:
             ValueError: if another version of NicheCLIP has published it, or the backend is unknown.
         """
         if backend not in ("torch", *ONNX_FILES):
-            known = ", ".join(map(repr, ONNX_FILES))
-            raise ValueError(f"backend is '{backend}'; expected 'torch' or one of {known}")
+            raise ValueError(f"backend is '{backend}'; expected 'torch', 'onnx' or 'onnx-int8'")
         folder = Path(repo_or_path)
         if not folder.is_dir():
             tower_file = ONNX_FILES.get(backend, "model*.safetensors*")
@@ -148,8 +146,7 @@ class NicheClassifier:
         if not (folder / SETTINGS_FILE).is_file():
             raise FileNotFoundError(
                 f"'{repo_or_path}' has no {SETTINGS_FILE}; expected a model published by NicheCLIP "
-                "(for another CLIP model, use transformers' zero-shot-image-classification "
-                "pipeline)"
+                "(others: transformers' zero-shot-image-classification pipeline)"
             )
         settings = _read_settings(folder / SETTINGS_FILE)
         embeds = load_file(folder / PROTOTYPES_FILE)
@@ -163,9 +160,8 @@ class NicheClassifier:
         path = folder / ONNX_FILES[backend]
         if not path.is_file():
             raise FileNotFoundError(
-                f"'{repo_or_path}' has no {ONNX_FILES[backend]}; use backend='torch', or build it "
-                "anew with `python -m model_card RUN --onnx` (it leaves INT8 out where that costs "
-                "too much: onnx/report.json)"
+                f"'{path}' is missing; use backend='torch', or `python -m model_card RUN --onnx` "
+                "(it leaves INT8 out where that costs too much: onnx/report.json)"
             )
         return cls(onnx_tower(path), head, processor.image_processor, settings)
 
@@ -197,9 +193,7 @@ class NicheClassifier:
             OSError: if a file is no image.
         """
         if isinstance(images, Photo):
-            raise TypeError(
-                "expected a list of images; put the image into a list: classifier([image])[0]"
-            )
+            raise TypeError("expected a list of images, as in classifier([image])[0]")
         return self.predict(self.image_embeds(images).numpy())
 
     def predict(self, image_embeds: np.ndarray) -> list[Prediction]:
@@ -229,8 +223,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise ValueError(
             f"'{path}' is of format {version}, this NicheCLIP reads {FORMAT_VERSION}; publish the "
-            "model anew (calibrate.py, then python -m model_card), or install the NicheCLIP that "
-            "made it"
+            "model anew (calibrate.py, model_card), or install the NicheCLIP that made it"
         )
     for name, kind in SETTINGS.items():
         value = settings
@@ -241,6 +234,6 @@ def _read_settings(path: Path) -> dict[str, Any]:
                 f"'{path}': {name} is {value!r}, expected a {kind.__name__}; fetch or build it anew"
             )
     if settings["ood"]["score"] not in SCORES:
-        known = f"expected one of {', '.join(SCORES)}"
-        raise ValueError(f"'{path}': ood.score is '{settings['ood']['score']}'; {known}")
+        score = settings["ood"]["score"]
+        raise ValueError(f"'{path}': ood.score is '{score}'; expected one of {', '.join(SCORES)}")
     return settings

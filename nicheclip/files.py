@@ -1,7 +1,5 @@
 """Files and folders that take their place once they are whole: a reader never sees half of one."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -38,9 +36,11 @@ def replaced_folder(folder: str | Path) -> Iterator[Path]:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     yield unfinished
+    mask = os.umask(0)  # there is no way to read it without setting it
+    os.umask(mask)
     for file in unfinished.rglob("*"):
         if file.is_file():
-            file.chmod(0o666 & ~_umask())
+            file.chmod(0o666 & ~mask)
     shutil.rmtree(former, ignore_errors=True)
     if folder.exists():
         folder.rename(former)  # deleting takes longer than renaming, and may be interrupted
@@ -51,12 +51,6 @@ def replaced_folder(folder: str | Path) -> Iterator[Path]:
 def _beside(path: Path, state: str) -> Path:
     """A hidden name that no user gives a file: what a killed command leaves may be removed."""
     return path.with_name(f".{path.name}.nicheclip-{state}")
-
-
-def _umask() -> int:
-    mask = os.umask(0)  # there is no way to read it without setting it
-    os.umask(mask)
-    return mask
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -81,10 +75,7 @@ def read_json(path: str | Path, remedy: str, keys: Sequence[str] = ()) -> Any:
     except ValueError as error:
         raise ValueError(f"'{path}' is damaged, not valid JSON ({error}); {remedy}") from error
     if missing := [key for key in keys if key not in content]:
-        raise ValueError(
-            f"'{path}' has no '{missing[0]}', so it is another version's or another program's; "
-            f"{remedy}"
-        )
+        raise ValueError(f"'{path}' has no '{missing[0]}', as of another version; {remedy}")
     return content
 
 
@@ -122,11 +113,14 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """No progress bars of `datasets`; the steps that take long have their own."""
-    shown = datasets.is_progress_bar_enabled()
+    """`datasets` shows no progress bars, and leaves no intermediate files in the user's data."""
+    shown, cached = datasets.is_progress_bar_enabled(), datasets.is_caching_enabled()
     datasets.disable_progress_bars()
+    datasets.disable_caching()
     try:
         yield
     finally:
         if shown:
             datasets.enable_progress_bars()
+        if cached:
+            datasets.enable_caching()

@@ -3,8 +3,6 @@
 NumPy only.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 image = open_image("photo.jpg")  # upright, RGB
 """
 
-from __future__ import annotations
-
 import io
 import struct
 import warnings
@@ -27,7 +25,7 @@ BIT_DEPTHS = (8, 10, 12, 14, 16)  # of what is stored in 16 bits
 
 
 class UnusableImageError(OSError):
-    """The file decodes, and there is still no saying what its pixels mean."""
+    """It does not decode, or there is still no saying what its pixels mean."""
 
 
 @cache
@@ -44,23 +42,20 @@ def open_image(photo: Photo) -> Image.Image:
         photo: a path, a PIL image, the bytes of a file, or a uint8 array (H, W, 3) or (H, W).
 
     Raises:
-        OSError: naming the image that can't be read.
+        UnusableImageError: an OSError, naming the image that can't be read.
         ValueError: for an address.
         TypeError: for anything else.
     """
     expected = "a path, a PIL image, the bytes of a file, or a uint8 array (H, W, 3) or (H, W)"
     named = f"'{photo}'" if isinstance(photo, str | Path) else f"a {type(photo).__name__}"
-    match photo:
-        case str() if photo.startswith(("http://", "https://")):
-            raise ValueError(
-                f"'{photo}' is an address, and nothing is downloaded here; save the image first"
-            )
-        case np.ndarray() if photo.dtype != np.uint8 or photo.shape[2:] not in ((), (3,)):
-            raise TypeError(f"got an array of {photo.dtype}, {photo.shape}; expected {expected}")
-        case str() | Path() | bytes() | Image.Image() | np.ndarray():
-            pass
-        case _:
-            raise TypeError(f"got {named}; expected {expected}")
+    if named.startswith(("'http://", "'https://")):
+        raise ValueError(f"{named} is an address; nothing is downloaded here, save it first")
+    fits = isinstance(photo, Photo)
+    if isinstance(photo, np.ndarray):
+        named = f"an array of {photo.dtype}, {photo.shape}"
+        fits = photo.dtype == np.uint8 and photo.shape[2:] in ((), (3,))
+    if not fits:
+        raise TypeError(f"got {named}; expected {expected}")
     try:
         with warnings.catch_warnings():
             # A picture of twice as many pixels is an error.
@@ -74,7 +69,7 @@ def open_image(photo: Photo) -> Image.Image:
                 return to_rgb(opened)
     # What Pillow raises for a broken file depends on its format.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise OSError(f"{named} can't be read as an image: {error}") from error
+        raise UnusableImageError(f"{named} can't be read as an image: {error}") from error
 
 
 def to_rgb(image: Image.Image, mended: list[str] | None = None) -> Image.Image:

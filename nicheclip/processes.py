@@ -1,7 +1,5 @@
 """The processes that work together, and what each of them does first."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import platform

@@ -1,7 +1,5 @@
 """The run directory: no result in it may speak of another model or of other data."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform
@@ -55,8 +53,7 @@ def run_lock(run: Path) -> Iterator[None]:
         named = run / HOLDER
         holder = named.read_text(encoding="utf-8") if named.is_file() else "another command"
         raise BlockingIOError(
-            f"{holder} is at work on '{run}'; wait for it or end it, or choose another run "
-            "directory"
+            f"{holder} is at work on '{run}'; wait for it, end it, or choose another run"
         ) from None
     with held:
         (run / HOLDER).write_text(f"process {os.getpid()} ({_command()})", encoding="utf-8")
@@ -96,8 +93,7 @@ def begin_training(run: Path, checkpoints: Path, settings: dict[str, Any], resum
                 compound = isinstance(value, dict | list)
                 change = "has changed" if compound else f"was {then} and is {value} now"
                 raise ValueError(
-                    f"since '{checkpoints}' was begun, {name} {change}; change it back, or remove "
-                    "the folder and train afresh"
+                    f"since '{checkpoints}' was begun, {name} {change}; change it back or remove it"
                 )
     old = [*checkpoints.glob("checkpoint-*"), *checkpoints.glob("[0-9]*-*/checkpoint-*")]
     if not resume and old and not (run / "training.json").is_file():
@@ -151,8 +147,7 @@ def check_exam(run: Path, splits: DatasetDict) -> None:
     trained_on = read_json(run / "training.json", remedy, ["data_fingerprint"])
     if trained_on["data_fingerprint"] != read_report(run)["fingerprint"]:
         raise ValueError(
-            f"'{run / 'model'}' was trained on other data than '{run / 'data'}' holds now (so "
-            f"test images may have been trained on); {remedy}"
+            f"'{run / 'model'}' was trained on other data than '{run / 'data'}' holds now; {remedy}"
         )
 
 
@@ -169,10 +164,9 @@ def check_unchanged(domain: Domain, report: dict, class_names: list[str]) -> Non
     """
     if class_names != domain.class_names or report["base"] != domain.base:
         raise DomainError(
-            f"the data was prepared for {len(class_names)} classes and the base "
-            f"'{report['base']}', the domain has {len(domain.classes)} classes and the base "
-            f"'{domain.base}'; run `python -m data_prep` again, or give train.py the run "
-            "directory instead of the domain file"
+            f"the data was prepared for {len(class_names)} classes and '{report['base']}', the "
+            f"domain has {len(domain.classes)} classes and '{domain.base}'; run `python -m "
+            "data_prep` again, or give train.py the run directory"
         )
     now = domain.model_dump(mode="json")
     changed = [name for name, value in report["settings"].items() if now[name] != value]

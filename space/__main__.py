@@ -4,46 +4,24 @@ Opens the app of a run directory (its RUN/hub), of a published folder, or of a r
 Hub.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
-from pathlib import Path
 
-from nicheclip.classifier import SETTINGS_FILE
 from space.app import LAUNCH, build_app
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m space", description=__doc__.split("\n", 1)[1])
-    source = "a run directory, a published folder or a Hub repo id"
-    parser.add_argument("source", metavar="RUN_OR_REPO_ID", help=source)
-    port = "serve on this port (default: the first free one from 7860)"
-    parser.add_argument("--port", type=int, help=port)
-    parser.add_argument("--share", action="store_true", help="also open a public gradio.live link")
+    add = parser.add_argument
+    add("source", metavar="RUN_OR_REPO_ID", help="a run, a published folder or a Hub repo id")
+    add("--port", type=int, help="serve on this port (default: the first free one from 7860)")
+    add("--share", action="store_true", help="also open a public gradio.live link")
     args = parser.parse_args()
     try:
-        build_app(published(args.source)).launch(server_port=args.port, share=args.share, **LAUNCH)
+        build_app(args.source).launch(server_port=args.port, share=args.share, **LAUNCH)
     except (ValueError, OSError) as error:
         sys.exit(f"space: {error}")
-
-
-def published(source: str) -> str | Path:
-    """The published folder of a run directory; other folders and repo ids as they are.
-
-    Raises:
-        FileNotFoundError: if `source` is a folder without a published model.
-    """
-    folder = Path(source)
-    if not folder.is_dir() or (folder / SETTINGS_FILE).is_file():
-        return source
-    if not (folder / "hub" / SETTINGS_FILE).is_file():
-        raise FileNotFoundError(
-            f"'{source}' holds no published model (no {SETTINGS_FILE}, no hub/{SETTINGS_FILE}); "
-            f"if it is a run directory, run `python -m model_card {source}` first"
-        )
-    return folder / "hub"
 
 
 if __name__ == "__main__":

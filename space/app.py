@@ -3,8 +3,6 @@
 build_app("runs/facades/hub").launch(**LAUNCH)
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +11,16 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from PIL.Image import Image
 
-from nicheclip.classifier import NicheClassifier, Prediction
+from nicheclip.classifier import SETTINGS_FILE, NicheClassifier, Prediction
 from nicheclip.publishing.image_index import INDEX_FILE, ImageIndex
-from space.photo import on_photo, photo_input
 from space.scorecard import NBSP, percent, read_scorecard, scorecard_tab
-from space.search import Shown, captioned, pictures, search_tab
+from space.search import Shown, captioned, on_photo, photo_input, pictures, search_tab
 
 TOP_CLASSES = 5
 ALIKE = 6  # pictures shown beside an answer
 MOST_WAITING = 100  # requests; more are told to come back
 MOST_NAMED = 4  # classes that a sentence names
-OUTSIDE = (
-    "**This looks like nothing that the model knows.** The bars below mean nothing for such a "
-    "picture."
-)
+OUTSIDE = "**This looks like nothing that the model knows.** The bars below mean nothing for it."
 EMPTY = "Add a photo to see what the model makes of it."
 FONT = ["system-ui", "sans-serif"]
 # What `launch` takes instead of `gr.Blocks` since Gradio 6. System fonts: nothing is fetched.
@@ -57,14 +51,14 @@ LAUNCH: dict[str, Any] = {
 }
 
 
-def build_app(repo_or_path: str | Path) -> gr.Blocks:
-    """The app of a published folder or a repository; nothing is served before `launch(**LAUNCH)`.
+def build_app(source: str | Path) -> gr.Blocks:
+    """The app of a run, a published folder or a repository; it is served by `launch(**LAUNCH)`.
 
     Raises:
         FileNotFoundError: if there is none such, or it was not published by NicheCLIP.
         ValueError: if another version has published it.
     """
-    folder = _fetch(repo_or_path)
+    folder = published(source)
     classifier = NicheClassifier.from_pretrained(folder)
     settings = classifier.settings
     index = ImageIndex(folder / INDEX_FILE) if (folder / INDEX_FILE).is_file() else None
@@ -86,24 +80,34 @@ def build_app(repo_or_path: str | Path) -> gr.Blocks:
         with gr.Tab("Scorecard"):
             scorecard_tab(folder, measures, gates)
         with gr.Tab("API"):
-            gr.Markdown(usage(repo_or_path))
+            gr.Markdown(usage(folder if Path(source).is_dir() else source))
     return app.queue(max_size=MOST_WAITING)
 
 
-def _fetch(repo_or_path: str | Path) -> Path:
-    if Path(repo_or_path).is_dir():
-        return Path(repo_or_path)
-    try:
-        patterns = ["*.json", "*.safetensors", "*.txt", "figures/*", "examples/*", "index/*"]
-        return Path(snapshot_download(str(repo_or_path), allow_patterns=patterns))
-    except (OSError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0]
-        if isinstance(error, RepositoryNotFoundError):
-            reason = "no such repository, or none that you may read"
-        raise FileNotFoundError(
-            f"'{repo_or_path}' is no folder here and can't be fetched from the Hub ({reason}); "
-            "expected a run directory, a published folder or a repo id such as you/your-model"
-        ) from error
+def published(source: str | Path) -> Path:
+    """The folder of a published model: of a run directory its `hub`, of a repository a download.
+
+    Raises:
+        FileNotFoundError: if there is none such.
+    """
+    if not Path(source).is_dir():
+        try:
+            patterns = ["*.json", "*.safetensors", "*.txt", "figures/*", "examples/*", "index/*"]
+            return Path(snapshot_download(str(source), allow_patterns=patterns))
+        except (OSError, HFValidationError) as error:
+            reason = str(error).strip().splitlines()[0]
+            if isinstance(error, RepositoryNotFoundError):
+                reason = "no such repository, or none that you may read"
+            raise FileNotFoundError(
+                f"'{source}' is no folder here and can't be fetched from the Hub ({reason}); "
+                "expected a run directory, a published folder or a repo id such as you/your-model"
+            ) from error
+    for folder in (Path(source), Path(source) / "hub"):
+        if (folder / SETTINGS_FILE).is_file():
+            return folder
+    raise FileNotFoundError(
+        f"'{source}' holds no published model; run `python -m model_card {source}` first"
+    )
 
 
 def _classify_tab(
@@ -127,10 +131,7 @@ def _classify_tab(
     alike = pictures(None, "found", label=most_alike, visible=index is not None)
     on_photo(photo, classify, EMPTY, [sentence, bars, alike], "classify")
     if examples:
-        gr.Markdown(
-            "Or try a test picture, which the model was not trained on. Its true class stands "
-            "below it."
-        )
+        gr.Markdown("Or try a test picture, not trained on; its true class stands below it.")
         named = [(path, path.stem) for path in examples]
         gallery = pictures(named, "examples", show_label=False, allow_preview=False)
 
@@ -153,8 +154,7 @@ classifier = NicheClassifier.from_pretrained("{repo_or_path}")
 print(classifier(["photo.jpg"])[0])
 ```
 
-This app, over the network,
-with `pip install gradio_client` (the whole list stands under “Use via API” below):
+This app, with `pip install gradio_client` (the whole list is under “Use via API” below):
 
 ```python
 from gradio_client import Client, handle_file

@@ -1,11 +1,9 @@
 """The folder of a Gradio Space: the app with the code that it needs, and the model's name."""
 
-from __future__ import annotations
-
-import ast
 import shutil
 import sys
 from importlib.metadata import packages_distributions, version
+from modulefinder import ModuleFinder
 from pathlib import Path
 
 import yaml
@@ -13,26 +11,13 @@ import yaml
 CODE = Path(__file__).parents[1]
 
 
-def code_of(entry: Path) -> tuple[set[Path], set[str]]:
+def code_of(module: str) -> tuple[set[Path], set[str]]:
     """The files of this project that a module needs, and the packages that those import on top."""
-    files: set[Path] = set()
-    packages: set[str] = set()
-    waiting = [entry]
-    while waiting:
-        path = waiting.pop()
-        if path in files or not path.is_file():
-            continue
-        files.add(path)
-        waiting += [folder / "__init__.py" for folder in path.parents if CODE in folder.parents]
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.Import):
-                packages |= {alias.name.partition(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                packages.add(node.module.partition(".")[0])
-                place = CODE.joinpath(*node.module.split("."))
-                waiting += [place / f"{alias.name}.py" for alias in node.names]
-                waiting.append(place.with_suffix(".py"))
-    return files, packages - sys.stdlib_module_names - {"nicheclip", "space"}
+    finder = ModuleFinder([str(CODE)])
+    finder.import_hook(module)
+    files = {Path(path) for found in finder.modules.values() if (path := vars(found)["__file__"])}
+    imported = {name.partition(".")[0] for name in finder.badmodules}  # it looks here alone
+    return files, imported - sys.stdlib_module_names - {"nicheclip", "space"}
 
 
 def write_space(folder: Path, model_id: str, title: str, license_name: str) -> None:
@@ -41,8 +26,11 @@ def write_space(folder: Path, model_id: str, title: str, license_name: str) -> N
     Args:
         model_id: the repository of the model, which the app loads when it starts.
     """
-    code, packages = code_of(CODE / "space" / "app.py")
-    projects = {packages_distributions()[package][0] for package in packages - {"gradio"}}
+    code, packages = code_of("space.app")
+    # The Hub installs gradio by sdk_version, and without ONNX nobody needs onnxruntime.
+    needed = packages - {"gradio", "onnxruntime"}
+    projects = sorted({packages_distributions()[package][0] for package in needed})
+    pins = [f"{name}=={version(name).partition('+')[0]}\n" for name in projects]
     for path in code:
         copy = folder / path.relative_to(CODE)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -60,10 +48,7 @@ def write_space(folder: Path, model_id: str, title: str, license_name: str) -> N
         "README.md": f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n\n"
         f"The demo of [{model_id}](https://huggingface.co/{model_id}). If that model is private, "
         "give this Space a secret `HF_TOKEN` that may read it.\n",
-        # The Hub installs gradio by sdk_version.
-        "requirements.txt": "".join(
-            f"{name}=={version(name).partition('+')[0]}\n" for name in sorted(projects)
-        ),
+        "requirements.txt": "".join(pins),
         "app.py": "from space.app import LAUNCH, build_app\n\n"
         f'build_app("{model_id}").launch(**LAUNCH)\n',
     }

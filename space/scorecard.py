@@ -1,7 +1,5 @@
 """The second tab: what calibrate.py measured, as figures and as a table."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

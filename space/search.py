@@ -1,9 +1,8 @@
-"""The tab that looks for pictures, by words or by a photo; the pictures beside an answer."""
-
-from __future__ import annotations
+"""A visitor's photo, the pictures that are shown, and the tab that looks for them."""
 
 import hashlib
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -13,14 +12,47 @@ import gradio as gr
 from PIL.Image import Image
 
 from nicheclip.classifier import NicheClassifier
+from nicheclip.images import open_image
 from nicheclip.publishing.image_index import ImageIndex
-from space.photo import on_photo, photo_input
 
 FOUND = 12
 LONGEST_QUERY = 300  # characters; CLIP reads some 60 words
+UNREADABLE = "**This file can't be read as a picture.** Try another one: a JPEG, PNG or WebP photo."
 NOTHING_ASKED = "Describe in words what you look for, or add a photo."
 WRITING = Lock()
 Shown = list[tuple[Path, str]]
+
+
+def photo_input(label: str, height: int) -> gr.Image:
+    """An input for photos, whose event is `on_photo`."""
+    sources: list = ["upload", "webcam", "clipboard"]
+    return gr.Image(label=label, sources=sources, height=height, buttons=[], alt_text="Your photo")
+
+
+def on_photo(
+    photo: gr.Image,
+    told_of: Callable[[Image], tuple],
+    nothing: str,
+    outputs: list,
+    api_name: str,
+) -> None:
+    """Shows in `outputs`, of which the first is a text, what is told of each photo, or `nothing`.
+
+    Gradio would decode the file itself, with an error message of its own, and re-encode it.
+    """
+    others = [None] * (len(outputs) - 1)
+
+    def opened(file: dict[str, Any] | None) -> tuple:
+        if file is None:
+            return nothing, *others
+        try:
+            image = open_image(file["path"])
+        except OSError:
+            return UNREADABLE, *others
+        return told_of(image)
+
+    options: dict[str, Any] = {"api_name": api_name, "show_progress": "minimal"}
+    photo.change(opened, photo, outputs, preprocess=False, **options)
 
 
 def search_tab(classifier: NicheClassifier, index: ImageIndex) -> None:
@@ -45,13 +77,9 @@ def search_tab(classifier: NicheClassifier, index: ImageIndex) -> None:
     )
     with gr.Row():
         with gr.Column(scale=2):
-            first_prompt = classifier.settings["prompts"][classifier.class_names[0]][0]
-            words = gr.Textbox(
-                label="In words",
-                placeholder=f"for example: {first_prompt}",
-                max_length=LONGEST_QUERY,
-                submit_btn="Search",
-            )
+            prompts = classifier.settings["prompts"][classifier.class_names[0]]
+            query: dict[str, Any] = {"max_length": LONGEST_QUERY, "submit_btn": "Search"}
+            words = gr.Textbox(label="In words", placeholder=f"for example: {prompts[0]}", **query)
         with gr.Column(scale=1):
             photo = photo_input("Or by a photo", height=180)
     told = gr.Markdown(NOTHING_ASKED, label="What was looked for")

@@ -11,7 +11,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 
 from nicheclip import NicheClassifier
 from space.app import LAUNCH, answer, build_app
-from space.photo import UNREADABLE
+from space.search import UNREADABLE
 from tests.conftest import CHROMIUM, needs_chromium
 
 pytestmark = needs_chromium

@@ -15,11 +15,11 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageOps
 
-from data_prep import findings
 from data_prep.divide import assign_splits
 from data_prep.duplicates import Fingerprints, connected_groups
 from data_prep.prepare import prepare
 from data_prep.quality import judge, out_of_fold_probabilities, samples_per_epoch
+from data_prep.report import warnings
 from data_prep.sources.folders import read_folders
 from data_prep.verify import verify_rows
 from domains.facades.painter import STYLES, draw
@@ -321,7 +321,7 @@ def test_only_a_class_that_the_cap_has_protected_is_warned_of(drawings_and_copie
         for name, (wanted, taken) in judged.items()
     ]
     images = pd.DataFrame({"sha256": [], "label": []})
-    (told,) = findings.warnings(classes, images, {}, [], drawings_and_copies)
+    (told,) = warnings(classes, images, {}, [], drawings_and_copies)
     assert told.startswith("held: the filter wanted 9 of 20 images")
 
 

@@ -25,7 +25,7 @@ from nicheclip import NicheClassifier
 from nicheclip.domain import Domain
 from nicheclip.run import load_prepared
 from space.app import LAUNCH, build_app
-from space.photo import UNREADABLE
+from space.search import UNREADABLE
 from tests.conftest import ROOT, encoded, png, png_chunk
 
 FORMATS = {

@@ -90,8 +90,8 @@ def report() -> dict[str, Any]:
         ],
         "near_duplicates": [group("train/tudor/3.jpg", "train/tudor/4.jpg")],
         "alike_across_splits": [
-            {"source_ids": ["test/tudor/5.jpg", "train/tudor/6.jpg"], "splits": ["test", "train"],
-            "cosine": 0.93}
+            [{"source_id": f"{split}/tudor/5.jpg", "split": split, "cosine": 0.93}
+            for split in ("test", "train")]
         ],
         "confusions": {
             "train": 240, "validation": 60, "affinity": confused("gothic", "romanesque"),

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from data_prep.prepare import prepare
-from data_prep.sources import fetch_images
+from data_prep.sources import fetch, source_of
 from data_prep.sources.folders import read_folders
 from data_prep.sources.rows import unusable
 from data_prep.sources.tables import is_table, read_table
@@ -211,13 +211,15 @@ def write_images(folder, domain, seed, **options):
     monkeypatch.syspath_prepend(tmp_path)
     source = Source(kind="module", path="drawing_of_tests", options={"size": 8})
     drawn = two_styles.model_copy(update={"source": source})
-    assert fetch_images(drawn, tmp_path, tmp_path / "mine", 3, None) == tmp_path / "mine"
-    assert fetch_images(drawn, tmp_path, None, 3, None) == tmp_path / "images"
+    mine, images = tmp_path / "mine", tmp_path / "images"
+    mine.mkdir()
+    assert fetch(source_of(drawn, mine), images, drawn, 3) == str(mine)
+    assert fetch(source_of(drawn, None), images, drawn, 3) == images
     order = json.loads((tmp_path / "images" / "order.json").read_text())
     assert order == ["facades", 3, {"size": 8}]
     absent = drawn.model_copy(update={"source": Source(kind="module", path="not.there")})
     with pytest.raises(ValueError, match="'not.there' can't be imported .* write_images"):
-        fetch_images(absent, tmp_path, None, 3, None)
+        fetch(absent.source, tmp_path, absent, 3)
 
 
 def test_files_outside_of_a_class_are_named(folder, tmp_path):

@@ -26,11 +26,10 @@ from nicheclip.evaluation.intervals import Measure
 from nicheclip.files import read_json, write_json
 from nicheclip.images import to_rgb
 from space import __main__ as entry
-from space.app import EMPTY, LAUNCH, TOP_CLASSES, answer, build_app
-from space.photo import UNREADABLE
+from space.app import EMPTY, LAUNCH, TOP_CLASSES, answer, build_app, published
 from space.publish import write_space
 from space.scorecard import score_table
-from space.search import FOUND, NOTHING_ASKED
+from space.search import FOUND, NOTHING_ASKED, UNREADABLE
 
 UNSURE = "**Not sure.** The best guess is art deco"
 
@@ -196,9 +195,7 @@ def test_the_scorecard_shows_every_metric_and_gate(run: Path):
 
 
 def test_a_run_stands_for_its_hub_folder(run: Path):
-    assert entry.published(str(run)) == run / "hub"
-    assert entry.published(str(run / "hub")) == str(run / "hub")
-    assert entry.published("you/your-model") == "you/your-model"
+    assert published(run) == published(run / "hub") == run / "hub"
 
 
 def test_a_folder_of_an_older_version_is_refused(run: Path, tmp_path: Path):

@@ -4,8 +4,6 @@ A `metadata.jsonl` or `metadata.csv` beside the images, as `datasets`' imagefold
 give each file_name an attribution, or its author, license and source_url.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import os
@@ -15,15 +13,14 @@ from typing import Any
 
 import datasets
 
-from data_prep.sources.rows import SOURCE_FEATURES, check_classes, unusable
+from data_prep.sources.rows import SOURCE_FEATURES, Listing, check_classes, unusable
 from nicheclip.run import SPLITS
 
-SIDECARS = frozenset({"metadata.jsonl", "metadata.csv", "skipped.jsonl", "truth.json"})
+METADATA = frozenset({"metadata.jsonl", "metadata.csv"})
+SIDECARS = METADATA | {"skipped.jsonl", "truth.json"}
 
 
-def read_folders(
-    folder: str | Path, class_names: list[str]
-) -> tuple[datasets.Dataset, list[dict[str, Any]]]:
+def read_folders(folder: str | Path, class_names: list[str]) -> Listing:
     """Lists the files of class folders, in the order of their names; opens no image.
 
     Returns:
@@ -35,28 +32,25 @@ def read_folders(
     """
     folder = Path(folder).resolve()
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"no image folder at '{folder}'; expected one folder a class, e.g. {folder}/gothic"
-        )
+        raise FileNotFoundError(f"no image folder at '{folder}'; expected one folder a class in it")
     names = {name.casefold() for name in class_names}
     paths = list_files(folder)
-    attributions = {path: text for sidecar in paths for path, text in _attributions(sidecar)}
+    metadata = [path for path in paths if path.name in METADATA]
+    attributions = {path: text for sidecar in metadata for path, text in _attributions(sidecar)}
     rows: list[dict[str, Any]] = []
     aside = []
     for path in paths:
-        inside = path.relative_to(folder)
-        split, folders = split_and_folders(inside.parts, names)
         if path.name in SIDECARS:
             continue
-        if not folders:
-            aside.append(unusable(inside.as_posix(), "no class", "not in a class folder"))
-        elif not path.is_file():
-            aside.append(
-                unusable(inside.as_posix(), "no class", "not a file: a broken link, or a device")
-            )
-        else:
-            status = path.stat()
-            row: dict[str, Any] = {
+        inside = path.relative_to(folder)
+        split, folders = split_and_folders(inside.parts, names)
+        if not folders or not path.is_file():
+            why = "not a file: a broken link, or a device" if folders else "not in a class folder"
+            aside.append(unusable(inside.as_posix(), "no class", why))
+            continue
+        status = path.stat()
+        rows.append(
+            {
                 "image": {"path": str(path), "bytes": None},
                 "source_id": inside.as_posix(),
                 "version": f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}",
@@ -64,7 +58,7 @@ def read_folders(
                 "split": split,
                 "attribution": attributions.get(path),
             }
-            rows.append(row)
+        )
     canonical = check_classes({row["class_name"] for row in rows}, class_names, f"'{folder}'")
     for row in rows:
         row["class_name"] = canonical[row["class_name"]]
@@ -102,14 +96,11 @@ def list_files(folder: Path) -> list[Path]:
 
 def _attributions(sidecar: Path) -> Iterator[tuple[Path, str]]:
     """What a metadata file says of the images beside it."""
-    if sidecar.name == "metadata.jsonl":
-        lines = sidecar.read_text(encoding="utf-8").splitlines()
-        entries = [json.loads(line) for line in lines if line.strip()]
-    elif sidecar.name == "metadata.csv":
-        with sidecar.open(encoding="utf-8", newline="") as file:
+    with sidecar.open(encoding="utf-8", newline="") as file:
+        if sidecar.suffix == ".csv":
             entries = list(csv.DictReader(file))
-    else:
-        return
+        else:
+            entries = [json.loads(line) for line in file if line.strip()]
     for entry in entries:
         if "file_name" not in entry:
             raise ValueError(f"'{sidecar}': an entry has no file_name; expected one in each")

@@ -1,7 +1,5 @@
 """What the rows of every source have in common."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 from dataclasses import fields
@@ -16,18 +14,18 @@ TEXTS = ("source_id", "version", "class_name", "split", "attribution")
 SOURCE_FEATURES = datasets.Features(
     {"image": datasets.Image(decode=False), **dict.fromkeys(TEXTS, datasets.Value("string"))}
 )
+Entry = dict[str, Any]  # an image of report.json: source_id, label, sha256 and more
+Listing = tuple[datasets.Dataset, list[Entry]]  # the rows, and what could not be taken
 T = TypeVar("T")
 
 
-def unusable(
-    source_id: str, kind: str, detail: str, label: str | None = None
-) -> dict[str, str | None]:
+def unusable(source_id: str, kind: str, detail: str, label: str | None = None) -> Entry:
     """The entry of report.json for what has no class, or can't be read."""
     named = {"source_id": source_id, "label": label, "sha256": None}
     return {**named, "kind": kind, "other": None, "detail": detail}
 
 
-def read_options(kind: type[T], options: dict[str, Any], source: str) -> T:
+def read_options(kind: type[T], options: dict[str, Any]) -> T:
     """`source.options` of a domain file as the dataclass of its source.
 
     Raises:
@@ -35,9 +33,7 @@ def read_options(kind: type[T], options: dict[str, Any], source: str) -> T:
     """
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     if unknown := sorted(set(options) - set(known)):
-        raise ValueError(
-            f"source.options of {source}: '{unknown[0]}'; known options are {', '.join(known)}"
-        )
+        raise ValueError(f"source.options: '{unknown[0]}'; known options are {', '.join(known)}")
     try:
         return TypeAdapter(kind).validate_python(options)
     except ValidationError as error:
@@ -65,8 +61,5 @@ def check_classes(found: Iterable[str], class_names: list[str], where: str) -> d
             raise ValueError(f"'{label}' in {where} is no class of the domain; {remedy}")
         canonical[label] = names[key]
     if empty := sorted(set(class_names) - set(canonical.values())):
-        raise FileNotFoundError(
-            f"no images in {where} for: {', '.join(empty)}; add them, or take the classes out of "
-            "the domain file"
-        )
+        raise FileNotFoundError(f"no images in {where} for: {', '.join(empty)}; add or drop them")
     return canonical

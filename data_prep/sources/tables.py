@@ -1,14 +1,12 @@
 """A `datasets` dataset with image and label: a Hub id, a Parquet or Arrow file, a saved folder."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 
-from data_prep.sources.rows import SOURCE_FEATURES, check_classes, read_options, unusable
+from data_prep.sources.rows import SOURCE_FEATURES, Listing, check_classes, read_options, unusable
 from nicheclip.run import SPLITS
 
 SPLIT_NAMES = {name: name for name in SPLITS} | dict.fromkeys(("val", "valid", "dev"), "validation")
@@ -40,9 +38,7 @@ def _is_saved(path: Path) -> bool:
     return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
-def read_table(
-    location: str | Path, class_names: list[str], **options: Any
-) -> tuple[datasets.Dataset, list[dict[str, Any]]]:
+def read_table(location: str | Path, class_names: list[str], **options: Any) -> Listing:
     """Opens a dataset; images stay undecoded and on disk.
 
     A split that is not train, validation, calibration or test is dealt out.
@@ -60,7 +56,7 @@ def read_table(
         ValueError: for an unknown option, column, split or label.
         FileNotFoundError: if there is no such dataset, or a class has no image.
     """
-    chosen = read_options(TableOptions, options, "a dataset")
+    chosen = read_options(TableOptions, options)
     tables = _load(location, chosen)
     split_of = SPLIT_NAMES | chosen.splits
     table = datasets.concatenate_datasets(list(tables.values()))
@@ -115,8 +111,7 @@ def _load(location: str | Path, options: TableOptions) -> dict[str, datasets.Dat
             loaded = datasets.load_dataset(str(location), options.config, revision=options.revision)
         except (FileNotFoundError, ConnectionError) as error:
             raise FileNotFoundError(
-                f"no folder and no dataset '{location}': {error}; check the path, or the id and "
-                "the network"
+                f"no folder and no dataset '{location}': {error}; check the name and the network"
             ) from error
     return loaded if isinstance(loaded, dict) else {"table": loaded}
 

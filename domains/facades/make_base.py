@@ -1,4 +1,4 @@
-"""python -m domains.facades.make_base [--output FOLDER] [--seed 0] [--epochs 11] [--drawings 24000]
+"""python -m domains.facades.make_base [--output FOLDER]
 
 Trains the tiny CLIP that the façades domain fine-tunes, from nothing, on drawings of
 `domains.facades.painter`, and writes a folder that stock `CLIPModel.from_pretrained` and
@@ -7,8 +7,8 @@ Trains the tiny CLIP that the façades domain fine-tunes, from nothing, on drawi
 The base is meant to know the domain as web-scale CLIP knows architecture: it sees well, and names
 badly. Its captions tell of parts, colours and weather. Only in the last `NAMED_EPOCHS` is a style
 named, in `NAMED_SHARE` of the captions, and `WRONG_SHARE` of these names are wrong, mostly by a
-style of the same cluster. Run from the root of the repository; the defaults reproduce the base, up
-to rounding, in about half an hour on two cores. Needs torch >= 2.9 for Muon. How well it names is
+style of the same cluster. Run from the root of the repository, it reproduces the base, up to
+rounding, in about half an hour on two cores. Needs torch >= 2.9 for Muon. How well it names is
 held in tests/test_base.py; a run's scorecard has its zero-shot accuracy and linear probe.
 """
 
@@ -37,6 +37,7 @@ from nicheclip.domain import Domain
 
 HERE = Path(__file__).parent
 SIZE = 96  # pixels
+SEED, EPOCHS, DRAWINGS = 0, 11, 24000
 NAMED_EPOCHS = 4  # the last ones; before them no style has a name
 NAMED_SHARE = 0.25  # of the drawings, those whose captions name a style
 WRONG_SHARE = 0.61  # of the names, those that are wrong
@@ -99,20 +100,13 @@ def noisy_name(style: str, clusters: list[list[str]], rng: np.random.Generator) 
     return choices[rng.integers(len(choices))]
 
 
-def mirror(facts: dict[str, str]) -> dict[str, str]:
-    """What the mirror image of a drawing shows."""
-    return facts | {"view": MIRRORED.get(facts["view"], facts["view"])}
-
-
 def make_tokenizer(texts: list[str]) -> CLIPTokenizer:
     """CLIP's lower-casing byte-level BPE, its merges learnt from `texts`; any byte has a token."""
     trained = CLIPTokenizer().backend_tokenizer
-    alphabet = sorted(ByteLevel.alphabet())
-    singles = alphabet + [f"{letter}</w>" for letter in alphabet]
+    letters = sorted(ByteLevel.alphabet())
+    singles = letters + [f"{letter}</w>" for letter in letters]
     special = ["<|startoftext|>", "<|endoftext|>"]
-    trainer = BpeTrainer(
-        vocab_size=VOCABULARY, initial_alphabet=alphabet, end_of_word_suffix="</w>"
-    )
+    trainer = BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=letters, end_of_word_suffix="</w>")
     trained.train_from_iterator(texts, trainer)
     merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
     merges = merges[: VOCABULARY - len(singles) - len(special)]
@@ -131,16 +125,13 @@ def make_model(tokenizer: CLIPTokenizer) -> CLIPModel:
     text = {
         "vocab_size": len(tokenizer), "max_position_embeddings": 77, "hidden_size": 128,
         "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos,
+        "bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos, **shared,
     }  # fmt: skip
     vision = {
         "image_size": SIZE, "patch_size": 16, "hidden_size": 192,
-        "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 3,
+        "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 3, **shared,
     }  # fmt: skip
-    config = CLIPConfig(
-        text_config=text | shared, vision_config=vision | shared, projection_dim=128
-    )
-    return CLIPModel(config)
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
 
 
 def augment(images: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
@@ -180,10 +171,8 @@ def bags_of_words(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
     return bags / bags.sum(dim=1, keepdim=True)
 
 
-def train(
-    processor: CLIPProcessor, clusters: list[list[str]], count: int, epochs: int, seed: int
-) -> CLIPModel:
-    """A model trained on `count` captioned drawings.
+def train(processor: CLIPProcessor, clusters: list[list[str]]) -> CLIPModel:
+    """A model trained on captioned drawings.
 
     The loss is CLIP's symmetric contrastive loss plus that of a linear head, later dropped, which
     predicts the words told of a picture from its image_embeds (Joulin et al. 2016, "Learning visual
@@ -191,21 +180,21 @@ def train(
     contrastive loss alone is slow to look past the weather.
     """
     model = make_model(processor.tokenizer)
-    images, facts = torch.empty(count, 3, SIZE, SIZE, dtype=torch.uint8), []
-    for i in tqdm(range(count), desc="drawing"):
-        rng = np.random.default_rng([seed, TRAINING, i])
-        picture, told = paint(STYLES[i % len(STYLES)], rng, SIZE)
+    images, facts = torch.empty(DRAWINGS, 3, SIZE, SIZE, dtype=torch.uint8), []
+    styles = [STYLES[i % len(STYLES)] for i in range(DRAWINGS)]
+    for i, style in enumerate(tqdm(styles, desc="drawing")):
+        picture, told = paint(style, np.random.default_rng([SEED, TRAINING, i]), SIZE)
         images[i] = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
         facts.append(told)
-    rng = np.random.default_rng([seed, NAMING])
-    names = [noisy_name(STYLES[i % len(STYLES)], clusters, rng) for i in range(count)]
-    rng = np.random.default_rng([seed, CAPTIONS])
+    rng = np.random.default_rng([SEED, NAMING])
+    names = [noisy_name(style, clusters, rng) for style in styles]
+    rng = np.random.default_rng([SEED, CAPTIONS])
     mean = torch.tensor(processor.image_processor.image_mean).view(3, 1, 1)
     std = torch.tensor(processor.image_processor.image_std).view(3, 1, 1)
     head = torch.nn.Linear(model.config.projection_dim, len(processor.tokenizer))  # type: ignore[arg-type]
     optimizers = make_optimizers(model, head)
-    batches = count // BATCH_SIZE
-    steps = epochs * batches
+    batches = DRAWINGS // BATCH_SIZE
+    steps = EPOCHS * batches
 
     def rate(step: int) -> float:
         warmup = (step + 1) / (WARMUP_SHARE * steps)
@@ -213,16 +202,16 @@ def train(
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
     model.train()
-    for epoch in range(epochs):
-        named = epoch >= epochs - NAMED_EPOCHS
-        order = torch.randperm(count)[: batches * BATCH_SIZE].view(batches, BATCH_SIZE)
-        bar = tqdm(order, desc=f"epoch {epoch + 1} of {epochs}")
+    for epoch in range(EPOCHS):
+        named = epoch >= EPOCHS - NAMED_EPOCHS
+        order = torch.randperm(DRAWINGS)[: batches * BATCH_SIZE].view(batches, BATCH_SIZE)
+        bar = tqdm(order, desc=f"epoch {epoch + 1} of {EPOCHS}")
         for chosen in bar:
             mirrored = torch.rand(BATCH_SIZE) < 0.5
-            shown = [
-                mirror(facts[i]) if flip else facts[i]
-                for i, flip in zip(chosen, mirrored, strict=True)
-            ]
+            shown = [dict(facts[i]) for i in chosen]
+            for told, flip in zip(shown, mirrored, strict=True):
+                if flip:
+                    told["view"] = MIRRORED.get(told["view"], told["view"])
             called = [names[i] if named else None for i in chosen]
             captions = [caption(told, name, rng) for told, name in zip(shown, called, strict=True)]
             words = bags_of_words(processor.tokenizer, [" ".join(told.values()) for told in shown])
@@ -240,8 +229,7 @@ def train(
                 optimizer.step()
                 schedule.step()
             model.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
-            losses = {"contrastive": output.loss.item(), "words": told_loss.item()}
-            bar.set_postfix(losses, refresh=False)
+            bar.set_postfix(contrastive=output.loss.item(), words=told_loss.item(), refresh=False)
     return model
 
 
@@ -249,25 +237,17 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Trains the tiny CLIP base of the façades domain.")
     parser.add_argument("--output", type=Path, default=HERE / "base")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=11)
-    parser.add_argument("--drawings", type=int, default=24000)
-    args = parser.parse_args()
-
-    domain = Domain.load(HERE)
-    clusters = list(domain.clusters.values())
-    set_seed(args.seed)
-    rng = np.random.default_rng([args.seed, WORDS])
+    output, domain = parser.parse_args().output, Domain.load(HERE)
+    set_seed(SEED)
+    rng = np.random.default_rng([SEED, WORDS])
     painted = [paint(style, rng, 24)[1] for style in STYLES for _ in range(50)]
     texts = [caption(facts, STYLES[i % len(STYLES)], rng) for i, facts in enumerate(painted * 4)]
     tokenizer = make_tokenizer(texts + domain.prompt_bank[0] * 20)
     size = {"height": SIZE, "width": SIZE}
-    processor = CLIPProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=size), tokenizer
-    )
-    model = train(processor, clusters, args.drawings, args.epochs, args.seed)
-    model.half().save_pretrained(args.output)
-    processor.save_pretrained(args.output)
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=size)
+    processor = CLIPProcessor(image_processor, tokenizer)
+    train(processor, list(domain.clusters.values())).half().save_pretrained(output)
+    processor.save_pretrained(output)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ files are broken, classes are uneven. The held-out splits are like what an exper
 evenly many, clean, rightly labelled.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -63,26 +61,23 @@ def write_images(folder: Path, domain: Domain, seed: int, **options: Any) -> Pat
     """Paints `folder`/<split>/<style>/*.jpg with metadata.jsonl and truth.json, unless it is done.
 
     `truth.json` holds wrong_labels {source_id: true style}, near_duplicates {source_id: source_id
-    of the original} and unreadable [source_id]; `python -m domains.facades.score RUN` reads it.
+    of the original} and unreadable [source_id], for `domains.facades.score`. Two of three wrong
+    labels stay inside their cluster of the domain, as people's errors do.
 
     Args:
-        domain: its clusters hold the styles; two of three wrong labels stay inside their cluster,
-            as people's errors do.
         options: the fields of `FacadeOptions`.
 
     Raises:
         ValueError: for an option that does not exist, or if `folder` holds something else.
     """
-    chosen = read_options(FacadeOptions, options, "the façade painter")
+    chosen = read_options(FacadeOptions, options)
     clusters = list(domain.clusters.values())
     order = {"seed": seed, "clusters": clusters, "attribution": ATTRIBUTION, **asdict(chosen)}
     truth_file = folder / "truth.json"
     if truth_file.is_file() and read_json(truth_file, "")["order"] == order:
         return folder
     if folder.exists() and not truth_file.is_file():
-        raise ValueError(
-            f"'{folder}' was not painted here and would be overwritten; choose another --run"
-        )
+        raise ValueError(f"'{folder}' was not painted here; choose another --run")
     drawings = _plan(clusters, chosen, np.random.default_rng(seed))
     with replaced_folder(folder) as unfinished, ProcessPoolExecutor(os.cpu_count()) as pool:
         painting = partial(_paint_file, unfinished, seed, chosen.size)

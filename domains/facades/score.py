@@ -3,8 +3,6 @@
 How many of the painter's planted faults data_prep has found in RUN, and how often it was wrong.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections import defaultdict
 from pathlib import Path
@@ -33,7 +31,9 @@ def score(run: Path) -> dict[str, dict[str, int]]:
     remedy = f"run `python -m data_prep domains/facades/domain.yaml --run {run}` first"
     truth = read_json(run / "images" / "truth.json", remedy)
     report = read_json(run / "data" / "report.json", remedy)
-    kinds = {entry["source_id"]: entry["kind"] for entry in report["quarantined"]}
+    aside = defaultdict(set)
+    for entry in report["quarantined"]:
+        aside[entry["kind"]].add(entry["source_id"])
     group_of = _groups(run, report)
     originals = {
         copy: original
@@ -46,16 +46,14 @@ def score(run: Path) -> dict[str, dict[str, int]]:
     leaks = {copy for copy, original in originals.items() if not original.startswith("train/")}
     suspects = {entry["source_id"] for entry in report["suspects"]}
     return {
-        "wrong labels": _count(set(truth["wrong_labels"]) - set(kinds), suspects),
+        "wrong labels": _count(set(truth["wrong_labels"]).difference(*aside.values()), suspects),
         "near-duplicates": {
             "planted": len(originals),
             "found": sum(group_of[copy] == group_of[own] for copy, own in originals.items()),
             "falsely": sum(len(members) - 1 for members in drawings.values()),
         },
-        "leaks": _count(leaks, {name for name, kind in kinds.items() if kind == "leak"}),
-        "unreadable": _count(
-            set(truth["unreadable"]), {n for n, kind in kinds.items() if kind == "unreadable"}
-        ),
+        "leaks": _count(leaks, aside["leak"]),
+        "unreadable": _count(set(truth["unreadable"]), aside["unreadable"]),
     }
 
 

@@ -5,8 +5,6 @@ façades knows the names of colours, from walls, and those of shapes it has neve
 are what it can forget.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

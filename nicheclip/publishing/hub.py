@@ -3,11 +3,9 @@
 The folder: a plain CLIPModel with the temperature folded in, and what the classifier needs beside.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -32,9 +30,7 @@ REMEDIES = {
 }
 
 
-def save_published_model(
-    run: Path, folder: Path, domain: Domain, calibration: dict[str, Any]
-) -> None:
+def save_published_model(run: Path, folder: Path, domain: Domain, calibration: dict) -> None:
     """Writes model, processor, nicheclip.json and prototypes.safetensors into `folder`.
 
     softmax(logits / T) is what the published model's own softmax gives: log T is taken off its
@@ -76,8 +72,7 @@ def push(
 ) -> str:
     """Makes a repository's content that of the folder, in one commit; gives its address.
 
-    Large files that the Hub has already, of an earlier push or of one that was interrupted, are not
-    uploaded again.
+    Large files that the Hub has already are not uploaded again.
 
     Args:
         record: a JSON file that remembers the last commit that was pushed to each repository.
@@ -97,10 +92,7 @@ def push(
         ).repo_id
         head = api.repo_info(repo_id, repo_type=repo_type)
         if private and not head.private:
-            raise ValueError(
-                f"'{repo_id}' is a public repository; say --public to publish there, or make it "
-                "private first"
-            )
+            raise ValueError(f"'{repo_id}' is a public repository; say --public if you mean it")
         siblings = head.siblings or ()  # type: ignore[union-attr]  # it is no kernel
         there, name = {file.rfilename for file in siblings} - KEPT, f"{repo_type}:{repo_id}"
         if there and pushed.get(name) != head.sha and not overwrite:

@@ -6,8 +6,6 @@
 Published only by option, since the images go along.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,9 +34,7 @@ def write_index(
         ValueError: if there is no such split.
     """
     if unknown := [name for name in names if name not in splits]:
-        raise ValueError(
-            f"there is no split '{unknown[0]}' to index; expected some of {', '.join(splits)}"
-        )
+        raise ValueError(f"no split '{unknown[0]}' to index; expected some of {', '.join(splits)}")
     rows = []
     for name in names:
         classes = splits[name].features["label"].names

@@ -1,7 +1,5 @@
 """HTML pages that need nothing but themselves; base.html.jinja has what they share."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Callable
 from pathlib import Path

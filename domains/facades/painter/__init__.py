@@ -56,8 +56,7 @@ def paint(
         size: width and height in pixels.
 
     Returns:
-        The RGB picture (size, size), and what it shows in plain words, style aside: wall, material,
-        roof, weather, time, season, storeys, ground, occluder, view and feature.
+        The RGB picture (size, size), and what it shows in plain words, style aside.
 
     Raises:
         KeyError: `style` is not one of `STYLES`.

@@ -3,23 +3,6 @@
 from domains.facades.painter.scene import Scene, box, mix, tone
 
 
-def _venetian_window(s: Scene, y: float, r: float, high: float) -> None:
-    """An arched light of radius `r` between two narrow flat ones."""
-    s.window(s.middle - r, y, 2 * r, high, "round", (2, 2), 1.0)
-    for x in (s.middle - 2.35 * r, s.middle + 1.35 * r):
-        s.window(x, y + r, r, high - r, "flat", (1, 2), 0.9)
-    s.features.append("venetian window")
-
-
-def _entrance(s: Scene, w: float, tall: float) -> None:
-    left, top = s.middle - w / 2, s.ground - tall
-    if s.has("fanlight", "fanlight"):
-        s.window(left, top - w / 2, w, w / 2 + 1, "round", (4, 1), 0.9)
-    else:
-        s.rect(s.middle - w * 0.75, top - 1.6, w * 1.5, 1.6, s.trim)
-    s.door(left, w, tall)
-
-
 def _portico(s: Scene, x: float, w: float, height: float, order: int) -> None:
     """`order` columns under a pediment, on three steps."""
     top, thick, foot = s.ground - height, min(w / order * 0.36, 3.4), 2.6
@@ -84,10 +67,20 @@ def classical(s: Scene) -> None:
             short = h * (0.75 if s.storeys == 3 and storey == 0 else 1)
             shape = "round" if arched and storey == ground_floor else "flat"
             s.window(x, y, w, short, shape, (2, 3))
-    if serliana:
-        y = top + floor * (s.storeys - 2) + floor * 0.18
-        _venetian_window(s, y, max(step * 0.21, 2.2), floor * 0.72)
-    _entrance(s, min(max(step * 0.42, 4), 6), floor * 0.66)
+    if serliana:  # an arched light of radius `r` between two narrow flat ones
+        y, high = top + floor * (s.storeys - 2) + floor * 0.18, floor * 0.72
+        r = max(step * 0.21, 2.2)
+        s.window(s.middle - r, y, 2 * r, high, "round", (2, 2), 1.0)
+        for x in (s.middle - 2.35 * r, s.middle + 1.35 * r):
+            s.window(x, y + r, r, high - r, "flat", (1, 2), 0.9)
+        s.features.append("venetian window")
+    w, tall = min(max(step * 0.42, 4), 6), floor * 0.66
+    x, y = s.middle - w / 2, s.ground - tall
+    if s.has("fanlight", "fanlight"):
+        s.window(x, y - w / 2, w, w / 2 + 1, "round", (4, 1), 0.9)
+    else:
+        s.rect(s.middle - w * 0.75, y - 1.6, w * 1.5, 1.6, s.trim)
+    s.door(x, w, tall)
 
     x = s.middle - centre / 2
     if temple or portico:

@@ -1,6 +1,6 @@
 """Tudor, Queen Anne, Dutch gable: one steep house of one to three bays."""
 
-from typing import NamedTuple
+from functools import partial
 
 from domains.facades.painter.scene import Colour, Points, Scene, box, mix, peak, tone
 
@@ -10,16 +10,6 @@ CURVED_GABLE: Points = [
     (0, 0), (0.02, 0.16), (0.2, 0.2), (0.3, 0.32), (0.34, 0.5), (0.5, 0.6), (0.6, 0.78),
     (0.78, 0.9), (1, 1),
 ]  # fmt: skip
-
-
-class Gable(NamedTuple):
-    """What the gables of one house have in common."""
-
-    kind: str  # straight, stepped or curved
-    timbered: bool
-    hoist: bool
-    texture: str
-    steps: int
 
 
 def _beams(s: Scene) -> tuple[Colour, Colour]:
@@ -40,22 +30,23 @@ def _half_timbering(s: Scene, x: float, y: float, w: float, h: float) -> None:
         s.line([(x - 0.4, at), (x + w + 0.4, at)], beams, 1.0)
 
 
-def _gable(s: Scene, look: Gable, x: float, y: float, w: float, rise: float) -> None:
-    """A gable on (x, y) … (x + w, y)."""
+def _gable(s: Scene, x: float, y: float, w: float, rise: float, kind: str,
+           timbered: bool, hoist: bool, texture: str, steps: int) -> None:  # fmt: skip
+    """A straight, stepped or curved gable on (x, y) … (x + w, y)."""
     top, inner = y - rise, x + w / 2
-    if look.kind == "straight":
+    if kind == "straight":
         edge = s.roof if s.weather == "snow" else s.trim
         s.fill(peak(x - 1.6, y + 1, w + 3.2, rise + 2.8), edge)
         outline = peak(x + 0.4, y + 0.2, w - 0.8, rise - 0.6)
     else:
-        half, n = CURVED_GABLE, look.steps
-        if look.kind == "stepped":
-            half = [(i / n, (i + k) / n) for i in range(n) for k in (0, 1)]
+        half = CURVED_GABLE
+        if kind == "stepped":
+            half = [(i / steps, (i + k) / steps) for i in range(steps) for k in (0, 1)]
         right = [(x + w - fx * w / 2 * 0.92, y - fy * rise) for fx, fy in half]
         outline = [(2 * inner - px, py) for px, py in right] + right[::-1]
         edge_points = [(inner + (px - inner) * 1.06, py - 1) for px, py in outline]
         s.fill([*edge_points, (x + w, y), (x, y)], s.trim)
-    if look.timbered:
+    if timbered:
         beams, infill = _beams(s)
         s.lay(outline, infill, "stucco")
         for px in [x + w * i / 6 for i in range(1, 6)]:
@@ -63,9 +54,9 @@ def _gable(s: Scene, look: Gable, x: float, y: float, w: float, rise: float) -> 
         s.line([(x, y), (x + w, y)], beams, 1.0)
         s.line([(x + w * 0.25, y - rise * 0.42), (x + w * 0.75, y - rise * 0.42)], beams, 0.9)
     else:
-        s.lay(outline, s.wall, look.texture)
+        s.lay(outline, s.wall, texture)
     s.window(inner - 1.8, y - rise * 0.42, 3.6, rise * 0.3)
-    if look.hoist:
+    if hoist:
         s.line([(inner, top + 3), (inner, top + 6.5)], (60, 48, 40), 0.5)
         s.rect(inner - 0.8, top + 2.4, 1.6, 1.4, (60, 48, 40))
 
@@ -92,13 +83,6 @@ def _porch(s: Scene, x: float, w: float, high: float) -> None:
         s.rect(x + 1.6 * i, s.ground - 3, 0.5, 3, s.trim)
 
 
-def _bay_window(s: Scene, x: float, y: float, w: float, floor: float) -> None:
-    s.lay(box(x, y, w, floor * 0.86), tone(s.wall, 1.05))
-    s.hip(x, y, w, 2.6, 1.5, 1)
-    for i in range(3):
-        s.window(x + w * (0.06 + 0.32 * i), y + 2, w * 0.22, floor * 0.42, panes=(1, 2), frame=0.4)
-
-
 def gables(s: Scene, gabled: float) -> None:
     """A steep house of one to three bays, each under a gable with probability `gabled`."""
     bays, s.storeys = s.n(1, 3), s.n(2, 3)
@@ -109,8 +93,11 @@ def gables(s: Scene, gabled: float) -> None:
     courses, jetty = s.has("string courses"), s.has("jetty")
     curved, stepped = s.has("curved"), s.has("stepped")
     panes = (3, 4) if s.has("lattice") else (2, 3)
-    look = Gable(
-        kind="stepped" if stepped else "curved" if curved else "straight",
+    kind = "stepped" if stepped else "curved" if curved else "straight"
+    gable = partial(
+        _gable,
+        s,
+        kind=kind,
         timbered=s.has("gable timber") or timber,
         hoist=s.has("hoist"),
         texture="shingle" if s.has("shingles") else s.material,
@@ -150,12 +137,16 @@ def gables(s: Scene, gabled: float) -> None:
                     s.rect(at - w * 0.1, y - 0.3, w * 0.42, floor * 0.54, green)
                 s.window(at, y, w * 0.22, floor * 0.5, panes=panes)
         if fronts[bay]:
-            _gable(s, look, x, top, w, rise)
-    s.features += [f"{look.kind} gable" if sum(fronts) == 1 else f"{look.kind} gables"] * 2
+            gable(x, top, w, rise)
+    s.features += [f"{kind} gable" if sum(fronts) == 1 else f"{kind} gables"] * 2
     to_left = s.pick((True, False))
     if s.has("bay", "bay window"):
-        x = left + w * (bays - 1 if to_left else 0) + w * 0.25
-        _bay_window(s, x, top + floor * (s.storeys - 1) - 1, w * 0.5, floor)
+        x, y = left + w * (bays - 1 if to_left else 0) + w * 0.25, top + floor * (s.storeys - 1) - 1
+        across = w * 0.5
+        s.lay(box(x, y, across, floor * 0.86), tone(s.wall, 1.05))
+        s.hip(x, y, across, 2.6, 1.5, 1)
+        for at in [x + across * (0.06 + 0.32 * i) for i in range(3)]:
+            s.window(at, y + 2, across * 0.22, floor * 0.42, panes=(1, 2), frame=0.4)
     if s.has("turret", "turret"):
         r, high = s.u(9, 12), height + s.u(1, 6)
         _turret(s, left - r * 0.35 if to_left else left + width - r * 0.65, r, high, floor)

@@ -53,8 +53,12 @@ def modern(s: Scene, share: float) -> None:
             rise = height * (0.58 + 0.42 * i / (count - 1))
             tiers.append((left + shrink / 2, width - shrink, s.ground - rise))
     for x, w, y in tiers[::-1]:
-        if depth:
-            s.flank(x, y, w, s.ground - y, depth)
+        if depth:  # the side wall, receding
+            near = x + w if depth > 0 else x
+            far, slope = near + depth, y + abs(depth) * 0.35
+            wall = [(near, y), (far, slope), (far, s.ground - 0.8), (near, s.ground)]
+            s.lay(wall, s.wall)
+            s.shade(wall, 1.06 if s.sun * depth > 0 else 0.68)
     for tier in tiers[::-1]:  # the highest stands at the back
         block(*tier)
     x, w, y = tiers[-1]

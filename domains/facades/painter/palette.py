@@ -1,7 +1,5 @@
 """What the styles are made of, and the colours of walls, roofs, trees and skies."""
 
-from __future__ import annotations
-
 Colour = tuple[int, int, int]
 
 # How likely each cue is, per style. A cue that a style does not list never appears in it.

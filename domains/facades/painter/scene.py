@@ -11,6 +11,7 @@ from domains.facades.painter import palette
 from domains.facades.painter.palette import LAMPLIGHT, Colour
 
 Points = list[tuple[float, float]]
+Box = tuple[int, int, int, int]
 T = TypeVar("T")
 
 UNITS, MARGIN, SUPERSAMPLING = 96, 10, 3
@@ -80,6 +81,8 @@ class Scene:
         }
         self.middle = 48 + self.u(-4, 4)
         self.storeys = 1
+        self.arch, self.tracery = "flat", False  # of arched windows, as the next two
+        self.slender = 1.0  # their width over their height
         self.acute = 1.0  # radius of a pointed arch's sides over its width
         self.banded = False  # whether arches have stones of two colours
         self.features: list[str] = []
@@ -152,9 +155,7 @@ class Scene:
         """A line through the points, at least one pixel wide."""
         self.pen.line(self._pixels(points), self.ink(colour), max(1, round(width * self.scale)))
 
-    def _stencil(
-        self, points: Points, strength: int = 255
-    ) -> tuple[tuple[int, int, int, int], Image.Image]:
+    def _stencil(self, points: Points, strength: int = 255) -> tuple[Box, Image.Image]:
         """The box of pixels around a polygon, and the polygon in it as a mask."""
         pixels = self._pixels(points)
         xs, ys = [x for x, _ in pixels], [y for _, y in pixels]
@@ -200,12 +201,10 @@ class Scene:
         if shape == "flat":
             return [(x, foot), (x, y), (x + w, y), (x + w, foot)]
         if shape == "pointed":  # two arcs that meet at the apex
-            radius = w * self.acute
-            rise = math.sqrt(radius**2 - (radius - r) ** 2)
-            angles = np.linspace(0, math.asin(rise / radius), 7).tolist()
-            left = [
-                (x + radius * (1 - math.cos(a)), y + rise - radius * math.sin(a)) for a in angles
-            ]
+            reach = w * self.acute
+            rise = math.sqrt(reach**2 - (reach - r) ** 2)
+            angles = np.linspace(0, math.asin(rise / reach), 7).tolist()
+            left = [(x + reach * (1 - math.cos(a)), y + rise - reach * math.sin(a)) for a in angles]
             right = [(2 * x + w - px, py) for px, py in left[-2::-1]]
             return [(x, foot), *left, *right, (x + w, foot)]
         below = 0.8 if shape == "horseshoe" else 0.0  # its circle runs on below its centre
@@ -310,11 +309,3 @@ class Scene:
         step = w / (count - 0.4)
         for i in range(count):
             self.lay(box(x + i * step, y - 2.4, step * 0.6, 2.6), self.wall)
-
-    def flank(self, x: float, y: float, w: float, h: float, depth: float) -> None:
-        """The side wall of a block, receding, on the side that has room."""
-        near = x + w if depth > 0 else x
-        far, slope = near + depth, y + abs(depth) * 0.35
-        points = [(near, y), (far, slope), (far, y + h - 0.8), (near, y + h)]
-        self.lay(points, self.wall)
-        self.shade(points, 1.06 if self.sun == (1 if depth > 0 else -1) else 0.68)
