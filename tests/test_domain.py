@@ -48,15 +48,13 @@ def test_shipped_domains_load_with_five_prompts_a_class(name):
     domain = Domain.load(ROOT / "domains" / name)
     assert all(len(prompts) == 5 for prompts in domain.classes.values())
     assert len(domain.gates) == 6
-    assert len(domain.stages) == 2
+    assert [stage.name for stage in domain.stages] == ["head", "visual", "text"]
 
 
-def test_architecture_is_the_recipe():
+def test_architecture_is_of_the_articles_size():
     domain = Domain.load(ROOT / "domains" / "architecture")
     assert (len(domain.classes), len(domain.clusters)) == (25, 10)
     assert domain.base == "openai/clip-vit-base-patch32"
-    assert [stage.epochs for stage in domain.stages] == [5, 10]
-    assert [stage.learning_rate for stage in domain.stages] == [5e-6, 5e-7]
 
 
 def broken(**changes) -> dict:
@@ -182,10 +180,11 @@ def test_the_article_is_a_variant_of_architecture():
     own, theirs = ours.model_dump(), article.model_dump()
     changed = {key for key in own if own[key] != theirs[key]}
     assert {"name", "title", "quality_filter", "training"} <= changed
-    assert changed <= {"name", "title", "quality_filter", "training", "stages"}
-    stages = [(stage.epochs, stage.learning_rate) for stage in article.stages]
-    assert stages == [(5, 5e-6), (10, 5e-7)]
-    assert article.training["loss"] == "info_nce"
+    assert changed <= {"name", "title", "quality_filter", "training", "stages", "recipe"}
+    stages = [(each.epochs, each.learning_rate, each.loss) for each in article.stages]
+    assert stages == [([5], [5e-6], "info_nce"), ([10], [5e-7], "info_nce")]
+    assert article.stages[0].logit_scale == pytest.approx(1 / 0.07, abs=1e-4)
+    assert article.training["per_device_train_batch_size"] == 16
 
 
 def test_a_hard_negative_gate_needs_a_cluster_of_two(tmp_path):

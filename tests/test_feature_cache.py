@@ -25,13 +25,14 @@ from nicheclip.training.losses import multi_positive
 from nicheclip.training.stages import set_trainable
 from nicheclip.training.towers import PIXELS, StageTowers, between, distinct_beginnings
 from nicheclip.training.trainer import StagedTrainer
-from tests.test_training import checkpoints, fresh, weights
+from tests.test_training import TWO_STAGES, checkpoints, fresh, weights
 
 TEXT = ["text_model.*", "text_projection.*", "visual_projection.*", "logit_scale"]
 
 
 def stage(blocks: int, patterns: list[str] = TEXT) -> Stage:
-    return Stage(name="s", epochs=1, learning_rate=1e-3, train=patterns, last_visual_blocks=blocks)
+    rest = {"train": patterns, "last_visual_blocks": blocks, "loss": "multi_positive"}
+    return Stage(name="s", epochs=1, learning_rate=1e-3, **rest)
 
 
 STAGES = {
@@ -62,7 +63,8 @@ def staged(
     domain = domain.model_copy(update={"stages": [stage]})
     validation = Views(samples.rows.select(range(5)), processor)
     trainer = StagedTrainer(model, args, domain, processor, samples, validation)
-    return trainer.begin_stage(stage, folder / "stage")
+    (variant,) = stage.variants()
+    return trainer.trainer_of(variant, trainer.begin_stage(stage), folder / "stage")
 
 
 def gradients(model: CLIPModel | StageTowers, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -182,14 +184,22 @@ def test_what_all_stages_leave_frozen_is_encoded_once(domain, samples, tmp_path,
     places = [(row, view) for view in range(2) for row in range(len(samples.rows))]
     np.testing.assert_allclose([both(*p) for p in places], [alone(*p) for p in places], atol=2e-5)
     assert both(0, 0).shape == (model.config.vision_config.hidden_size,)
+    with torch.no_grad():
+        pooled = tower(samples.view(0, 1)[None]).pooler_output[0]
+        torch.testing.assert_close(tower.post_layernorm(both(0, 1)), pooled, atol=2e-5, rtol=0)
     assert ForkingPickler.dumps(both), "it travels to the workers of a DataLoader"
     assert not np.allclose(both(0, 0), both(0, 1)), "each view is another one"
 
 
 def test_visits_take_the_views_in_turn(domain, samples):
-    samples.views = 3
+    samples.views, samples.patch_dropout = 3, 0.5
     seen: dict[int, list[int]] = {}
-    samples.features = lambda row, view: seen.setdefault(row, []).append(view)
+
+    def features(row: int, view: int) -> torch.Tensor:
+        seen.setdefault(row, []).append(view)
+        return torch.zeros(3, 2)
+
+    samples.features = features
     for epoch in range(3):
         samples.set_epoch(epoch)
         for sample in range(len(samples)):
@@ -277,9 +287,9 @@ def test_states_that_the_kept_precision_can_not_hold_are_an_error(domain, sample
         encode_views(model.vision_model, samples, 1, [0], tmp_path)
 
 
-def test_stages_in_any_order_resume_to_the_same_weights(prepared, domain, tmp_path):
+def test_stages_in_any_order_resume_to_the_same_weights(prepared, tmp_path):
     """Visual first: the text stage's features depend on what the visual stage has learned."""
-    run = fresh(prepared, tmp_path / "whole", stages=domain.stages[::-1])
+    run = fresh(prepared, tmp_path / "whole", stages=TWO_STAGES[::-1])
     keep = "--save_strategy steps --save_steps 4 --save_total_limit 99 --cached_views 2".split()
     train.train([str(run), *keep])
     for kept in (5, 6):  # at the boundary, and in the text stage

@@ -13,7 +13,9 @@ from setuptools import find_packages
 from tests.conftest import ROOT
 
 LAYERS = [
-    ("files", "domain", "processes", "images", "head"),
+    ("files", "processes", "images", "head"),
+    ("recipe",),
+    ("domain",),
     ("run", "cached_map"),
     ("clip", "classifier"),
     ("evaluation",),

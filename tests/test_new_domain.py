@@ -62,19 +62,18 @@ def test_adjectives_get_their_noun(tmp_path):
     assert first == ["a photo of an Art Deco building", "a photo of a Gothic building"]
 
 
-@pytest.mark.parametrize(("many", "middle", "epochs"), [(3, 5, 12), (3, 900, 12), (20, 100, 7)])
-def test_visits_and_epochs_fit_the_size_of_the_data(tmp_path, many, middle, epochs):
+@pytest.mark.parametrize(("many", "middle"), [(3, 5), (3, 900), (20, 100)])
+def test_samples_fit_the_size_of_the_data(tmp_path, many, middle):
     counts = dict.fromkeys(map(str, range(many)), middle) | {"0": 4, "1": middle + 1}
     domain = write(photos(tmp_path / "photos", counts), "--base", BASE)
     assert domain.samples_per_class == {5: 24, 100: 100, 900: 280}[middle]
-    assert [stage.epochs for stage in domain.stages] == [epochs, max(3, epochs // 2)]
+    assert domain.recipe == "default"
 
 
-def test_a_wide_base_trains_slowly_and_sees_more_pixels(tmp_path):
+def test_a_large_base_sees_more_pixels(tmp_path):
     folder = photos(tmp_path / "photos", {"a": 4, "b": 4})
     bases = (BASE, "openai/clip-vit-base-patch32")
     small, large = (write(folder, "--base", base) for base in bases)
-    assert large.stages[0].learning_rate == 5e-6 < small.stages[0].learning_rate
     assert (small.stored_short_side, large.stored_short_side) == (96 * 9 // 7, 288)
 
 

@@ -113,14 +113,20 @@ def test_temperature_is_folded_into_logit_scale(run):
 def test_the_scorecard_is_of_one_shape_and_judges_six_gates(run, predictions):
     scorecard = json.loads((run / "scorecard.json").read_text())
     plain = {"value", "low", "high", "n", "split"}
+    rivals = {"base", "probe", "strong_probe", "difference", "to_probe"}
     for name, measure in scorecard["metrics"].items():
-        assert measure.keys() - {"base", "probe", "difference"} == plain
+        assert measure.keys() - rivals == plain
         assert measure["low"] <= measure["value"] <= measure["high"]
         if name != "ece_of_perfect":
             assert measure["base"].keys() == measure["difference"].keys() == plain
             difference = measure["value"] - measure["base"]["value"]
             assert measure["difference"]["value"] == pytest.approx(difference)
-    assert scorecard["metrics"]["accuracy"]["probe"].keys() == plain
+    metrics = scorecard["metrics"]
+    better = min(("probe", "strong_probe"), key=lambda name: metrics["nll"][name]["value"])
+    for name in ("accuracy", "nll", "macro_f1"):
+        measure = metrics[name]
+        difference = measure["value"] - measure[better]["value"]
+        assert measure["to_probe"]["value"] == pytest.approx(difference)
     assert len(scorecard["gates"]) == 6
     for gate in scorecard["gates"].values():
         assert gate["verdict"] in ("pass", "fail", "undecided")

@@ -63,16 +63,16 @@ def samples_per_epoch(run: Path) -> int:
 
 TEXT_SIDE = ["text_model.*", "text_projection.*", "visual_projection.*", "logit_scale"]
 FACTS = {"train": TEXT_SIDE, "keep": "best", "loss": "multi_positive"}
+TWO_STAGES = [
+    Stage(name="text", epochs=1, learning_rate=3e-4, **FACTS),
+    Stage(name="visual", epochs=2, learning_rate=5e-6, last_visual_blocks=2, **FACTS),
+]
 
 
 @pytest.fixture(scope="module")
 def prepared(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With two stages that keep their best epoch, as the recipe `text_first` has them."""
-    stages = [
-        Stage(name="text", epochs=1, learning_rate=3e-4, **FACTS),
-        Stage(name="visual", epochs=2, learning_rate=5e-6, last_visual_blocks=2, **FACTS),
-    ]
-    return fresh(prepared, tmp_path_factory.mktemp("two_stages"), stages=stages)
+    return fresh(prepared, tmp_path_factory.mktemp("two_stages"), stages=TWO_STAGES)
 
 
 @pytest.fixture(scope="module")
