@@ -9,6 +9,7 @@ ended.
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -24,7 +25,6 @@ from nicheclip.evaluation.probe import fit_strong_probe, save_strong_probe
 from nicheclip.files import replaced_folder, write_json
 from nicheclip.processes import keep_freed_memory, processes
 from nicheclip.training.arguments import StagedTrainingArguments, parse_arguments
-from nicheclip.training.callbacks import TrainingInterrupted
 from nicheclip.training.data import TrainingSamples, Views
 from nicheclip.training.record import training_text
 from nicheclip.training.stages import check_stages
@@ -39,9 +39,9 @@ def main() -> None:
     keep_freed_memory()
     try:
         train(sys.argv[1:])
-    except TrainingInterrupted as interrupted:
-        print(f"train.py: {interrupted}", file=sys.stderr)
-        sys.exit(128 + interrupted.signal)
+    except KeyboardInterrupt as interrupted:
+        print(f"train.py: {interrupted or 'stopped by SIGINT; start it again'}", file=sys.stderr)
+        sys.exit(128 + getattr(interrupted, "signal", signal.SIGINT))
     # The last: there is no room for the weights.
     except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
         sys.exit(f"train.py: {error}")
@@ -86,11 +86,12 @@ def fine_tune(domain: Domain, run: Path, args: StagedTrainingArguments) -> Stage
     )
     validation = Views(splits["validation"], processor)
     trainer = StagedTrainer(model, args, domain, processor, samples, validation)
-    of_domain = domain.model_dump(mode="json", include={"classes", "clusters", "augmentation"})
-    settings = {"data_fingerprint": report["fingerprint"], **trainer.settings(), **of_domain}
+    deciding = {"classes", "clusters", "augmentation", "stages"}
+    of_domain = domain.model_dump(mode="json", include=deciding)
+    settings = {"data_fingerprint": report["fingerprint"], **args.recorded(), **of_domain}
     run_directory.begin_training(run, Path(args.output_dir), settings, resume is not None)
     started = time.perf_counter()
-    features = trainer.base_features()
+    features = trainer.features.of_base
     trainer.train(resume_from_checkpoint=resume)
     if processes().is_main_process:
         seconds = round(time.perf_counter() - started, 1)

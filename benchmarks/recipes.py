@@ -51,6 +51,7 @@ from nicheclip.evaluation.robustness import retention_accuracy
 from nicheclip.files import read_json, write_json
 from nicheclip.recipe import RECIPES
 from nicheclip.run import load_prepared, load_retention
+from nicheclip.training.callbacks import TrainingInterrupted
 from nicheclip.training.data import TrainingSamples
 
 ROOT = Path(__file__).parents[1]
@@ -351,7 +352,7 @@ def main() -> None:
             try:
                 result = result_of(name, listed[name], domain, seed, args)
                 found.setdefault(name, []).append(result)
-            except train.TrainingInterrupted as interrupted:
+            except TrainingInterrupted as interrupted:
                 sys.exit(128 + interrupted.signal)
             except Exception as error:  # hours of other runs should not be lost with it
                 failures += 1

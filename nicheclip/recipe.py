@@ -102,6 +102,11 @@ class Stage(Section):
             found.append(self.model_copy(update=variant))
         return found
 
+    def grid_values(self, variant: Stage) -> dict[str, Any]:
+        """What distinguishes one of the variants from the others."""
+        names = [name for name in GRIDS if len(getattr(self, name)) > 1]
+        return {name: getattr(variant, name)[0] for name in names}
+
 
 def check_order(stages: Sequence[Stage]) -> None:
     """Whether stages can follow each other.

@@ -24,14 +24,14 @@ from nicheclip.evaluation.metrics import correct
 from nicheclip.evaluation.probe import fit_strong_probe, load_strong_probe, save_strong_probe
 from nicheclip.recipe import RECIPES, Stage, check_order
 from nicheclip.run import load_prepared
-from nicheclip.training.callbacks import TrainingInterrupted, WeightAverage, kept_weights
+from nicheclip.training.callbacks import TrainingInterrupted, WeightAverage
+from nicheclip.training.checkpoints import kept_weights, read_state
 from nicheclip.training.contrastive import ContrastiveTrainer
 from nicheclip.training.data import TrainingSamples
 from nicheclip.training.distillation import PromptTargets, generic_texts
 from nicheclip.training.lda import discriminants
 from nicheclip.training.losses import supervised_contrastive
 from nicheclip.training.towers import StageTowers
-from nicheclip.training.trainer import read_state
 from tests.conftest import FACADES
 
 

@@ -17,7 +17,8 @@ import train
 from nicheclip.clip import load_clip
 from nicheclip.domain import Domain, Stage
 from nicheclip.training.arguments import StagedTrainingArguments
-from nicheclip.training.callbacks import TrainingInterrupted, is_over
+from nicheclip.training.callbacks import TrainingInterrupted
+from nicheclip.training.checkpoints import is_over
 from nicheclip.training.losses import LOSSES, multi_positive
 from nicheclip.training.stages import check_stages, trainable_names
 from tests.conftest import FACADES

@@ -120,6 +120,21 @@ class StagedTrainingArguments(TrainingArguments):
             self.bf16 = free and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         super().__post_init__()
 
+    @property
+    def precision(self) -> str:
+        """Of the arithmetic."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "float32"
+
+    def recorded(self) -> dict[str, Any]:
+        """What decides the weights, beside model, data and stages."""
+        names = ("seed", "data_seed", "cluster_share", "weight_decay", "cached_views")
+        return {name: getattr(self, name) for name in names} | {
+            "batch_size": self.train_batch_size * self.world_size,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            "label_smoothing": self.label_smoothing_factor,
+            "precision": self.precision,
+        }
+
 
 def _is_share(text: str) -> bool:
     try:

@@ -13,15 +13,14 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from nicheclip.recipe import Stage
+from nicheclip.training.checkpoints import AVERAGE, WEIGHTS, is_over, read_weights
 from nicheclip.training.towers import StageTowers
 
-TRAINED_WEIGHTS = "trained.safetensors"
-WEIGHTS, AVERAGE = "weights.", "average."
 LOOKS = 5  # at validation, in a stage that keeps its last epoch
 
 
@@ -34,18 +33,6 @@ class TrainingInterrupted(KeyboardInterrupt):
             go_on = f"'{checkpoint}' is written, go on with --resume_from_checkpoint True"
         super().__init__(f"stopped by {received.name}; {go_on}")
         self.signal = received
-
-
-def is_over(state: TrainerState, stage: Stage, patience: int) -> bool:
-    """Whether a run of a stage has trained all its epochs, or as many as its patience allows.
-
-    Args:
-        patience: epochs without a better score; only a stage that keeps its best epoch ends early.
-    """
-    since_best = state.global_step - (state.best_global_step or 0)
-    steps_per_epoch = state.max_steps // state.num_train_epochs
-    gains_no_more = since_best >= patience * steps_per_epoch
-    return state.global_step >= state.max_steps or (stage.keep == "best" and gains_no_more)
 
 
 class StageEpochs(TrainerCallback):
@@ -136,21 +123,10 @@ class WeightAverage(TrainerCallback):
 
     def load(self, checkpoint: Path) -> None:
         """Goes on from a checkpoint, with both."""
-        saved = load_file(checkpoint / TRAINED_WEIGHTS)
-        self.model.load(_named(saved, WEIGHTS))
-        if self.decay:
-            for name, part in _named(saved, AVERAGE).items():
-                self.weights[name].copy_(part)
-
-
-def kept_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """What a run of a stage came to: the average, where there is one."""
-    saved = load_file(checkpoint / TRAINED_WEIGHTS)
-    return _named(saved, AVERAGE) or _named(saved, WEIGHTS)
-
-
-def _named(saved: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {n.removeprefix(prefix): part for n, part in saved.items() if n.startswith(prefix)}
+        trained, average = read_weights(checkpoint)
+        self.model.load(trained)
+        for name, part in average.items():
+            self.weights[name].copy_(part)
 
 
 class StopOnSignal(TrainerCallback):

@@ -24,7 +24,8 @@ from nicheclip.evaluation.calibration import best_nll
 from nicheclip.evaluation.metrics import ZeroShotMetrics
 from nicheclip.recipe import Stage
 from nicheclip.training.arguments import StagedTrainingArguments
-from nicheclip.training.callbacks import TRAINED_WEIGHTS, WeightAverage, ignore_interrupts
+from nicheclip.training.callbacks import WeightAverage, ignore_interrupts
+from nicheclip.training.checkpoints import TRAINED_WEIGHTS
 from nicheclip.training.data import TrainingSamples
 from nicheclip.training.losses import LOSSES, class_prompts, gather, supervised_contrastive
 from nicheclip.training.sampler import ClusterBatchSampler

@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
+from torch.nn.functional import normalize
 from torch.utils.data import DataLoader
-from transformers import CLIPTokenizer
+from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer
 
+from nicheclip.clip import encode_texts
+from nicheclip.domain import Domain
 from nicheclip.training.contrastive import ContrastiveTrainer
 
 STEPS_PER_EPOCH = 100
@@ -38,6 +41,29 @@ def generic_texts(
         replaced[rng.integers(len(said))] = True
         texts.append(" ".join(np.where(replaced, rng.choice(words, len(said)), said)))
     return sorted(set(texts) - set(prompts))
+
+
+def prompt_targets(
+    model: CLIPModel,
+    processor: CLIPProcessor,
+    domain: Domain,
+    generic: list[str],
+    prototypes: torch.Tensor,
+) -> tuple[np.ndarray, torch.Tensor]:
+    """What the text tower should say: of each class its prototype, of generic texts what it says.
+
+    Args:
+        prototypes: (C, D).
+
+    Returns:
+        kinds (P,) and targets (P, D) of the prompt bank and the generic texts, as `PromptTargets`
+        has them.
+    """
+    classes = np.array(domain.prompt_bank[1])
+    kinds = np.repeat([1, 2], [len(classes), len(generic)])
+    kinds[np.unique(classes, return_index=True)[1]] = 0
+    said = encode_texts(model.eval(), processor, generic)
+    return kinds, torch.cat([normalize(prototypes, dim=-1)[classes], said]).cpu()
 
 
 class PromptTargets(torch.utils.data.Dataset):

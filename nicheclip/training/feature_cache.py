@@ -9,23 +9,115 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import torch
-from transformers import CLIPVisionModel
+from transformers import CLIPModel, CLIPVisionModel
 
 from nicheclip.cached_map import map_shards, stored_digests, weights_digest
 from nicheclip.clip import prefetched
-from nicheclip.training.data import Features, Views
+from nicheclip.evaluation.probe import Part
+from nicheclip.training.arguments import StagedTrainingArguments
+from nicheclip.training.data import Features, TrainingSamples, Views
+from nicheclip.training.lda import discriminants
 from nicheclip.training.towers import PIXELS, between, depth, weights_before
 
+AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 BATCH = 64  # views encoded at once
 KEPT_AS = np.float16  # half the disk; in training no difference was seen (docs/lab_notebook.md)
+
+
+class StageFeatures:
+    """What stages see of the images: states at a cut, or pixels.
+
+    Args:
+        model: as it is before anything is trained.
+        train, validation: their `features` are set.
+        first_cut: what no stage trains lies before it, and is encoded for all stages at once.
+        args: `cached_views` of each training image are kept in `feature_cache`; 0: none, each
+            sample draws one of its own.
+    """
+
+    def __init__(
+        self,
+        model: CLIPModel,
+        train: TrainingSamples,
+        validation: Views,
+        first_cut: int,
+        args: StagedTrainingArguments,
+    ):
+        self.model, self.train, self.validation = model, train, validation
+        self.first_cut, self.views = first_cut, args.cached_views
+        self.folder = Path(args.feature_cache or Path(args.output_dir) / "features")
+        self.autocast = AUTOCAST[args.precision]
+        self.num_classes = train.rows.features["label"].num_classes
+        self.seconds = 0.0
+        self.projection = model.visual_projection.weight.detach().cpu().numpy().copy()
+
+    def show(self, cut: int, with_train: bool = True) -> None:
+        """Encodes both sets of images up to a cut; those of train on demand."""
+        cuts = sorted({self.first_cut, cut} - {PIXELS}) if self.views else []
+        self.train.views = self.views if cuts else 0
+        if with_train:
+            self._encode("train", self.train, self.train.views, cuts)
+        self._encode("validation", self.validation, 1, cuts)
+
+    def _encode(self, name: str, images: Views, count: int, cuts: list[int]) -> None:
+        started = time.perf_counter()
+        self.model.eval()  # what is kept must not depend on a draw of dropout
+        tower, cache = self.model.vision_model, self.folder / name
+        images.features = encode_views(tower, images, count, cuts, cache, self.autocast)
+        self.seconds += time.perf_counter() - started
+
+    @cached_property
+    def of_base(self) -> tuple[Part, Part]:
+        """Pooled features and labels of the base: of the views of train, and of validation.
+
+        To be asked for before anything is trained.
+        """
+        end, count = depth(self.model.vision_model), max(1, self.views)
+        cuts = sorted({self.first_cut, end} - {PIXELS})
+        parts = []
+        for name, images, views in (
+            ("train", self.train, count),
+            ("validation", self.validation, 1),
+        ):
+            self._encode(name, images, views, cuts)
+            of_views = [self._pooled(images, view) for view in range(views)]
+            parts.append((np.concatenate(of_views), np.tile(images.rows["label"], views)))
+        return parts[0], parts[1]
+
+    @torch.inference_mode()
+    def _pooled(self, images: Views, view: int) -> np.ndarray:
+        norm = self.model.vision_model.post_layernorm
+        states = torch.stack([images.features(row, view) for row in range(len(images.rows))])
+        return norm(states.to(norm.weight)).cpu().numpy()
+
+    @cached_property
+    def discriminants(self) -> dict[str, np.ndarray]:
+        """The analysis of the base's features that `start: lda` begins with."""
+        train, validation = self.of_base
+        embeds = train[0] @ self.projection.T
+        embeds /= np.linalg.norm(embeds, axis=1, keepdims=True)
+        return discriminants(train, validation, embeds, self.num_classes)
+
+    def record(self) -> dict[str, Any]:
+        """For training.json."""
+        kept = [path.stat().st_size for path in self.folder.rglob("*.arrow")]
+        views = self.views if kept else 0
+        return {
+            "views": views,
+            "encoded": views * len(self.train.rows),
+            "bytes": sum(kept),
+            "seconds": round(self.seconds, 1),
+        }
 
 
 def encode_views(
