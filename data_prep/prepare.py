@@ -170,12 +170,17 @@ def _kept(table: pd.DataFrame, domain: Domain, zero_shot: np.ndarray, seed: int)
 
 def _splits(rows: datasets.Dataset, kept: pd.DataFrame, domain: Domain) -> datasets.DatasetDict:
     schema = features(domain.class_names)
-    images = rows.select_columns("image").cast_column("image", schema.pop("image"))
+    told = datasets.Features(schema)
+    del told["source_id"], told["image"]
+    # With a column of each of the two tables that rows is made of: datasets can't join to one that
+    # has lost all columns of a part.
+    images = rows.select_columns(["source_id", "image"]).cast_column("image", schema["image"])
     splits = datasets.DatasetDict()
     for name in SPLITS:
         own = kept[kept.split == name]
-        columns = datasets.Dataset.from_dict(own[list(schema)].to_dict("list"), features=schema)
-        splits[name] = datasets.concatenate_datasets([images.select(own.index), columns], axis=1)
+        columns = datasets.Dataset.from_dict(own[list(told)].to_dict("list"), features=told)
+        joined = datasets.concatenate_datasets([images.select(own.index), columns], axis=1)
+        splits[name] = joined.select_columns(list(schema))
     return splits
 
 

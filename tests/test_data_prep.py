@@ -159,6 +159,22 @@ def test_folders_without_splits_are_dealt_out_by_group(tmp_path, two_styles):
     assert {row["image"].size for rows in splits.values() for row in rows} == {(128, 128)}
 
 
+def test_splits_may_lie_one_after_the_other_in_several_shards(tmp_path, two_styles, monkeypatch):
+    """All are given by folders, so each takes a run of rows as they were listed."""
+    monkeypatch.setattr("nicheclip.cached_map.SHARD_ROWS", 10)
+    folder = photo_folders(tmp_path / "photos", per_class=12)
+    for style in STYLES:
+        for index, name in enumerate(sorted(path.name for path in (folder / style).iterdir())):
+            split = ("calibration", "test", "train", "validation")[index // 3]
+            (tmp_path / "split" / split / style).mkdir(parents=True, exist_ok=True)
+            (folder / style / name).rename(tmp_path / "split" / split / style / name)
+    report = prepare(two_styles, tmp_path / "run", images=tmp_path / "split")
+    assert set(report["counts"]["kept"].values()) == {6}
+    for name, rows in load_prepared(tmp_path / "run").items():
+        assert all(row["source_id"].startswith(name) for row in rows)
+        assert all(row["source_id"].split("/")[1] == STYLES[row["label"]] for row in rows)
+
+
 def test_the_same_file_under_two_labels_is_a_conflict(tmp_path, two_styles):
     folder = photo_folders(tmp_path / "photos")
     shutil.copy(folder / STYLES[0] / "3 (1)%2C.png", folder / STYLES[1] / "same.png")
