@@ -57,9 +57,10 @@ class StageTowers(nn.Module):
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Copies `weights`, by name as in `trained`, into the parameters."""
+        """Copies `weights`, by name as in `trained`, into the parameters and the CLIPModel."""
         for name, part in self.trained().items():
             part.copy_(weights[name])
+        self.store()
 
     @torch.no_grad()
     def store(self) -> CLIPModel:

@@ -241,8 +241,6 @@ class StagedTrainer:
         sees_images = stage.loss != "distillation"
         self.features.show(towers.cut, with_train=sees_images)
         average = WeightAverage(towers, stage.ema)
-        if checkpoint:
-            average.load(checkpoint)
         args = copy.copy(self.args)
         args.output_dir, args.warmup_steps = str(folder), stage.warmup
         (args.learning_rate,), (args.num_train_epochs,) = stage.learning_rate, stage.epochs
@@ -263,6 +261,8 @@ class StagedTrainer:
             sampler.epochs_before = self.train_dataset.epochs_before = epochs_before
             args.per_device_train_batch_size = sampler.batch_size
             options = {"train_dataset": self.train_dataset, "sampler": sampler}
+        if checkpoint:  # not before: targets are what the model says when the stage begins
+            average.load(checkpoint)
         return kind(
             self.domain,
             stage,
