@@ -45,7 +45,7 @@ class Stage(Section):
             prototypes (C, D), which stand in for the text tower until a stage with the loss
             `distillation` has taught them to it.
         last_visual_blocks: so many transformer blocks from the end of the visual tower train too.
-        epochs: of the sampled images; of 100 steps for `distillation`.
+        epochs: of the sampled images; of 20 steps for `distillation`.
         warmup: share of the stage's steps.
         batch_size: at most, over all processes; default: `per_device_train_batch_size` of each.
         weight_decay: default: that of the arguments.

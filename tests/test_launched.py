@@ -20,38 +20,43 @@ from nicheclip.domain import Domain
 from nicheclip.run import load_prepared
 from nicheclip.training.sampler import ClusterBatchSampler
 from tests.conftest import ROOT
+from tests.test_training import TWO_STAGES
 
-KILLS = 10
+KILLS = 6
 EVERY_STEP = ["--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "3"]
 
 
-def fresh(prepared: Path, run: Path) -> Path:
+def fresh(prepared: Path, run: Path, **changes) -> Path:
     shutil.copytree(prepared / "data", run / "data")
-    shutil.copy(prepared / "domain.yaml", run)
+    Domain.load(prepared).model_copy(update=changes).save(run / "domain.yaml")
     return run
 
 
-def last_step(run: Path) -> int:
-    """Of 7 in the first stage and 14 in the second."""
-    found = list((run / "checkpoints").glob("*/checkpoint-*"))
-    steps = [int(path.name.split("-")[1]) + 7 * path.parent.name.startswith("2") for path in found]
-    return max(steps, default=0)
+def checkpoints_begun(run: Path) -> int:
+    """Of all stages and variants; those that are gone again are counted too."""
+    found = list((run / "checkpoints").rglob("checkpoint-*"))
+    last: dict[Path, int] = {}
+    for path in found:
+        step = int(path.name.split("-")[1])
+        last[path.parent] = max(step, last.get(path.parent, 0))
+    return sum(last.values())
 
 
 @pytest.mark.slow
 def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_weights(prepared, tmp_path):
-    """Somewhere in ten equal parts of the 21 steps: in a step, or while a checkpoint is written."""
+    """In equal parts of all steps of all stages: in a step, or while a checkpoint is written."""
     command = [sys.executable, "train.py"]
     whole = fresh(prepared, tmp_path / "whole")
     subprocess.run([*command, str(whole), *EVERY_STEP], cwd=ROOT, check=True, capture_output=True)
-    expected = (whole / "model" / "model.safetensors").read_bytes()
+    expected, steps = (whole / "model" / "model.safetensors").read_bytes(), checkpoints_begun(whole)
     rng = np.random.default_rng(0)
     for kill in range(KILLS):
         run = fresh(prepared, tmp_path / f"killed-{kill}")
-        step, quiet = rng.integers(2 * kill, 2 * kill + 2), subprocess.DEVNULL
+        begin, end = (steps - 1) * kill // KILLS, (steps - 1) * (kill + 1) // KILLS
+        step, quiet = rng.integers(begin, end), subprocess.DEVNULL
         arguments = [*command, str(run), *EVERY_STEP]
         process = subprocess.Popen(arguments, cwd=ROOT, stdout=quiet, stderr=quiet)
-        while last_step(run) < step or not (run / "checkpoints" / "begun.json").exists():
+        while checkpoints_begun(run) < step or not (run / "checkpoints" / "begun.json").exists():
             assert process.poll() is None, "it ended before it could be killed"
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.1))
@@ -67,7 +72,8 @@ def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_weights(prep
 @pytest.mark.slow
 def test_two_processes_see_each_batch_once_and_learn_as_one(prepared, tmp_path):
     """Two processes: the same global batches, loss curve and files as one process."""
-    alone, together = fresh(prepared, tmp_path / "alone"), fresh(prepared, tmp_path / "together")
+    runs = [tmp_path / "alone", tmp_path / "together"]
+    alone, together = (fresh(prepared, run, stages=TWO_STAGES) for run in runs)
     script = tmp_path / "watched.py"  # train.py, which writes down who visits what
     script.write_text(
         "import json, os, sys, train\n"
@@ -120,6 +126,26 @@ def test_two_processes_see_each_batch_once_and_learn_as_one(prepared, tmp_path):
     files = [{path.name for path in run.iterdir()} for run in (alone, together)]
     written = {"domain.yaml", "cache", "checkpoints", "model", "training.json", "trained_on.json"}
     assert files[0] == files[1] == {"data", ".lock", ".holder", *written}
+
+
+@pytest.mark.slow
+def test_two_processes_choose_and_learn_the_default_recipe_as_one(prepared, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launch += ["--master_port", "29543", "--"]
+    found = []
+    for name, command in (("alone", [sys.executable]), ("together", launch)):
+        run = fresh(prepared, tmp_path / name)
+        arguments = [*command, "train.py", str(run)]
+        subprocess.run(arguments, cwd=ROOT, check=True, capture_output=True, timeout=400)
+        record = json.loads((run / "training.json").read_text())
+        found.append((record["stages"], load_file(run / "model" / "model.safetensors")))
+    (alone, one), (together, other) = found
+    assert [stage["chosen"] for stage in alone] == [stage["chosen"] for stage in together]
+    losses = [
+        [row["eval_nll"] for stage in stages for row in stage["tried"]] for stages, _ in found
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert max((one[name] - other[name]).abs().max().item() for name in one) < 2e-3
 
 
 def test_processes_that_accelerate_would_not_start_are_refused(tmp_path):

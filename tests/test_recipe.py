@@ -284,7 +284,7 @@ def test_the_published_text_tower_says_the_prototypes(run):
     prototypes = normalize((1 - mix) * head + mix * (first + second) / 2, dim=-1)
     model, processor = load_clip(run / "model")
     said = encode_texts(model, processor, Domain.load(run).canonical_prompts)
-    assert (said * prototypes).sum(dim=1).min() > 0.98
+    assert (said * prototypes).sum(dim=1).min() > 0.97
     base, _ = load_clip(Domain.load(run).base)
     of_base = encode_texts(base, processor, Domain.load(run).canonical_prompts)
     assert (of_base * prototypes).sum(dim=1).min() < 0.95, "they had to move"

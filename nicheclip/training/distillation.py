@@ -17,7 +17,7 @@ from nicheclip.clip import encode_texts
 from nicheclip.domain import Domain
 from nicheclip.training.contrastive import ContrastiveTrainer
 
-STEPS_PER_EPOCH = 100
+STEPS_PER_EPOCH = 20
 GENERIC = 4000  # texts whose embeddings should stay
 TEMPLATES = ("{}", "a photo of a {}", "{} {}", "a {} {}")
 # How many of each kind a step sees, at most, and their weight in its loss.
