@@ -40,7 +40,9 @@ def main() -> None:
     try:
         train(sys.argv[1:])
     except KeyboardInterrupt as interrupted:
-        print(f"train.py: {interrupted or 'stopped by SIGINT; start it again'}", file=sys.stderr)
+        print(
+            f"train.py: {str(interrupted) or 'stopped by SIGINT; start it again'}", file=sys.stderr
+        )
         sys.exit(128 + getattr(interrupted, "signal", signal.SIGINT))
     # The last: there is no room for the weights.
     except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
@@ -91,7 +93,7 @@ def fine_tune(domain: Domain, run: Path, args: StagedTrainingArguments) -> Stage
     settings = {"data_fingerprint": report["fingerprint"], **args.recorded(), **of_domain}
     run_directory.begin_training(run, Path(args.output_dir), settings, resume is not None)
     started = time.perf_counter()
-    features = trainer.features.of_base
+    strong_probe = fit_strong_probe(*trainer.features.of_base, len(domain.classes))
     trainer.train(resume_from_checkpoint=resume)
     if processes().is_main_process:
         seconds = round(time.perf_counter() - started, 1)
@@ -99,7 +101,7 @@ def fine_tune(domain: Domain, run: Path, args: StagedTrainingArguments) -> Stage
         with replaced_folder(run / "model") as folder:
             trainer.model.save_pretrained(folder)
             processor.save_pretrained(folder)
-        save_strong_probe(fit_strong_probe(*features, len(domain.classes)), run)
+        save_strong_probe(strong_probe, run)
         domain.save(run / "domain.yaml")
         run_directory.write_trained_on(run, splits)
         training = {

@@ -191,10 +191,11 @@ class Domain(Section):
     @model_validator(mode="before")
     @classmethod
     def _recipe_has_stages(cls, raw: Any) -> Any:
-        if not isinstance(raw, dict) or raw.get("stages") is not None:
+        name = raw.get("recipe") or "default" if isinstance(raw, dict) else None
+        training = raw.get("training") or {} if isinstance(raw, dict) else None
+        if not isinstance(name, str) or not isinstance(training, dict) or "stages" in raw:
             return raw
-        name = raw.get("recipe") or "default"
-        training = recipe(name).get("training", {}) | (raw.get("training") or {})
+        training = recipe(name).get("training", {}) | training
         return raw | {"recipe": name, "stages": recipe(name)["stages"], "training": training}
 
     @field_validator("stages")
@@ -313,7 +314,7 @@ class Domain(Section):
 
 def _explain(problem: ErrorDetails) -> str:
     """One line of plain words for one of pydantic's problems."""
-    *section, name = [str(part) for part in problem["loc"]]
+    *section, name = [str(part) for part in problem["loc"]] or ["recipe"]
     key = ".".join([*section, name])
     if key == "outside":
         return "the key 'outside' of older versions is 'retention' now; rename it"

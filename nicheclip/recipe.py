@@ -6,6 +6,7 @@ A list in place of a value is a grid: StagedTrainer tries its members, and valid
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -88,6 +89,10 @@ class Stage(Section):
         """Whether prototypes take the place of the text tower."""
         return PROTOTYPES in self.train
 
+    def trains(self, parameter: str) -> bool:
+        """Whether a pattern of `train` matches the name."""
+        return any(fnmatchcase(parameter, pattern) for pattern in self.train)
+
     def variants(self, repeats: float = 1.0) -> list[Stage]:
         """One stage for each combination of the grids, `mix` left as it is.
 
@@ -114,32 +119,33 @@ def check_order(stages: Sequence[Stage]) -> None:
     Raises:
         ValueError: naming the stage that can't.
     """
-    free = ""
+    free, names = "", set()
     for stage in stages:
-        if stage.loss == "distillation":
-            if not free:
-                raise ValueError(
-                    f"stage '{stage.name}' distils prototypes, but no stage before it trains them; "
-                    f"add '{PROTOTYPES}' to the `train` of one"
-                )
-            free = ""
-        elif stage.free_prototypes:
-            free = stage.name
-            if stage.loss != "class_prompts":
-                raise ValueError(
-                    f"stage '{stage.name}' trains prototypes with the loss '{stage.loss}'; "
-                    "expected class_prompts"
-                )
-        elif free:
-            raise ValueError(
-                f"stage '{stage.name}' reads prompts, but the prototypes of '{free}' stand in for "
-                f"the text tower; add '{PROTOTYPES}' to its `train`, or distil them before it"
-            )
-        if "lda" in stage.start and not (stage.free_prototypes and stage is stages[0]):
-            raise ValueError(
-                f"stage '{stage.name}': `start: lda` is for a first stage that trains "
-                f"'{PROTOTYPES}' and the visual projection"
-            )
+        distils, prototypes = stage.loss == "distillation", stage.free_prototypes
+        of_text = stage.trains("text_projection.weight") or stage.trains("text_model.embeddings")
+        projection = stage.trains("visual_projection.weight")
+        of_images = projection or stage.trains("logit_scale") or stage.last_visual_blocks
+        is_head = stage is stages[0] and prototypes and projection
+        faults = {
+            "has the name of another one; rename it": stage.name in names,
+            "distils prototypes, but no stage before it trains them": distils and not free,
+            "distils prototypes into the text side; leave the rest out of its `train`": distils
+            and (prototypes or of_images),
+            f"trains prototypes with the loss '{stage.loss}'; expected class_prompts": prototypes
+            and stage.loss not in ("class_prompts", "distillation"),
+            "trains prototypes in place of the text side; leave that out of its `train`": prototypes
+            and of_text,
+            f"reads prompts, but the prototypes of '{free}' stand in for the text tower; add "
+            f"'{PROTOTYPES}' to its `train`, or distil them before it": free
+            and not (distils or prototypes),
+            "can't have `start: lda`, which is for a first stage that trains prototypes and the "
+            "visual projection": "lda" in stage.start and not is_head,
+        }
+        for told, wrong in faults.items():
+            if wrong:
+                raise ValueError(f"stage '{stage.name}' {told}")
+        names.add(stage.name)
+        free = "" if distils else stage.name if prototypes else free
     if free:
         raise ValueError(
             f"the prototypes of stage '{free}' never reach the text tower; add a stage with "

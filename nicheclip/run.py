@@ -95,7 +95,7 @@ def begin_training(run: Path, checkpoints: Path, settings: dict[str, Any], resum
                 raise ValueError(
                     f"since '{checkpoints}' was begun, {name} {change}; change it back or remove it"
                 )
-    old = [*checkpoints.glob("checkpoint-*"), *checkpoints.glob("[0-9]*-*/checkpoint-*")]
+    old = [*checkpoints.glob("checkpoint-*"), *checkpoints.glob("[0-9]*-*/**/checkpoint-*")]
     if not resume and old and not (run / "training.json").is_file():
         raise ValueError(
             f"'{checkpoints}' holds an unfinished training; go on with --resume_from_checkpoint "

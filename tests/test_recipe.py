@@ -10,20 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
+import yaml
 from safetensors.torch import load_file
 from sklearn.datasets import make_blobs
 from torch.nn.functional import normalize
-from transformers import CLIPModel
+from transformers import CLIPModel, TrainerState
 
 import train
 from nicheclip.clip import encode_images, encode_texts, load_clip
-from nicheclip.domain import Domain
+from nicheclip.domain import Domain, DomainError
 from nicheclip.evaluation.calibration import best_nll
 from nicheclip.evaluation.metrics import correct
 from nicheclip.evaluation.probe import fit_strong_probe, load_strong_probe, save_strong_probe
 from nicheclip.recipe import RECIPES, Stage, check_order
-from nicheclip.run import load_prepared
+from nicheclip.run import begin_training, load_prepared
 from nicheclip.training.callbacks import TrainingInterrupted, WeightAverage
 from nicheclip.training.checkpoints import kept_weights, read_state
 from nicheclip.training.contrastive import ContrastiveTrainer
@@ -69,8 +69,60 @@ def test_every_named_recipe_can_be_trained():
             each["name"] for each in RECIPES[name]["stages"]
         ]
     assert Domain.load(FACADES).recipe == "default"
-    with pytest.raises(ValidationError, match="'lucky' is no recipe; expected one of default"):
-        Domain.model_validate(raw | {"recipe": "lucky"})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("recipe", "lucky", "'lucky' is no recipe; expected one of default"),
+        ("recipe", ["a"], "recipe: Input should be a valid string"),
+        ("training", ["a"], "training: Input should be a valid dictionary"),
+    ],
+)
+def test_a_wrong_recipe_is_told(tmp_path, key, value, told):
+    raw = yaml.safe_load((FACADES / "domain.yaml").read_text()) | {key: value}
+    (tmp_path / "domain.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.raises(DomainError, match=told):
+        Domain.load(tmp_path)
+
+
+def test_patches_of_pixels_are_left_out_in_training_alone():
+    clip, _ = load_clip(FACADES / "base")
+    towers = StageTowers(clip, [[0, 1]], None, patch_dropout=0.5).eval()
+    pixels = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = towers.encode_images(pixels)
+        torch.testing.assert_close(clip.get_image_features(pixels).pooler_output, whole)
+        torch.manual_seed(0)
+        first = towers.train().encode_images(pixels)
+        second = towers.encode_images(pixels)
+    assert not torch.allclose(first, whole) and not torch.allclose(first, second)
+
+
+def test_a_new_training_leaves_nothing_of_an_old_one(run, tmp_path):
+    """The variants of another seed must not pass for finished ones when it is resumed."""
+    copy = trained_copy(run, tmp_path)
+    old = all_checkpoints(copy)
+    (copy / "training.json").unlink()
+    with pytest.raises(ValueError, match="holds an unfinished training"):
+        train.train([str(copy), "--seed", "1"])
+    (copy / "training.json").write_text("{}")
+    begin_training(copy, copy / "checkpoints", {}, resume=False)
+    assert old and not all_checkpoints(copy)
+
+
+def test_one_image_a_class_trains(run, tmp_path):
+    """Nothing is known of what varies within a class, and a batch holds them all."""
+    copy = trained_copy(run, tmp_path)
+    shutil.rmtree(copy / "checkpoints")
+    splits = load_prepared(copy)
+    labels = splits["train"]["label"][:]
+    firsts = [labels.index(label) for label in sorted(set(labels))]
+    few = splits["train"].select(firsts)
+    shutil.rmtree(copy / "data" / "train")
+    few.save_to_disk(copy / "data" / "train")
+    train.train([str(copy), "--cached_views", "0"])
+    assert len(trained_record(copy)["stages"]) == 3
 
 
 def test_the_stages_of_a_domain_take_the_place_of_a_recipe():
@@ -93,10 +145,14 @@ def test_a_grid_gives_one_variant_a_combination_and_balanced_ones_take_as_many_s
     [
         ([stage(**TEXT)], "no stage before it trains them"),
         ([stage(**HEAD)], "never reach the text tower"),
-        ([stage(**HEAD), stage(train=["text_model.*"])], "stand in for the text tower"),
+        ([stage(**HEAD), stage(name="2", train=["text_model.*"])], "stand in for the text tower"),
+        ([stage(**HEAD), stage(**HEAD)], "has the name of another one"),
+        ([stage(**HEAD), stage(**TEXT | {"name": "2", "train": ["*"]})], "leave the rest out"),
+        ([stage(train=["prototypes", "*"])], "in place of the text side"),
+        ([stage(train=["prototypes"], start="lda")], "is for a first stage"),
         ([stage(**HEAD, loss="info_nce"), stage(**TEXT)], "expected class_prompts"),
         ([stage(train=["logit_scale"], start="lda")], "is for a first stage"),
-        ([stage(**HEAD), stage(**HEAD, start="lda"), stage(**TEXT)], "is for a first stage"),
+        ([stage(**HEAD), stage(name="2", **HEAD, start="lda")], "is for a first stage"),
     ],
 )
 def test_stages_that_cannot_follow_each_other_are_refused(stages, told):
@@ -126,10 +182,11 @@ def test_the_average_follows_the_weights_and_is_what_is_kept(tmp_path):
     start = towers.prototypes.detach().clone()
     with torch.no_grad():
         towers.prototypes += 1
-    average.on_optimizer_step(None, None, None)
+    late = TrainerState(global_step=1000)
+    average.on_optimizer_step(None, late, None)
     with torch.no_grad():
         towers.prototypes += 1
-    average.on_optimizer_step(None, None, None)
+    average.on_optimizer_step(None, late, None)
     expected = 0.75 * (0.75 * start + 0.25 * (start + 1)) + 0.25 * (start + 2)
     with average.shown():
         torch.testing.assert_close(towers.prototypes.detach(), expected)
@@ -139,6 +196,11 @@ def test_the_average_follows_the_weights_and_is_what_is_kept(tmp_path):
     torch.testing.assert_close(kept_weights(tmp_path)["prototypes"], expected)
     with torch.no_grad():
         towers.prototypes.zero_()
+    early = WeightAverage(towers, decay=0.75)
+    with torch.no_grad():
+        towers.prototypes += 1
+    early.on_optimizer_step(None, TrainerState(global_step=0), None)
+    torch.testing.assert_close(early.weights["prototypes"], torch.full_like(start, 0.9))
     again = WeightAverage(towers, decay=0.75)
     again.load(tmp_path)
     torch.testing.assert_close(towers.prototypes.detach(), start + 2)

@@ -22,7 +22,7 @@ from nicheclip.evaluation.ood import (
     fit_ood_threshold,
     ood_pictures,
 )
-from nicheclip.evaluation.probe import fit_probe, load_strong_probe
+from nicheclip.evaluation.probe import fit_probe
 from nicheclip.evaluation.robustness import CHANGES
 from nicheclip.files import quiet_datasets, replaced_file
 from nicheclip.head import Head, prediction_sets, softmax
@@ -173,12 +173,12 @@ def _tried(count: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, CHANGED_IMAGES).astype(int))
 
 
-def run_probes(run: Path, base: Outputs, splits: dict[str, Dataset], domain: Domain) -> Probes:
+def run_probes(strong: Head, base: Outputs, splits: dict[str, Dataset], domain: Domain) -> Probes:
     """The linear and the strong probe of the base, calibrated and run as the others are."""
     train, validation = (
         (base.embeds[name], np.array(splits[name]["label"])) for name in ("train", "validation")
     )
-    linear, strong = fit_probe(train, validation, len(domain.classes)), load_strong_probe(run)
+    linear = fit_probe(train, validation, len(domain.classes))
     return {
         "probe": Predictions(linear, base.embeds, splits, domain, reference=True),
         "strong_probe": Predictions(strong, base.features, splits, domain, reference=True),

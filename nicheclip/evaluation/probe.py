@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from nicheclip.evaluation.calibration import nll
 from nicheclip.evaluation.metrics import correct
+from nicheclip.files import replaced_file
 from nicheclip.head import Head
 
 STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1000.0)
@@ -43,9 +44,10 @@ def fit_strong_probe(train: Part, validation: Part, num_classes: int) -> Head:
     Those lie before the visual projection, which throws away much that tells classes apart. The
     training features may be of several augmented views.
     """
-    scale = train[0].std()
+    scale, several = train[0].std(), len(train[1]) > len(np.unique(train[1]))
+    shrinkages = SHRINKAGES if several else ()  # LDA needs two images of a class
     models = (
-        *(LinearDiscriminantAnalysis(solver="lsqr", shrinkage=each) for each in SHRINKAGES),
+        *(LinearDiscriminantAnalysis(solver="lsqr", shrinkage=each) for each in shrinkages),
         *(LogisticRegression(C=each, tol=1e-3, max_iter=300) for each in (1e-3, 1e-2, 1e-1)),
     )
     scaled, judged = ((features / scale, labels) for features, labels in (train, validation))
@@ -69,7 +71,8 @@ def _best(models: Iterable[Any], train: Part, validation: Part, num_classes: int
 def save_strong_probe(head: Head, run: Path) -> None:
     """Writes RUN/strong_probe.safetensors."""
     weights = {"weights": head.prototypes, "bias": np.asarray(head.bias)}
-    save_file(weights, run / STRONG_PROBE_FILE)
+    with replaced_file(run / STRONG_PROBE_FILE) as unfinished:
+        save_file(weights, unfinished)
 
 
 def load_strong_probe(run: Path) -> Head:

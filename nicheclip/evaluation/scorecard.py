@@ -13,6 +13,7 @@ from scipy.special import log_softmax
 from nicheclip.domain import Domain
 from nicheclip.evaluation import metrics
 from nicheclip.evaluation.intervals import (
+    LOWER_IS_BETTER,
     METRIC_TITLES,
     Measure,
     Verdict,
@@ -153,23 +154,24 @@ def clip_statistics(outputs: Outputs, domain: Domain) -> dict[str, Statistic]:
 def compare(tuned: Outputs, base: Outputs, probes: Probes, domain: Domain) -> dict[str, Measure]:
     """Each measure of the fine-tuned model, with the base's, the probes', and what it gained.
 
-    The better probe is the one with the lower NLL on these images, so luck is on its side.
+    The better probe is better by the metric itself on these images: luck is on its side.
     `ece_of_perfect` is what the ECE would be by chance if the confidences were right: its mean, and
     the range of 95 % of draws.
     """
     of_base = clip_statistics(base, domain)
     of_probes = {name: statistics(probe, domain) for name, probe in probes.items()}
-    better = min(of_probes.values(), key=lambda each: each["nll"].measure().value)
     measures = {}
     for name, statistic in clip_statistics(tuned, domain).items():
         rivals: dict[str, Any] = {
             key: each[name].measure() for key, each in of_probes.items() if name in each
         }
+        better = min if name in LOWER_IS_BETTER else max
+        best = better(rivals, key=lambda key: rivals[key].value, default=None)
         measures[name] = replace(
             statistic.measure(),
             base=of_base[name].measure() if name in of_base else None,
             difference=statistic.minus(of_base[name]) if name in of_base else None,
-            to_probe=statistic.minus(better[name]) if name in better else None,
+            to_probe=statistic.minus(of_probes[best][name]) if best else None,
             **rivals,
         )
     draws = metrics.ece_of_perfect(tuned.confidence)

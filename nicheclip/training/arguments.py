@@ -127,7 +127,8 @@ class StagedTrainingArguments(TrainingArguments):
 
     def recorded(self) -> dict[str, Any]:
         """What decides the weights, beside model, data and stages."""
-        names = ("seed", "data_seed", "cluster_share", "weight_decay", "cached_views")
+        names = "seed data_seed cluster_share weight_decay cached_views max_grad_norm".split()
+        names += ["early_stopping_patience", "metric_for_best_model"]
         return {name: getattr(self, name) for name in names} | {
             "batch_size": self.train_batch_size * self.world_size,
             "gradient_accumulation_steps": self.gradient_accumulation_steps,

@@ -83,8 +83,10 @@ class StageEpochs(TrainerCallback):
 class WeightAverage(TrainerCallback):
     """An exponential moving average of what a stage trains, without one the weights themselves.
 
+    Its first steps count for more: else a short stage would stay where it began.
+
     Args:
-        decay: per step; 0: none.
+        decay: per step, at most; 0: none.
     """
 
     def __init__(self, model: StageTowers, decay: float):
@@ -92,14 +94,14 @@ class WeightAverage(TrainerCallback):
         self.weights: dict[str, torch.Tensor] = {}
         for name, part in model.trained().items():
             self.weights[name] = part.detach().clone() if decay else part
-        if decay:
-            self.update = get_ema_multi_avg_fn(decay)
 
     @torch.no_grad()
-    def on_optimizer_step(self, args, state, control, **_: Any) -> None:
+    def on_optimizer_step(self, args, state: TrainerState, control, **_: Any) -> None:
         """After each step of the optimiser."""
         if self.decay:
-            self.update(list(self.weights.values()), list(self.model.trained().values()), 0)
+            decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
+            update = get_ema_multi_avg_fn(decay)
+            update(list(self.weights.values()), list(self.model.trained().values()), 0)
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -109,8 +111,10 @@ class WeightAverage(TrainerCallback):
             return
         trained = {name: part.detach().clone() for name, part in self.model.trained().items()}
         self.model.load(self.weights)
-        yield
-        self.model.load(trained)
+        try:
+            yield
+        finally:
+            self.model.load(trained)
 
     def save(self, path: Path) -> None:
         """Weights and average, as a checkpoint has them."""

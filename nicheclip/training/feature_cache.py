@@ -30,6 +30,7 @@ from nicheclip.training.lda import discriminants
 from nicheclip.training.towers import PIXELS, between, depth, weights_before
 
 AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+ENOUGH = 20_000  # views of images for a discriminant analysis
 BATCH = 64  # views encoded at once
 KEPT_AS = np.float16  # half the disk; in training no difference was seen (docs/lab_notebook.md)
 
@@ -103,10 +104,13 @@ class StageFeatures:
     @cached_property
     def discriminants(self) -> dict[str, np.ndarray]:
         """The analysis of the base's features that `start: lda` begins with."""
-        train, validation = self.of_base
-        embeds = train[0] @ self.projection.T
+        (features, labels), validation = self.of_base
+        images = len(self.train.rows)
+        enough = images * max(1, ENOUGH // images)  # whole views
+        features, labels = features[:enough], labels[:enough]
+        embeds = features @ self.projection.T
         embeds /= np.linalg.norm(embeds, axis=1, keepdims=True)
-        return discriminants(train, validation, embeds, self.num_classes)
+        return discriminants((features, labels), validation, embeds, self.num_classes)
 
     def record(self) -> dict[str, Any]:
         """For training.json."""

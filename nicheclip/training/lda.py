@@ -40,6 +40,8 @@ def discriminants(
     means = np.stack([features[labels == c].mean(axis=0) for c in present])  # (K, F)
     mean = features.mean(axis=0)
     within = np.cov((features - means[np.searchsorted(present, labels)]).T, bias=True)
+    if not np.trace(within):  # one image a class
+        within = np.cov(features.T, bias=True)
     size = len(within)
     tried: list[tuple[float, int, dict[str, np.ndarray]]] = []
     for shrinkage, rest in product(SHRINKAGES, RESTS):

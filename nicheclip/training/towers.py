@@ -33,15 +33,21 @@ class StageTowers(nn.Module):
         clip: its weights are trained in place, but for the token embeddings: see `store`.
         prompts: the tokens of each, from its start to its end.
         prototypes: (C, D) in place of the text tower, trained as well.
+        patch_dropout: share of the patches of pixels that a training step leaves out.
     """
 
     tokens: torch.Tensor  # (U,) all that occur in prompts, rising
 
     def __init__(
-        self, clip: CLIPModel, prompts: list[list[int]], prototypes: torch.Tensor | None = None
+        self,
+        clip: CLIPModel,
+        prompts: list[list[int]],
+        prototypes: torch.Tensor | None = None,
+        patch_dropout: float = 0.0,
     ):
         super().__init__()
         self.clip, self.config, self.prompts = clip, clip.config, prompts
+        self.patch_dropout = patch_dropout
         trained = [name for name, weight in clip.named_parameters() if weight.requires_grad]
         self.cut = cut_before(clip.vision_model, trained)
         table = clip.text_model.embeddings.token_embedding.weight
@@ -96,8 +102,19 @@ class StageTowers(nn.Module):
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, S, S), or the states at the cut, -> (B, D)."""
         tower, start = self.clip.vision_model, PIXELS if images.ndim == 4 else self.cut
-        states = between(tower, images.to(self.used.dtype), start, depth(tower))
+        states = images.to(self.used.dtype)
+        if start == PIXELS and self.patch_dropout and self.training:
+            states, start = self._without_patches(between(tower, states, PIXELS, 0)), 0
+        states = between(tower, states, start, depth(tower))
         return self.clip.visual_projection(tower.post_layernorm(states))
+
+    def _without_patches(self, states: torch.Tensor) -> torch.Tensor:
+        """(B, T, D), the class token first; leaves others out by torch's stream of chance."""
+        batch, places, width = states.shape
+        count = round((places - 1) * (1 - self.patch_dropout))
+        kept = torch.rand(batch, places - 1).argsort(dim=1)[:, :count] + 1  # (B, count)
+        kept = kept.to(states.device)[..., None].expand(-1, -1, width)
+        return torch.cat([states[:, :1], states.gather(1, kept)], dim=1)
 
     def encode_texts(self, prompts: list[list[int]]) -> torch.Tensor:
         """Prompts -> (P, D). What they have in common at their beginning is worked out once.

@@ -88,6 +88,7 @@ class StagedTrainer:
                 f"one process sees {args.n_gpu} GPUs; start one a GPU: accelerate launch "
                 f"--num_processes {args.n_gpu}"
             )
+        model.to(args.device)  # type: ignore[arg-type]  # a wrapper of transformers' hides self
         self.model, self.args, self.domain, self.processor = model, args, domain, processor
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         if args.bf16 and args.device.type == "cpu":
@@ -104,9 +105,11 @@ class StagedTrainer:
         ]
         self.sampling: Sampling = "balanced"  # of the stage before
         self.repeats = float(np.mean(train_dataset.rows["repeats"]))
-        for stage in domain.stages:
-            for variant in stage.variants(self.repeats):
-                self._sampler(variant)  # what can't be sampled is told before anything is trained
+        possible = [self.sampling]
+        for stage in domain.stages:  # what can't be sampled is told before anything is trained
+            possible = stage.sampling or possible
+            for sampling in possible if stage.loss != "distillation" else []:
+                self._sampler(stage.model_copy(update={"sampling": [sampling]}))
         first_cut = cut_before(model.vision_model, trained)
         self.features = StageFeatures(model, train_dataset, eval_dataset, first_cut, args)
         self.signals = StopOnSignal()
@@ -131,8 +134,13 @@ class StagedTrainer:
         """
         if resume_from_checkpoint:
             check_asked(resume_from_checkpoint, self.folders)
-        for stage, folder in zip(self.domain.stages, self.folders, strict=True):
-            self._train_stage(stage, folder, bool(resume_from_checkpoint))
+        try:
+            for stage, folder in zip(self.domain.stages, self.folders, strict=True):
+                self._train_stage(stage, folder, bool(resume_from_checkpoint))
+        except KeyboardInterrupt as interrupt:
+            if isinstance(interrupt, TrainingInterrupted):
+                raise
+            raise TrainingInterrupted(signal.SIGINT, self.best) from interrupt  # while encoding
 
     def _train_stage(self, stage: Stage, folder: Path, resume: bool) -> None:
         """Trains the variants and the runs of the chosen one; averages and mixes these."""
@@ -163,7 +171,7 @@ class StagedTrainer:
             self.prototypes = towers.prototypes.detach().clone()
 
     def begin_stage(self, stage: Stage) -> StageTowers:
-        """The model as the stage trains it."""
+        """The model as the stage trains it, and what it sees, encoded."""
         if stage.logit_scale is not None:
             self.model.logit_scale.data.fill_(np.log(stage.logit_scale))
         set_trainable(self.model, stage)
@@ -176,7 +184,9 @@ class StagedTrainer:
             if prototypes is None:
                 canonical = self.domain.canonical_prompts
                 prototypes = encode_texts(self.model.eval(), self.processor, canonical)
-        return StageTowers(self.model, prompts, prototypes)
+        towers = StageTowers(self.model, prompts, prototypes, stage.patch_dropout)
+        self.features.show(towers.cut, with_train=stage.loss != "distillation")
+        return towers
 
     def _begin(self, stage: Stage, towers: StageTowers, before: Weights) -> None:
         """Gives the towers the weights that a variant begins with."""
@@ -186,9 +196,12 @@ class StagedTrainer:
             bias.data.copy_(self.base_bias)
         if stage.start == ["lda"]:
             found = self.features.discriminants
+            begun = towers.trained()
+            for name, part in (("prototypes", "prototypes"), (PROJECTION, "projection")):
+                begun[name].data.copy_(torch.from_numpy(found[part]))
+            unseen = torch.from_numpy(~found["prototypes"].any(axis=1))
+            begun["prototypes"].data[unseen] = before["prototypes"][unseen]
             bias.data -= torch.from_numpy(found["mean"]).to(bias)
-            start = {PROJECTION: found["projection"], "prototypes": found["prototypes"]}
-            towers.load(before | {name: torch.from_numpy(part) for name, part in start.items()})
 
     def _run(
         self,
@@ -206,11 +219,9 @@ class StagedTrainer:
         checkpoint = last_checkpoint(folder) if resume else None
         state = read_state(checkpoint) if checkpoint else None
         if state is None or not is_over(state, stage, self.args.early_stopping_patience):
-            try:
-                self._begin(stage, towers, before)
-                trainer = self.trainer_of(stage, towers, folder, draw, checkpoint)
-            except KeyboardInterrupt as interrupt:  # while encoding: what is done of it is kept
-                raise TrainingInterrupted(signal.SIGINT, checkpoint or self.best) from interrupt
+            self.best = checkpoint or self.best
+            self._begin(stage, towers, before)
+            trainer = self.trainer_of(stage, towers, folder, draw, checkpoint)
             with self.signals:
                 trainer.train(str(checkpoint) if checkpoint else None)
             processes().wait_for_everyone()  # the main process has written the checkpoints
@@ -238,8 +249,6 @@ class StagedTrainer:
             draw: which of the runs.
             checkpoint: to go on from.
         """
-        sees_images = stage.loss != "distillation"
-        self.features.show(towers.cut, with_train=sees_images)
         average = WeightAverage(towers, stage.ema)
         args = copy.copy(self.args)
         args.output_dir, args.warmup_steps = str(folder), stage.warmup
@@ -249,7 +258,7 @@ class StagedTrainer:
         args.gradient_checkpointing = args.activation_checkpointing = False  # it is on already
         epochs_before = self.epochs_done + draw * stage.epochs[0]
         kind, options = ContrastiveTrainer, dict[str, Any]()
-        if not sees_images:
+        if stage.loss == "distillation":
             assert self.prototypes is not None  # see check_order
             targets = prompt_targets(
                 self.model, self.processor, self.domain, self.generic, self.prototypes
@@ -282,7 +291,8 @@ class StagedTrainer:
         samples.patch_dropout = stage.patch_dropout
         batch_size = args.train_batch_size * args.world_size
         if stage.batch_size is not None:
-            batch_size = min(stage.batch_size, len(samples)) // args.world_size * args.world_size
+            shares = max(1, min(stage.batch_size, len(samples)) // args.world_size)
+            batch_size = shares * args.world_size
         return ClusterBatchSampler(
             samples.labels,
             self.domain.class_clusters,
