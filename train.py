@@ -40,9 +40,8 @@ def main() -> None:
     try:
         train(sys.argv[1:])
     except KeyboardInterrupt as interrupted:
-        print(
-            f"train.py: {str(interrupted) or 'stopped by SIGINT; start it again'}", file=sys.stderr
-        )
+        told = str(interrupted) or "stopped by SIGINT; start it again"
+        print(f"train.py: {told}", file=sys.stderr)
         sys.exit(128 + getattr(interrupted, "signal", signal.SIGINT))
     # The last: there is no room for the weights.
     except (ValueError, OSError, FloatingPointError, SafetensorError) as error:

@@ -105,7 +105,7 @@ class StagedTrainer:
         ]
         self.sampling: Sampling = "balanced"  # of the stage before
         self.repeats = float(np.mean(train_dataset.rows["repeats"]))
-        possible = [self.sampling]
+        possible: list[Sampling] = [self.sampling]
         for stage in domain.stages:  # what can't be sampled is told before anything is trained
             possible = stage.sampling or possible
             for sampling in possible if stage.loss != "distillation" else []:
