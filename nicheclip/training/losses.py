@@ -8,6 +8,8 @@ from scipy.special import xlogy
 from torch import distributed
 from torch.nn.functional import cross_entropy
 
+from nicheclip.training.sampler import ClusterBatchSampler
+
 
 def _symmetric(
     logits_per_image: torch.Tensor, targets: torch.Tensor, label_smoothing: float
@@ -106,6 +108,19 @@ def loss_floor(labels: np.ndarray, loss: str, label_smoothing: float, num_classe
     return float(
         np.mean(-xlogy(1 - others, (1 - others) / alike) - xlogy(others, label_smoothing / size))
     )
+
+
+def mean_floor(
+    labels: np.ndarray,
+    sampler: ClusterBatchSampler,
+    loss: str,
+    label_smoothing: float,
+    num_classes: int,
+) -> float:
+    """`loss_floor` over the batches of an epoch; labels (N,) of all samples."""
+    batches = sampler.global_batches()
+    floors = [loss_floor(labels[batch], loss, label_smoothing, num_classes) for batch in batches]
+    return float(np.mean(floors))
 
 
 def gather(embeds: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import embedding, normalize
@@ -60,6 +61,22 @@ class StageTowers(nn.Module):
     def trained(self) -> dict[str, nn.Parameter]:
         """What the stage trains, by name."""
         return {name: part for name, part in self.named_parameters() if part.requires_grad}
+
+    def copies(self) -> dict[str, torch.Tensor]:
+        """Of what the stage trains, by name."""
+        return {name: part.detach().clone() for name, part in self.trained().items()}
+
+    @torch.no_grad()
+    def begin_with(self, found: Mapping[str, np.ndarray]) -> None:
+        """Takes what `training.lda.discriminants` has found as projection and prototypes."""
+        mean, projection, prototypes = (
+            torch.from_numpy(found[name]) for name in ("mean", "projection", "prototypes")
+        )
+        assert self.prototypes is not None  # see check_order
+        self.clip.visual_projection.weight.copy_(projection)
+        self.clip.vision_model.post_layernorm.bias -= mean.to(self.used)
+        seen = prototypes.any(dim=1)  # a class without an image keeps its text_embeds
+        self.prototypes[seen] = prototypes[seen].to(self.used)
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:

@@ -1,7 +1,6 @@
 """Stages, each one or more runs of a `transformers.Trainer` with an optimiser of their own.
 
-trainer = StagedTrainer(model, args, domain, processor, train_dataset=samples, eval_dataset=rows)
-trainer.train()
+StagedTrainer(model, args, domain, processor, train_dataset=samples, eval_dataset=rows).train()
 """
 
 from __future__ import annotations
@@ -49,12 +48,11 @@ from nicheclip.training.distillation import (
     prompt_targets,
 )
 from nicheclip.training.feature_cache import StageFeatures
-from nicheclip.training.losses import loss_floor
+from nicheclip.training.losses import mean_floor
 from nicheclip.training.sampler import ClusterBatchSampler
 from nicheclip.training.stages import set_trainable, trainable_names
 from nicheclip.training.towers import StageTowers, cut_before
 
-PROJECTION = "clip.visual_projection.weight"  # as StageTowers names it
 logger = logging.getLogger(__name__)
 
 
@@ -117,7 +115,7 @@ class StagedTrainer:
         self.prototypes: torch.Tensor | None = None  # (C, D), where they are free
         self.stages: list[dict[str, Any]] = []  # of each, what was tried and chosen
         self.epochs: list[dict[str, Any]] = []  # a row each that was looked at, over all stages
-        self.epochs_done = 0  # of all stages so far
+        self.epochs_done = 0
         self.best: Path | None = None  # the last checkpoint that was kept
         self.best_metric: float | None = None
 
@@ -132,26 +130,27 @@ class StagedTrainer:
             FloatingPointError: if the loss is not finite.
             ValueError: if a training can't go on from the checkpoint that was asked for.
         """
+        self.resume = bool(resume_from_checkpoint)
         if resume_from_checkpoint:
             check_asked(resume_from_checkpoint, self.folders)
         try:
             for stage, folder in zip(self.domain.stages, self.folders, strict=True):
-                self._train_stage(stage, folder, bool(resume_from_checkpoint))
-        except KeyboardInterrupt as interrupt:
-            if isinstance(interrupt, TrainingInterrupted):
-                raise
-            raise TrainingInterrupted(signal.SIGINT, self.best) from interrupt  # while encoding
+                self._train_stage(stage, folder)
+        except TrainingInterrupted:
+            raise
+        except KeyboardInterrupt as interrupt:  # while encoding
+            raise TrainingInterrupted(signal.SIGINT, self.best) from interrupt
 
-    def _train_stage(self, stage: Stage, folder: Path, resume: bool) -> None:
+    def _train_stage(self, stage: Stage, folder: Path) -> None:
         """Trains the variants and the runs of the chosen one; averages and mixes these."""
         variants = stage.variants(self.repeats)
         several = len(variants) > 1 or stage.runs > 1
         towers = self.begin_stage(stage)
-        before = _copies(towers.trained())
+        before = towers.copies()
 
         def run(variant: Stage, number: int, draw: int = 0) -> tuple[TrainerState, Path | None]:
             own = folder / f"variant-{number}" if several else folder
-            return self._run(variant, towers, before, own, draw, resume)
+            return self._run(variant, towers, before, own, draw)
 
         runs, tried = [], []
         for number, variant in enumerate(variants, 1):
@@ -166,9 +165,7 @@ class StagedTrainer:
                 mixes = self._mix(variant, towers, before, [kept, *(path for _, path in more)])
         self._note(stage, variant, state, tried, chosen, mixes)
         towers.store()
-        self.prototypes = None
-        if towers.prototypes is not None:
-            self.prototypes = towers.prototypes.detach().clone()
+        self.prototypes = towers.copies().get("prototypes")
 
     def begin_stage(self, stage: Stage) -> StageTowers:
         """The model as the stage trains it, and what it sees, encoded."""
@@ -178,12 +175,10 @@ class StagedTrainer:
         prompts = self.prompts
         if stage.loss == "distillation":
             prompts = prompts + token_lists(self.processor, self.generic)
-        prototypes = None
-        if stage.free_prototypes:
-            prototypes = self.prototypes
-            if prototypes is None:
-                canonical = self.domain.canonical_prompts
-                prototypes = encode_texts(self.model.eval(), self.processor, canonical)
+        prototypes = self.prototypes if stage.free_prototypes else None
+        if stage.free_prototypes and prototypes is None:
+            canonical = self.domain.canonical_prompts
+            prototypes = encode_texts(self.model.eval(), self.processor, canonical)
         towers = StageTowers(self.model, prompts, prototypes, stage.patch_dropout)
         self.features.show(towers.cut, with_train=stage.loss != "distillation")
         return towers
@@ -195,28 +190,16 @@ class StagedTrainer:
         if "lda" in self.domain.stages[0].start and stage.name == self.domain.stages[0].name:
             bias.data.copy_(self.base_bias)
         if stage.start == ["lda"]:
-            found = self.features.discriminants
-            begun = towers.trained()
-            for name, part in (("prototypes", "prototypes"), (PROJECTION, "projection")):
-                begun[name].data.copy_(torch.from_numpy(found[part]))
-            unseen = torch.from_numpy(~found["prototypes"].any(axis=1))
-            begun["prototypes"].data[unseen] = before["prototypes"][unseen]
-            bias.data -= torch.from_numpy(found["mean"]).to(bias)
+            towers.begin_with(self.features.discriminants)
 
     def _run(
-        self,
-        stage: Stage,
-        towers: StageTowers,
-        before: Weights,
-        folder: Path,
-        draw: int,
-        resume: bool,
+        self, stage: Stage, towers: StageTowers, before: Weights, folder: Path, draw: int
     ) -> tuple[TrainerState, Path | None]:
         """One run of a variant: its state at the end, and the checkpoint that it keeps.
 
         None for a stage that keeps its best epoch, if that is no better than those before.
         """
-        checkpoint = last_checkpoint(folder) if resume else None
+        checkpoint = last_checkpoint(folder) if self.resume else None
         state = read_state(checkpoint) if checkpoint else None
         if state is None or not is_over(state, stage, self.args.early_stopping_patience):
             self.best = checkpoint or self.best
@@ -226,9 +209,8 @@ class StagedTrainer:
                 trainer.train(str(checkpoint) if checkpoint else None)
             processes().wait_for_everyone()  # the main process has written the checkpoints
             state = trainer.state
-            last = folder / f"checkpoint-{state.global_step}"
             if received := self.signals.agree(self.args):
-                raise TrainingInterrupted(received, last)
+                raise TrainingInterrupted(received, folder / f"checkpoint-{state.global_step}")
         if not (step := kept_step(state, stage)):
             return state, None
         self.best = folder / f"checkpoint-{step}"
@@ -309,14 +291,13 @@ class StagedTrainer:
         """Gives the towers the average of runs, mixed with what the stage began with.
 
         Returns:
-            a row for each share, that of the lowest validation NLL first, which is taken; none
-            where there is nothing to mix.
+            a row for each share, the one that is taken (lowest validation NLL) first; none for none
         """
         self._begin(stage, towers, before)
         ended = [kept_weights(path) for path in runs if path]
         if not ended:
             return []
-        start = _copies(towers.trained())
+        start = towers.copies()
         average = {name: torch.stack([each[name] for each in ended]).mean(dim=0) for name in start}
 
         def mix(share: float) -> None:
@@ -344,22 +325,14 @@ class StagedTrainer:
         mixes: list[dict[str, float]],
     ) -> None:
         """Takes down what a stage came to."""
-        kept = kept_row(state, variant)
-        for row in looks(state):
-            is_kept = bool(mixes) and row["epoch"] == kept.get("epoch")
-            self.epochs.append(row | {"stage": stage.name, "kept": is_kept})
+        kept = kept_row(state, variant) if mixes and mixes[0]["mix"] > 0 else {}
+        self.epochs += [row | {"stage": stage.name, "kept": row == kept} for row in looks(state)]
         noted = {"name": stage.name, "tried": tried, "chosen": chosen, "mixes": mixes}
         if variant.loss != "distillation":
-            sampler = self._sampler(variant)
-            sampler.epochs_before = self.epochs_done
-            sampler.set_epoch(0)
-            labels, classes = self.train_dataset.labels, len(self.domain.classes)
-            smoothing = self.args.label_smoothing_factor
-            floors = [
-                loss_floor(labels[batch], variant.loss, smoothing, classes)
-                for batch in sampler.global_batches()
-            ]
-            noted["batches"] = sampler.composition() | {"loss_floor": float(np.mean(floors))}
+            sampler, smoothing = self._sampler(variant), self.args.label_smoothing_factor
+            classes = len(self.domain.classes)
+            floor = mean_floor(self.train_dataset.labels, sampler, variant.loss, smoothing, classes)
+            noted["batches"] = sampler.composition() | {"loss_floor": floor}
             (self.sampling,) = variant.sampling or [self.sampling]
         self.stages.append(noted)
         self.epochs_done += variant.epochs[0] * variant.runs
@@ -375,7 +348,3 @@ class StagedTrainer:
             "processes": self.args.world_size,
             "settings": self.args.recorded(),
         }
-
-
-def _copies(weights: dict[str, Any]) -> Weights:
-    return {name: part.detach().clone() for name, part in weights.items()}
