@@ -55,8 +55,7 @@ ARTICLE_BATCH = 16
 VISITS, IMAGES = 7018, 4060  # balanced samples an epoch of the article, of so many images
 WARM_UP = 6  # steps: until no new memory is asked for
 DRAWN = 64  # images here
-TINY = {"hidden_size": 64, "intermediate_size": 256}
-TINY |= {"num_attention_heads": 2, "num_hidden_layers": 3}
+TINY = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 3}
 SIZES = {  # of the model, and the side of its images
     "vit-b-32": (CLIPConfig(), 224),
     "small": (CLIPConfig(text_config=TINY, vision_config=TINY | {"image_size": 64}), 64),

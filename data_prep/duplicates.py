@@ -1,10 +1,9 @@
 """Pictures that are the same, or nearly: which, and in which groups."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Self
 
 import datasets
 import numpy as np
@@ -44,7 +43,7 @@ class Fingerprints:
     cosines: tuple[float, float, float]
 
     @classmethod
-    def make(cls, rows: datasets.Dataset, image_embeds: np.ndarray, encode: Encode) -> Fingerprints:
+    def make(cls, rows: datasets.Dataset, image_embeds: np.ndarray, encode: Encode) -> Self:
         """Learns `cosines` from copies of `COPIES` of the pictures, cropped and recompressed.
 
         They depend on the base model: what 99.9 % of different pictures stay below, what 90 % of

@@ -6,8 +6,6 @@ and its comments say what is worth a person's time. Tells what it found in the f
 commands.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging

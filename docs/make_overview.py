@@ -5,8 +5,6 @@ zero-shot and the fine-tuned, calibrated model say. The first of each class is t
 wrong.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

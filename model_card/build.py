@@ -1,7 +1,5 @@
 """Builds `RUN/hub` from what the earlier stages wrote."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Sequence
 from itertools import zip_longest

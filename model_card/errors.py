@@ -4,8 +4,6 @@ The page needs nothing but itself. Lines ticked on it are saved as review_errors
 data_prep reads.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 from collections import Counter

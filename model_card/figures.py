@@ -1,7 +1,5 @@
 """The five figures of a scorecard: gates, confusions, classes, reliability, OOD pictures."""
 
-from __future__ import annotations
-
 from itertools import groupby
 from pathlib import Path
 from typing import Any

@@ -6,8 +6,6 @@ Definitions follow the recipe in the article that NicheCLIP grew from, unless a 
 another source.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import datasets

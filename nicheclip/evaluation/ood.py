@@ -3,8 +3,6 @@
 They are drawn here, so that they cost no download and are always the same.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

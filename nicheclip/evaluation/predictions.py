@@ -1,7 +1,5 @@
 """What a model says: its head fitted on the calibration split, and run on the test split."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path

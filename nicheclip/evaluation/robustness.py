@@ -1,7 +1,5 @@
 """What mild changes of a picture do, what other prompts say, and what fine-tuning forgets."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable, Iterable
 

@@ -1,11 +1,9 @@
 """What a model is worth on the test split, beside the base model and a linear probe."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from scipy.special import log_softmax
@@ -56,7 +54,7 @@ class Statistic:
             return proportion(self.columns[0][judged] > 0, groups, self.split)
         return bootstrap(lambda chosen: self(judged[chosen]), groups, self.split, self.biased)
 
-    def minus(self, other: Statistic) -> Measure:
+    def minus(self, other: Self) -> Measure:
         """The difference on the same images, with the interval of the paired difference."""
         return bootstrap(lambda chosen: self(chosen) - other(chosen), self.groups, self.split)
 
