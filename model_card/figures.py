@@ -14,12 +14,7 @@ from sklearn.manifold import TSNE
 
 from nicheclip.domain import Domain
 from nicheclip.evaluation.intervals import METRIC_TITLES, Measure, Verdict
-from nicheclip.evaluation.metrics import (
-    N_BINS,
-    class_scores,
-    confusion_matrix,
-    reliability,
-)
+from nicheclip.evaluation.metrics import N_BINS, class_scores, confusion_matrix, reliability
 from nicheclip.evaluation.ood import KINDS
 from nicheclip.evaluation.predictions import Outputs
 

@@ -30,11 +30,7 @@ def photo_input(label: str, height: int) -> gr.Image:
 
 
 def on_photo(
-    photo: gr.Image,
-    told_of: Callable[[Image], tuple],
-    nothing: str,
-    outputs: list,
-    api_name: str,
+    photo: gr.Image, told_of: Callable[[Image], tuple], nothing: str, outputs: list, api_name: str
 ) -> None:
     """Shows in `outputs`, of which the first is a text, what is told of each photo, or `nothing`.
 
