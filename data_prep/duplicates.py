@@ -89,10 +89,7 @@ class Fingerprints:
         return np.concatenate(found)
 
     def most_alike_across(self, parts: np.ndarray, count: int) -> list[tuple[int, int, float]]:
-        """The `count` pairs in different `parts` (N,) with the highest cosine, to be looked at.
-
-        What is in the part "" is left out.
-        """
+        """The `count` pairs in different `parts` (N,) of the highest cosine; "" is no part."""
         used = np.flatnonzero(parts != "")
         image_embeds, part = self.image_embeds[used], np.unique(parts[used], return_inverse=True)[1]
         best: list[tuple[int, int, float]] = []

@@ -49,19 +49,15 @@ FEW_CLASSES = 4  # which make one cluster
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.new_domain", description=__doc__.split("\n", 1)[1]
-    )
-    parser.add_argument("folder", type=Path, help="one folder a class inside, named as the class")
-    parser.add_argument("--name", required=True, help="of the domain, in lower case, e.g. birds")
-    parser.add_argument(
-        "--noun",
-        default="",
-        help="what each class is, where its name alone is an adjective: a Gothic *building*",
-    )
-    parser.add_argument("--base", default=BASE, help=f"a Hub id or a folder (default: {BASE})")
-    parser.add_argument("--out", type=Path, help="default: domains/NAME/domain.yaml")
-    parser.add_argument("--force", action="store_true", help="overwrite the file if there is one")
+    about = __doc__.split("\n", 1)[1]
+    parser = argparse.ArgumentParser(prog="python -m data_prep.new_domain", description=about)
+    add = parser.add_argument
+    add("folder", type=Path, help="one folder a class inside, named as the class")
+    add("--name", required=True, help="of the domain, in lower case, e.g. birds")
+    add("--noun", default="", help="what the classes are, if adjectives: a Gothic *building*")
+    add("--base", default=BASE, help=f"a Hub id or a folder (default: {BASE})")
+    add("--out", type=Path, help="default: domains/NAME/domain.yaml")
+    add("--force", action="store_true", help="overwrite the file if there is one")
     args = parser.parse_args(arguments)
     out = args.out or Path("domains") / args.name / "domain.yaml"
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -82,17 +78,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @dataclass(frozen=True)
 class Survey:
-    """What lies in the folder.
-
-    Attributes:
-        images: how many files of each class folder begin like an image, in the order of names.
-        splits: the splits that the folder gives.
-        warnings: what a person should know, one line each.
-    """
+    """What lies in the folder."""
 
     folder: Path
-    images: dict[str, int]
-    splits: set[str]
+    images: dict[str, int]  # files of each class that begin like an image, in the order of names
+    splits: set[str]  # that folders give
     warnings: list[str]
 
 
@@ -160,12 +150,7 @@ def _few(names: list[str]) -> str:
 
 
 def domain_file(survey: Survey, name: str, base: str, noun: str) -> str:
-    """The YAML, with what depends on the images and on the base.
-
-    Args:
-        noun: put after each class in its prompts, where classes are adjectives: "Gothic" -> "a
-            Gothic building".
-    """
+    """The YAML, with what depends on the images and on the base."""
     names = [re.sub(r"[\s_]+|(?<=\w)-+(?=\w)", " ", folder).strip() for folder in survey.images]
     prompts = _prompts(names, noun, noun or _kind(name))
     local: str | None = base
@@ -176,12 +161,10 @@ def domain_file(survey: Survey, name: str, base: str, noun: str) -> str:
         local, config = None, CLIPConfig()
     clusters, origin = _clusters(prompts, local)
     middle = int(statistics.median(survey.images.values()))
-    samples = min(280, max(24, middle))
     templates = environment(Path(__file__).parent)
     templates.autoescape = False
-    return templates.get_template(
-        "new_domain.yaml.jinja"
-    ).render(
+    page = templates.get_template("new_domain.yaml.jinja")
+    return page.render(
         quoted=partial(json.dumps, ensure_ascii=False),  # which is YAML, whatever a class is called
         survey=survey,
         name=name,
@@ -191,10 +174,9 @@ def domain_file(survey: Survey, name: str, base: str, noun: str) -> str:
         clusters=clusters,
         origin=origin,
         middle=middle,
-        samples=samples,
+        samples=min(280, max(24, middle)),
         hard_negatives=not clusters or any(len(members) > 1 for members in clusters.values()),
         side=max(32, config.vision_config.image_size * 9 // 7),
-        smallest=min(survey.images.values()),
         small=SMALL_CLASS,
     )
 

@@ -165,13 +165,7 @@ def suspicions(report: dict[str, Any]) -> list[Suspicion]:
 def write_report(
     path: Path, report: dict[str, Any], domain: Domain, picture: Callable[[str], Image.Image]
 ) -> None:
-    """Writes the page.
-
-    Args:
-        report: as in report.json.
-        picture: gives the stored image of a source_id; raises KeyError for an image that can't be
-            read.
-    """
+    """Writes the page; `picture` gives the stored image of a source_id, or raises KeyError."""
     aside, suspects = report["quarantined"], report["suspects"]
     mistaken = Counter((entry["label"], entry["suspected_label"]) for entry in suspects)
     proposed = propose(domain.class_names, squareform(report["confusions"]["affinity"]))

@@ -97,11 +97,7 @@ def read_errors(
 def write_errors(
     path: Path, domain: Domain, test: Dataset, readings: Sequence[Reading], training_set: Dataset
 ) -> int:
-    """Writes the page; gives the number of errors.
-
-    Args:
-        readings: of all test images.
-    """
+    """Writes the page, from the readings of all test images; gives the number of errors."""
     wrong = [reading for reading in readings if reading.wrong]
     doubted = [each for each in readings if not each.wrong and each.doubt >= DOUBTED]
     doubted.sort(key=lambda reading: -reading.doubt)

@@ -38,11 +38,8 @@ def fetch(
 ) -> str | Path:
     """Draws or downloads what the source asks for; where the images lie then.
 
-    A module draws by its `write_images(folder, domain, seed, **options)`.
-
-    Args:
-        folder: where to draw or to download.
-        contact: how the operators of Wikimedia can reach who runs this.
+    A module draws by its `write_images(folder, domain, seed, **options)`; `contact` is for the
+    operators of Wikimedia.
 
     Raises:
         ValueError: if the source names no images, or its module can't be imported.

@@ -100,16 +100,13 @@ def _list(
 
 
 def _list_class(commons: Commons, options: CommonsOptions, categories: list[str]) -> list[Listed]:
-    """Walks the categories breadth-first; stops when there is twice what is wanted.
-
-    A level is walked in an order that is fixed but not that of the alphabet: cut short, that would
-    give one country.
-    """
+    """Walks the categories breadth-first; stops when there is twice what is wanted."""
     files: dict[str, Listed] = {}  # by title
     level, seen, usable, enough = categories, set(categories), 0, 2 * options.images_per_class
     for depth in range(options.depth + 1):
         if depth and usable < enough:
             children = {child for parent in level for child in commons.subcategories(parent)} - seen
+            # Cut short, the order of the alphabet would give one country.
             level = sorted(children, key=lambda child: hashlib.sha256(child.encode()).digest())
             seen |= children
         for category in level:

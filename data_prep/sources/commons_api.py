@@ -37,14 +37,7 @@ class BrokenError(ConnectionError):
 
 
 class Commons:
-    """The client of the API and of the thumbnails.
-
-    Args:
-        contact: for Wikimedia's operators.
-        api: its address.
-        width: of the thumbnails, in pixels.
-        first_wait: seconds before the second try, doubled before each further one.
-    """
+    """The client of the API and of thumbnails of this width; `contact` is for its operators."""
 
     def __init__(self, contact: str | None, api: str, width: int, first_wait: float):
         self.contact, self.api = (contact or "").strip(), api

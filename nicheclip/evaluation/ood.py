@@ -146,10 +146,7 @@ class OODThreshold:
 
 
 def fit_ood_threshold(own: dict[str, np.ndarray], ood: dict[str, np.ndarray]) -> OODThreshold:
-    """The score that tells calibration images (N,) from OOD pictures (M,) best.
-
-    The threshold lets `ACCEPTED` of the calibration images pass.
-    """
+    """The score that tells calibration images (N,) from OOD pictures (M,) best."""
     found = {score: auroc(own[score], ood[score]) for score in own}
     best = max(found, key=found.__getitem__)
     return OODThreshold(best, float(np.quantile(own[best], 1 - ACCEPTED, method="lower")), found)

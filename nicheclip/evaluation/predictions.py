@@ -126,13 +126,7 @@ def fit_and_run(
     title: str,
     reference: bool = False,
 ) -> Outputs:
-    """Encodes all that `Outputs` needs.
-
-    Args:
-        title: of the model, for progress bars.
-        reference: as in `Predictions`; the validation split, by which a probe is chosen, is
-            encoded too.
-    """
+    """Encodes all that `Outputs` needs; of a reference validation too, which chooses its probe."""
 
     def embed(images: Iterable[Image.Image], total: int, what: str) -> np.ndarray:
         return encode_images(model, processor, images, total, description=f"{what}, {title}")
