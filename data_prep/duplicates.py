@@ -28,18 +28,12 @@ Encode = Callable[[Iterable[Image.Image], int], np.ndarray]
 
 @dataclass(frozen=True)
 class Fingerprints:
-    """What tells whether two pictures are the same.
+    """What tells whether two pictures are the same."""
 
-    Attributes:
-        hashes: (2, N, 18) uint8, the perceptual hashes of the pictures and of their mirror images:
-            who trains with flips trains on both.
-        image_embeds: (N, D) float32, of unit length, centred before.
-        cosines: what two pictures must reach at the distances CERTAIN and POSSIBLE, linearly in
-            between, and beyond.
-    """
-
+    # (2, N, 18) uint8, of pictures and their mirror images: who trains with flips trains on both
     hashes: np.ndarray
-    image_embeds: np.ndarray
+    image_embeds: np.ndarray  # (N, D) float32, centred, then of unit length
+    # to be reached at the distances CERTAIN and POSSIBLE, linearly in between, and beyond
     cosines: tuple[float, float, float]
 
     @classmethod

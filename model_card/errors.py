@@ -27,25 +27,17 @@ CHUNK = 512  # test images compared with all training images at a time
 
 @dataclass(frozen=True)
 class Reading:
-    """One test image as the page shows it.
+    """One test image as the page shows it."""
 
-    Attributes:
-        row: in the test split.
-        own: probability of its label, `best` of the predicted class.
-        doubt: share of the nearest training images that have one other label.
-        other: that label, the most frequent of the others.
-        nearest: row and cosine of the nearest training image of the label and of the predicted
-            class, by class; absent if a class has none.
-    """
-
-    row: int
+    row: int  # in the test split
     label: int
     predicted: int
-    own: float
-    best: float
+    own: float  # probability of the label
+    best: float  # and of the predicted class
     base_predicted: int
-    doubt: float
-    other: int
+    doubt: float  # share of the nearest training images that have the most frequent other label
+    other: int  # which that is
+    # row and cosine of the nearest training image of the label and of the predicted class, if any
     nearest: dict[int, tuple[int, float]]
 
     @property

@@ -144,11 +144,6 @@ def _place(file: Listed, width: int) -> str:
     return f"{file['class_name']}/{stem}{suffix}"
 
 
-def _attribution(file: Listed) -> str:
-    terms = f" ({file['license_url']})" if file["license_url"] else ""
-    return f"{file['title']}, {file['author']}, {file['license']}{terms}, {file['source_url']}"
-
-
 def _download(commons: Commons, options: CommonsOptions, folder: Path, files: pd.DataFrame) -> None:
     """Fetches what is missing, removes what is not chosen any more, and writes both lists."""
     chosen = files[files.reason.isna()].to_dict("records")
@@ -183,8 +178,10 @@ def _download(commons: Commons, options: CommonsOptions, folder: Path, files: pd
         kept = []
         for path, file in wanted.items():
             if path.is_file():
-                name = path.relative_to(folder).as_posix()
-                kept.append(file | {"file_name": name, "attribution": _attribution(file)})
+                terms = f" ({file['license_url']})" if file["license_url"] else ""
+                whose = f"{file['title']}, {file['author']}, {file['license']}{terms}"
+                named = {"file_name": path.relative_to(folder).as_posix()}
+                kept.append(file | named | {"attribution": f"{whose}, {file['source_url']}"})
             else:
                 skipped.append(file | {"reason": failed.get(path) or STOPPED})
         told = ["file_name", "attribution", *TOLD]

@@ -134,15 +134,11 @@ def fit_class_means(image_embeds: np.ndarray, labels: np.ndarray) -> dict[str, n
 
 @dataclass(frozen=True)
 class OODThreshold:
-    """A picture whose `score` is below `threshold` is outside of the domain.
-
-    `auroc` says of each score how well it told the calibration images from OOD pictures; the best
-    was taken.
-    """
+    """A picture whose `score` is below `threshold` is outside of the domain."""
 
     score: str
     threshold: float
-    auroc: dict[str, float]
+    auroc: dict[str, float]  # of each score, calibration images against OOD pictures
 
 
 def fit_ood_threshold(own: dict[str, np.ndarray], ood: dict[str, np.ndarray]) -> OODThreshold:
