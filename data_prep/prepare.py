@@ -46,11 +46,6 @@ def prepare(
     Finished shards of verified and encoded images lie in `run`/cache, so that a killed run goes on
     where it was; under `accelerate launch` the processes share them.
 
-    Args:
-        images: class folders or a dataset to read instead of the domain's own source.
-        seed: of a module that draws, and of all random choices.
-        contact: how to reach who runs this, for Wikimedia Commons.
-
     Returns:
         report.json; None in all processes but the main one.
 

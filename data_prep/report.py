@@ -57,8 +57,7 @@ def findings(
     Args:
         images: all that can be read, as `suspect_labels` gives them.
         kept: those that are used, with how often an epoch `repeats` each.
-        lost: the entries of what has no class, or can't be read.
-        decided: the lines of review.csv that a person has decided on.
+        lost: what has no class, or can't be read.
     """
     quarantined = lost + _entries(images[images.kind.notna()], "kind", "other", "detail")
     doubted = images[images.outcome.notna()].sort_values("score", kind="stable")

@@ -70,10 +70,6 @@ def read(source: Source, location: str | Path, class_names: list[str]) -> Listin
 def retention_rows(domain: Domain, drawn: Path, seed: int = 0) -> datasets.Dataset:
     """The images of the retention task: of the test split, if they come in splits.
 
-    Args:
-        drawn: where a module draws, if that is the source.
-        seed: of the draw; the same for models that are compared.
-
     Returns:
         image (shrunk as the domain's own) and label (the index of the class in the task).
 

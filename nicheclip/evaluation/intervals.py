@@ -148,15 +148,11 @@ def detectable_difference(n: int, accuracy: float = 0.8) -> float:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`verdict` is pass, fail, or undecided: the interval holds the target.
-
-    `more` is about how many more images would decide it if the value stays as it is; None if it is
-    decided, or lies on the target itself, where no number would.
-    """
+    """Whether a measure reaches its target."""
 
     target: str
-    verdict: Literal["pass", "fail", "undecided"]
-    more: int | None = None
+    verdict: Literal["pass", "fail", "undecided"]  # undecided: the interval holds the target
+    more: int | None = None  # images that would decide it; None: it is, or lies on the target
 
     def __str__(self) -> str:
         more = f", {self.more:,} more images would decide" if self.more else ""

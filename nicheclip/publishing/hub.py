@@ -1,7 +1,4 @@
-"""What is published, and how it gets to the Hub.
-
-The folder: a plain CLIPModel with the temperature folded in, and what the classifier needs beside.
-"""
+"""A plain CLIPModel with what the classifier needs beside, and how that gets to the Hub."""
 
 import math
 from pathlib import Path
