@@ -1,8 +1,6 @@
 """What data_prep tells of its own work: report.json, review.csv, and a page with pictures.
 
-RUN/data/report.html shows in a minute whether the data is sane. It needs nothing but itself, and
-the same report and pictures give the same bytes. The markup, and which pictures are shown, is in
-report.html.jinja.
+RUN/data/report.html shows in a minute whether the data is sane, see report.html.jinja.
 """
 
 from collections import Counter

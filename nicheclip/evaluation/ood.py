@@ -115,13 +115,9 @@ def _image(pixels: np.ndarray) -> Image.Image:
 def fit_class_means(image_embeds: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
     """`whitening` (D, D) and the classes' whitened `means` (C, D), float32.
 
-    After the whitening the images of a class spread alike in all directions; so the distance to a
-    class's mean is Mahalanobis's, with one covariance for all classes (Lee et al. 2018,
-    arXiv:1807.03888).
-
-    Args:
-        image_embeds: (N, D) of the train split.
-        labels: (N,) int; a class without images has no mean.
+    Of train's image_embeds (N, D) and labels (N,) int. After the whitening the images of a class
+    spread alike in all directions; so the distance to a class's mean is Mahalanobis's, with one
+    covariance for all classes (Lee et al. 2018, arXiv:1807.03888).
     """
     classes, of_image = np.unique(labels, return_inverse=True)
     embeds = image_embeds.astype(np.float64)

@@ -73,7 +73,7 @@ def push(
 
     Args:
         record: a JSON file that remembers the last commit that was pushed to each repository.
-        private: whether a new repository is; one that is there already stays as it is.
+        private: whether a new repository is.
         overwrite: whether to replace a commit that is not of this record.
 
     Raises:
