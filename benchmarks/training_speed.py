@@ -163,8 +163,9 @@ def ours(setting: Setting) -> Rows:
                 count = stage.epochs[0] * STEPS_PER_EPOCH * batch_size
             seconds = clock.seconds() / batch_size
             found.append({"stage": stage.name, "samples": count, "seconds": seconds})
+        encoded = trainer.record()["features"]
     if args.views:
-        seconds = trainer.encoding_seconds / (args.views * len(samples.rows) + len(validation))
+        seconds = encoded["seconds"] / (encoded["encoded"] + len(validation))
         found.append({"stage": "encoding", "samples": args.views * IMAGES, "seconds": seconds})
     return found
 

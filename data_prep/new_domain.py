@@ -207,15 +207,12 @@ def _clusters(prompts: dict[str, list[str]], base: str | None) -> tuple[dict[str
     names = list(prompts)
     if len(names) <= FEW_CLASSES:
         return {"all": names}, "so few classes are one cluster"
-    if base:
-        clusters = propose(names, _alike(prompts, base))
-        origin = "proposed from the base model's text_embeds of the prompts: a guess"
-    else:
-        clusters = propose(names, _shared_words(names))
-        origin = "proposed from words that the names share, without the base model: a guess"
+    clusters = propose(names, _alike(prompts, base) if base else _shared_words(names))
     if len(clusters) == len(names):
         return {}, "none proposed, since no classes stand out as alike: all of them are one cluster"
-    return clusters, origin
+    by_words = "words that the names share, without the base model"
+    asked = "the base model's text_embeds of the prompts" if base else by_words
+    return clusters, f"proposed from {asked}: a guess"
 
 
 def _alike(prompts: dict[str, list[str]], base: str) -> np.ndarray:
