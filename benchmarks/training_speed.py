@@ -33,6 +33,7 @@ from transformers import (
     CLIPProcessor,
     CLIPTokenizer,
     TrainerCallback,
+    TrainerControl,
 )
 
 from data_prep.verify import JPEG_QUALITY
@@ -81,13 +82,9 @@ class Clock(TrainerCallback):
     def __init__(self) -> None:
         self.times: list[float] = []
 
-    def on_step_end(self, args, state, control, **_: Any) -> None:
+    def on_step_end(self, args, state, control: TrainerControl, **_: Any) -> None:
         """Called by the Trainer."""
         control.should_save = False
-        self.tick()
-
-    def tick(self) -> None:
-        """A step has ended."""
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
         self.times.append(time.perf_counter())
@@ -115,7 +112,7 @@ def article(setting: Setting) -> Rows:
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            clock.tick()
+            clock.on_step_end(None, None, TrainerControl())
         seconds = clock.seconds() / ARTICLE_BATCH
         found.append({"stage": stage.name, "samples": visits(stage), "seconds": seconds})
     return found

@@ -107,32 +107,24 @@ def look_into(folder: Path) -> Survey:
     images = Counter(folders[0] for path, folders in inside if is_image[path])
     if len(images) < 2:
         only = f"only the class '{next(iter(images))}'" if images else "no class folder with images"
-        raise ValueError(
-            f"{only} in '{folder}'; a classifier needs at least two, each a folder of images: "
-            f"{folder}/wren/1.jpg"
-        )
+        raise ValueError(f"{only} in '{folder}'; expected at least two, as {folder}/wren/1.jpg")
     counts = dict(sorted(images.items()))
     by_key: dict[str, str] = {}
     for name in counts:
         if (other := by_key.setdefault(class_key(name), name)) != name:
-            raise ValueError(
-                f"the folders '{other}' and '{name}' name one class; put them together"
-            )
+            raise ValueError(f"the folders '{other}' and '{name}' name one class; join them")
     loose = [path for path, _, folders in placed if not folders]
     nested = sorted({"/".join(folders[:2]) for _, folders in inside if len(folders) > 1})
     tiny = [f"{name} ({count})" for name, count in counts.items() if count < LEAST]
     small = [f"{name} ({count})" for name, count in counts.items() if LEAST <= count < SMALL_CLASS]
     told = {
-        f"fewer than {LEAST} images, which can't fill the four splits, so data_prep will "
-        f"refuse: {_few(tiny)}; add images, or take the folders out": tiny,
-        f"fewer than {SMALL_CLASS} images, so its own accuracy will say little: "
-        f"{_few(small)}": small,
-        f"folders inside of a class, whose images count as the class's: {_few(nested)}": nested,
-        f"{len(others)} files that are no images, which data_prep will set aside: "
-        f"{_few(others)}": others,
-        f"{len(loose)} files outside of any class folder, left out: {_few(loose)}": loose,
+        f"fewer than {LEAST} images, one for each split, so data_prep will refuse": tiny,
+        f"fewer than {SMALL_CLASS} images, so its own accuracy will say little": small,
+        "folders inside of a class, whose images count as the class's": nested,
+        f"{len(others)} files that are no images, which data_prep will set aside": others,
+        f"{len(loose)} files outside of any class folder, left out": loose,
     }
-    warnings = [warning for warning, names in told.items() if names]
+    warnings = [f"{what}: {_few(names)}" for what, names in told.items() if names]
     splits = {split for _, split, folders in placed if split and folders}
     return Survey(folder, counts, splits, warnings)
 
