@@ -129,18 +129,15 @@ def warnings(
                 f"it to {taken}; rather a class that the base model does not know than noise"
             )
     if small := [f"{e['name']} ({e['test']})" for e in classes if e["test"] < SMALL_EXAM]:
-        found.append(
-            f"fewer than {SMALL_EXAM} test images, so that the class's own accuracy will say next "
-            f"to nothing: {', '.join(small)}; add images, or merge it with a class that it is like"
-        )
+        told = f"fewer than {SMALL_EXAM} test images, so the class's own accuracy will say little"
+        found.append(f"{told}: {', '.join(small)}; add images, or merge classes")
     present = set(zip(images.sha256, images.label, strict=True))
     if unused := [line.source_id for key, line in decided.items() if key not in present]:
         found.append(f"{len(unused)} decisions in review.csv match no image: {unused[0]} …")
     # The search asks the hash first, and a crop changes that soon.
     if any(pair[0]["cosine"] >= fingerprints.cosines[-1] for pair in alike):
         found.append(
-            "pictures in different splits are as alike to the base model as a picture and its "
-            "copy; look at them under “most alike across splits”"
+            "pictures across splits are as alike as copies: see “most alike across splits”"
         )
     return found
 

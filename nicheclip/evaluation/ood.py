@@ -24,13 +24,7 @@ WORDS += ["or", "its", "not", "stone", "new"]
 def ood_pictures(
     kind: str, side: int, seed: int, own: Sequence[Image.Image] = ()
 ) -> Iterator[Image.Image]:
-    """`PER_KIND` RGB pictures of a kind of `KINDS`.
-
-    Args:
-        side: of the squares that are drawn, in pixels.
-        seed: another seed, other pictures.
-        own: pictures of the domain, for those kinds that spoil them.
-    """
+    """`PER_KIND` RGB pictures of a kind: squares of `side` pixels, or `own` pictures spoilt."""
     for index in range(PER_KIND):
         rng = np.random.default_rng([seed, KINDS.index(kind), index])
         match kind:
