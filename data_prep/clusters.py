@@ -124,8 +124,7 @@ def soft_confusion(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     Few images say more with probabilities than with counts of wrong answers: clusters of 25 styles
     made from half of the photos held 33.4 % of those on the other half, and with counts 31.3 %.
 
-    Args: probabilities (N, C), labels (N,) int. Returns: (C, C), row: the label, column: the other;
-        the diagonal is 0.
+    Probabilities (N, C), labels (N,) int -> (C, C), row: the label; the diagonal is 0.
     """
     sums = np.zeros((probabilities.shape[1], probabilities.shape[1]))
     np.add.at(sums, labels, probabilities)
@@ -136,10 +135,8 @@ def soft_confusion(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def propose(names: list[str], affinity: np.ndarray, largest: int = LARGEST) -> dict[str, list[str]]:
     """Average linkage, cut where a cluster would be too large or its parts too little confused.
 
-    Args: names (C) of the classes; affinity (C, C) symmetric; largest: classes of a cluster.
-
-    Returns:
-        the members of c1, c2, ...; classes that are confused with nothing come last, each alone.
+    Of names (C) and affinity (C, C) symmetric, the members of c1, c2, ...; classes that are
+    confused with nothing come last, each alone.
     """
     pairs = squareform(affinity, checks=False)  # (C (C - 1) / 2,)
     least = max(TIMES_MEAN * pairs.mean(), LEAST_CONFUSION)

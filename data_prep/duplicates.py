@@ -1,10 +1,9 @@
 """Pictures that are the same, or nearly: which, and in which groups."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Self
 
 import datasets
 import numpy as np
@@ -29,22 +28,16 @@ Encode = Callable[[Iterable[Image.Image], int], np.ndarray]
 
 @dataclass(frozen=True)
 class Fingerprints:
-    """What tells whether two pictures are the same.
+    """What tells whether two pictures are the same."""
 
-    Attributes:
-        hashes: (2, N, 18) uint8, the perceptual hashes of the pictures and of their mirror images:
-            who trains with flips trains on both.
-        image_embeds: (N, D) float32, of unit length, centred before.
-        cosines: what two pictures must reach at the distances CERTAIN and POSSIBLE, linearly in
-            between, and beyond.
-    """
-
+    # (2, N, 18) uint8, of pictures and their mirror images: who trains with flips trains on both
     hashes: np.ndarray
-    image_embeds: np.ndarray
+    image_embeds: np.ndarray  # (N, D) float32, centred, then of unit length
+    # to be reached at the distances CERTAIN and POSSIBLE, linearly in between, and beyond
     cosines: tuple[float, float, float]
 
     @classmethod
-    def make(cls, rows: datasets.Dataset, image_embeds: np.ndarray, encode: Encode) -> Fingerprints:
+    def make(cls, rows: datasets.Dataset, image_embeds: np.ndarray, encode: Encode) -> Self:
         """Learns `cosines` from copies of `COPIES` of the pictures, cropped and recompressed.
 
         They depend on the base model: what 99.9 % of different pictures stay below, what 90 % of
@@ -90,10 +83,7 @@ class Fingerprints:
         return np.concatenate(found)
 
     def most_alike_across(self, parts: np.ndarray, count: int) -> list[tuple[int, int, float]]:
-        """The `count` pairs in different `parts` (N,) with the highest cosine, to be looked at.
-
-        What is in the part "" is left out.
-        """
+        """The `count` pairs in different `parts` (N,) of the highest cosine; "" is no part."""
         used = np.flatnonzero(parts != "")
         image_embeds, part = self.image_embeds[used], np.unique(parts[used], return_inverse=True)[1]
         best: list[tuple[int, int, float]] = []

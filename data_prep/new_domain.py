@@ -6,8 +6,6 @@ and its comments say what is worth a person's time. Tells what it found in the f
 commands.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging
@@ -51,19 +49,15 @@ FEW_CLASSES = 4  # which make one cluster
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.new_domain", description=__doc__.split("\n", 1)[1]
-    )
-    parser.add_argument("folder", type=Path, help="one folder a class inside, named as the class")
-    parser.add_argument("--name", required=True, help="of the domain, in lower case, e.g. birds")
-    parser.add_argument(
-        "--noun",
-        default="",
-        help="what each class is, where its name alone is an adjective: a Gothic *building*",
-    )
-    parser.add_argument("--base", default=BASE, help=f"a Hub id or a folder (default: {BASE})")
-    parser.add_argument("--out", type=Path, help="default: domains/NAME/domain.yaml")
-    parser.add_argument("--force", action="store_true", help="overwrite the file if there is one")
+    about = __doc__.split("\n", 1)[1]
+    parser = argparse.ArgumentParser(prog="python -m data_prep.new_domain", description=about)
+    add = parser.add_argument
+    add("folder", type=Path, help="one folder a class inside, named as the class")
+    add("--name", required=True, help="of the domain, in lower case, e.g. birds")
+    add("--noun", default="", help="what the classes are, if adjectives: a Gothic *building*")
+    add("--base", default=BASE, help=f"a Hub id or a folder (default: {BASE})")
+    add("--out", type=Path, help="default: domains/NAME/domain.yaml")
+    add("--force", action="store_true", help="overwrite the file if there is one")
     args = parser.parse_args(arguments)
     out = args.out or Path("domains") / args.name / "domain.yaml"
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -84,17 +78,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @dataclass(frozen=True)
 class Survey:
-    """What lies in the folder.
-
-    Attributes:
-        images: how many files of each class folder begin like an image, in the order of names.
-        splits: the splits that the folder gives.
-        warnings: what a person should know, one line each.
-    """
+    """What lies in the folder."""
 
     folder: Path
-    images: dict[str, int]
-    splits: set[str]
+    images: dict[str, int]  # files of each class that begin like an image, in the order of names
+    splits: set[str]  # that folders give
     warnings: list[str]
 
 
@@ -119,32 +107,24 @@ def look_into(folder: Path) -> Survey:
     images = Counter(folders[0] for path, folders in inside if is_image[path])
     if len(images) < 2:
         only = f"only the class '{next(iter(images))}'" if images else "no class folder with images"
-        raise ValueError(
-            f"{only} in '{folder}'; a classifier needs at least two, each a folder of images: "
-            f"{folder}/wren/1.jpg"
-        )
+        raise ValueError(f"{only} in '{folder}'; expected at least two, as {folder}/wren/1.jpg")
     counts = dict(sorted(images.items()))
     by_key: dict[str, str] = {}
     for name in counts:
         if (other := by_key.setdefault(class_key(name), name)) != name:
-            raise ValueError(
-                f"the folders '{other}' and '{name}' name one class; put them together"
-            )
+            raise ValueError(f"the folders '{other}' and '{name}' name one class; join them")
     loose = [path for path, _, folders in placed if not folders]
     nested = sorted({"/".join(folders[:2]) for _, folders in inside if len(folders) > 1})
     tiny = [f"{name} ({count})" for name, count in counts.items() if count < LEAST]
     small = [f"{name} ({count})" for name, count in counts.items() if LEAST <= count < SMALL_CLASS]
     told = {
-        f"fewer than {LEAST} images, which can't fill the four splits, so data_prep will "
-        f"refuse: {_few(tiny)}; add images, or take the folders out": tiny,
-        f"fewer than {SMALL_CLASS} images, so its own accuracy will say little: "
-        f"{_few(small)}": small,
-        f"folders inside of a class, whose images count as the class's: {_few(nested)}": nested,
-        f"{len(others)} files that are no images, which data_prep will set aside: "
-        f"{_few(others)}": others,
-        f"{len(loose)} files outside of any class folder, left out: {_few(loose)}": loose,
+        f"fewer than {LEAST} images, one for each split, so data_prep will refuse": tiny,
+        f"fewer than {SMALL_CLASS} images, so its own accuracy will say little": small,
+        "folders inside of a class, whose images count as the class's": nested,
+        f"{len(others)} files that are no images, which data_prep will set aside": others,
+        f"{len(loose)} files outside of any class folder, left out": loose,
     }
-    warnings = [warning for warning, names in told.items() if names]
+    warnings = [f"{what}: {_few(names)}" for what, names in told.items() if names]
     splits = {split for _, split, folders in placed if split and folders}
     return Survey(folder, counts, splits, warnings)
 
@@ -162,12 +142,7 @@ def _few(names: list[str]) -> str:
 
 
 def domain_file(survey: Survey, name: str, base: str, noun: str) -> str:
-    """The YAML, with what depends on the images and on the base.
-
-    Args:
-        noun: put after each class in its prompts, where classes are adjectives: "Gothic" -> "a
-            Gothic building".
-    """
+    """The YAML, with what depends on the images and on the base."""
     names = [re.sub(r"[\s_]+|(?<=\w)-+(?=\w)", " ", folder).strip() for folder in survey.images]
     prompts = _prompts(names, noun, noun or _kind(name))
     local: str | None = base
@@ -178,12 +153,10 @@ def domain_file(survey: Survey, name: str, base: str, noun: str) -> str:
         local, config = None, CLIPConfig()
     clusters, origin = _clusters(prompts, local)
     middle = int(statistics.median(survey.images.values()))
-    samples = min(280, max(24, middle))
     templates = environment(Path(__file__).parent)
     templates.autoescape = False
-    return templates.get_template(
-        "new_domain.yaml.jinja"
-    ).render(
+    page = templates.get_template("new_domain.yaml.jinja")
+    return page.render(
         quoted=partial(json.dumps, ensure_ascii=False),  # which is YAML, whatever a class is called
         survey=survey,
         name=name,
@@ -193,10 +166,9 @@ def domain_file(survey: Survey, name: str, base: str, noun: str) -> str:
         clusters=clusters,
         origin=origin,
         middle=middle,
-        samples=samples,
+        samples=min(280, max(24, middle)),
         hard_negatives=not clusters or any(len(members) > 1 for members in clusters.values()),
         side=max(32, config.vision_config.image_size * 9 // 7),
-        smallest=min(survey.images.values()),
         small=SMALL_CLASS,
     )
 
@@ -227,15 +199,12 @@ def _clusters(prompts: dict[str, list[str]], base: str | None) -> tuple[dict[str
     names = list(prompts)
     if len(names) <= FEW_CLASSES:
         return {"all": names}, "so few classes are one cluster"
-    if base:
-        clusters = propose(names, _alike(prompts, base))
-        origin = "proposed from the base model's text_embeds of the prompts: a guess"
-    else:
-        clusters = propose(names, _shared_words(names))
-        origin = "proposed from words that the names share, without the base model: a guess"
+    clusters = propose(names, _alike(prompts, base) if base else _shared_words(names))
     if len(clusters) == len(names):
         return {}, "none proposed, since no classes stand out as alike: all of them are one cluster"
-    return clusters, origin
+    by_words = "words that the names share, without the base model"
+    asked = "the base model's text_embeds of the prompts" if base else by_words
+    return clusters, f"proposed from {asked}: a guess"
 
 
 def _alike(prompts: dict[str, list[str]], base: str) -> np.ndarray:

@@ -46,11 +46,6 @@ def prepare(
     Finished shards of verified and encoded images lie in `run`/cache, so that a killed run goes on
     where it was; under `accelerate launch` the processes share them.
 
-    Args:
-        images: class folders or a dataset to read instead of the domain's own source.
-        seed: of a module that draws, and of all random choices.
-        contact: how to reach who runs this, for Wikimedia Commons.
-
     Returns:
         report.json; None in all processes but the main one.
 
@@ -75,7 +70,7 @@ def prepare(
         dtype = fast_dtype(model.device)
         encode = partial(encode_images, model, processor, dtype=dtype, progress=False)
         weights, inputs = weights_digest(model.state_dict()), processor.image_processor
-        settings = f"{weights} {inputs.to_json_string()} {dtype}"
+        settings = f"{dtype} {weights} {inputs.to_json_string()}"
         image_embeds = _encode(rows, encode, settings, run / "cache" / "encoded")
         if not state.is_main_process:
             return None
@@ -143,16 +138,12 @@ def _encode(rows: datasets.Dataset, encode: Encode, settings: str, cache: Path) 
 
     def encode_shard(shard: datasets.Dataset) -> datasets.Dataset:
         images = (row["image"] for row in shard.cast_column("image", datasets.Image()))
-        image_embeds = encode(images, len(shard))
-        kind = datasets.List(datasets.Value("float32"), image_embeds.shape[1])
-        features = datasets.Features({"image_embeds": kind})
-        return datasets.Dataset.from_dict({"image_embeds": image_embeds}, features=features)
+        return datasets.Dataset.from_dict({"image_embeds": encode(images, len(shard))})
 
     identity = stored_digests(rows)
     images, description = rows.select_columns("image"), "encoding with the base model"
     encoded = map_shards(images, encode_shard, identity, settings, cache, description)
-    batches = encoded.with_format("numpy").iter(4096)
-    return np.concatenate([batch["image_embeds"] for batch in batches])
+    return encoded.with_format("numpy")["image_embeds"][:]
 
 
 def _kept(table: pd.DataFrame, domain: Domain, zero_shot: np.ndarray, seed: int) -> pd.DataFrame:

@@ -127,10 +127,7 @@ def judge(
 def samples_per_epoch(
     labels: np.ndarray, samples_per_class: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """How often an epoch samples each image, at least once: `samples_per_class` in each class.
-
-    Args: labels (N,) int. Returns: (N,) int.
-    """
+    """How often an epoch samples each image, at least once; labels (N,) int -> (N,) int."""
     samples = np.ones(len(labels), dtype=np.int32)
     for label in np.unique(labels):
         own = rng.permutation(np.flatnonzero(labels == label))

@@ -1,8 +1,6 @@
 """What data_prep tells of its own work: report.json, review.csv, and a page with pictures.
 
-RUN/data/report.html shows in a minute whether the data is sane. It needs nothing but itself, and
-the same report and pictures give the same bytes. The markup, and which pictures are shown, is in
-report.html.jinja.
+RUN/data/report.html shows in a minute whether the data is sane, see report.html.jinja.
 """
 
 from collections import Counter
@@ -57,8 +55,7 @@ def findings(
     Args:
         images: all that can be read, as `suspect_labels` gives them.
         kept: those that are used, with how often an epoch `repeats` each.
-        lost: the entries of what has no class, or can't be read.
-        decided: the lines of review.csv that a person has decided on.
+        lost: what has no class, or can't be read.
     """
     quarantined = lost + _entries(images[images.kind.notna()], "kind", "other", "detail")
     doubted = images[images.outcome.notna()].sort_values("score", kind="stable")
@@ -132,18 +129,15 @@ def warnings(
                 f"it to {taken}; rather a class that the base model does not know than noise"
             )
     if small := [f"{e['name']} ({e['test']})" for e in classes if e["test"] < SMALL_EXAM]:
-        found.append(
-            f"fewer than {SMALL_EXAM} test images, so that the class's own accuracy will say next "
-            f"to nothing: {', '.join(small)}; add images, or merge it with a class that it is like"
-        )
+        told = f"fewer than {SMALL_EXAM} test images, so the class's own accuracy will say little"
+        found.append(f"{told}: {', '.join(small)}; add images, or merge classes")
     present = set(zip(images.sha256, images.label, strict=True))
     if unused := [line.source_id for key, line in decided.items() if key not in present]:
         found.append(f"{len(unused)} decisions in review.csv match no image: {unused[0]} …")
     # The search asks the hash first, and a crop changes that soon.
     if any(pair[0]["cosine"] >= fingerprints.cosines[-1] for pair in alike):
         found.append(
-            "pictures in different splits are as alike to the base model as a picture and its "
-            "copy; look at them under “most alike across splits”"
+            "pictures across splits are as alike as copies: see “most alike across splits”"
         )
     return found
 
@@ -165,13 +159,7 @@ def suspicions(report: dict[str, Any]) -> list[Suspicion]:
 def write_report(
     path: Path, report: dict[str, Any], domain: Domain, picture: Callable[[str], Image.Image]
 ) -> None:
-    """Writes the page.
-
-    Args:
-        report: as in report.json.
-        picture: gives the stored image of a source_id; raises KeyError for an image that can't be
-            read.
-    """
+    """Writes the page; `picture` gives the stored image of a source_id, or raises KeyError."""
     aside, suspects = report["quarantined"], report["suspects"]
     mistaken = Counter((entry["label"], entry["suspected_label"]) for entry in suspects)
     proposed = propose(domain.class_names, squareform(report["confusions"]["affinity"]))

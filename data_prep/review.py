@@ -1,7 +1,4 @@
-"""RUN/review.csv: what data_prep suspects, for a person to decide.
-
-The decisions hold for the next run.
-"""
+"""RUN/review.csv: what data_prep suspects, for a person to decide; it holds for the next run."""
 
 import csv
 import io
@@ -69,10 +66,7 @@ def read_decisions(path: Path) -> dict[tuple[str, str], Suspicion]:
 
 
 def write_review(path: Path, suspicions: Iterable[Suspicion]) -> None:
-    """Writes the suspicions.
-
-    Decisions stay, those of the last minute and those on what is no longer suspected too.
-    """
+    """Writes the suspicions; decisions stay, those on what is no longer suspected too."""
     decided = read_decisions(path)
     lines = {(entry.sha256, entry.label): entry for entry in suspicions} | decided
     columns = [field.name for field in fields(Suspicion)]

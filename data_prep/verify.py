@@ -65,9 +65,8 @@ def _verified(
     if not content:
         raise ValueError("empty file")
     mended: list[str] = []
-    with warnings.catch_warnings():
-        # A picture of twice as many pixels is an error.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    # A picture of twice as many pixels is an error.
+    with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
         with Image.open(io.BytesIO(content), formats=readable_formats()) as opened:
             (width, height), short_side = opened.size, min(opened.size)
             if short_side < smallest_side:

@@ -5,8 +5,6 @@ zero-shot and the fine-tuned, calibrated model say. The first of each class is t
 wrong.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
@@ -26,33 +24,26 @@ def main(run: Path) -> None:
     """The command line."""
     domain, test = Domain.load(run), load_prepared(run)["test"]
     predictions = Dataset.from_parquet(str(run / "predictions.parquet"))
-    threshold = read_json(run / "calibration.json", "run calibrate.py first")["abstention"][
-        "threshold"
-    ]
+    abstention = read_json(run / "calibration.json", "run calibrate.py first")["abstention"]
     labels = predictions["label"][:]
     figure = Figure(figsize=(14, 6.3), dpi=100)
     figure.subplots_adjust(left=0.01, right=0.99, top=0.95, bottom=0.1, hspace=0.34, wspace=0.06)
     for axes, name in zip(figure.subplots(2, 6).flat, domain.class_names, strict=True):
-        row = labels.index(name)
-        axes.imshow(np.asarray(test[row]["image"]))
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set_visible(False)
+        row = predictions[labels.index(name)]
+        axes.imshow(np.asarray(test[labels.index(name)]["image"]))
+        axes.set_axis_off()
         axes.set_title(name, fontsize=12, fontweight="bold")
-        lines = [
-            ("base", predictions[row]["base_probabilities"]),
-            ("ours", predictions[row]["probabilities"]),
-        ]
-        for height, (who, probabilities) in zip((-0.1, -0.2), lines, strict=True):
-            best = int(np.argmax(probabilities))
-            unsure = who == "ours" and probabilities[best] < threshold
-            answer = (
-                f"not sure ({domain.class_names[best]}?)" if unsure else domain.class_names[best]
-            )
-            colour = UNSURE if unsure else RIGHT if domain.class_names[best] == name else WRONG
-            text = f"{who}: {answer} {probabilities[best]:.0%}"
-            axes.text(
-                0.5, height, text, color=colour, ha="center", fontsize=9, transform=axes.transAxes
-            )
+        for height, who, column, threshold in (
+            (-0.1, "base", "base_probabilities", 0.0),
+            (-0.2, "ours", "probabilities", abstention["threshold"]),
+        ):
+            probability, best = max(zip(row[column], domain.class_names, strict=True))
+            answer, colour = best, RIGHT if best == name else WRONG
+            if probability < threshold:
+                answer, colour = f"not sure ({best}?)", UNSURE
+            text = f"{who}: {answer} {probability:.0%}"
+            look = {"color": colour, "ha": "center", "fontsize": 9}
+            axes.text(0.5, height, text, transform=axes.transAxes, **look)
     path = Path(__file__).parent / "images" / "overview.png"
     figure.savefig(path)
     Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)

@@ -6,8 +6,6 @@ prepared dataset, go into repositories of their own. Each push is one commit; re
 private unless you say --public.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Builds `RUN/hub` from what the earlier stages wrote."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -35,14 +33,7 @@ def build(
     onnx: bool = False,
     index: Sequence[str] = (),
 ) -> Path:
-    """Builds the folder that is published and gives its path.
-
-    Args:
-        license_name: as the Hub names it.
-        repo_id: what the card's usage names.
-        examples: how many test images to publish for the demo, of different classes.
-        onnx: whether to add the visual tower as ONNX.
-        index: splits whose images to publish, to be searched.
+    """Builds the folder that is published and gives its path; __main__.py tells the options.
 
     Raises:
         FileNotFoundError: naming the stage that has not been run.
@@ -90,11 +81,7 @@ def save_examples(run: Path, folder: Path, count: int) -> None:
 def make_card(
     domain: Domain, scorecard: dict[str, Any], license_name: str, repo_id: str | None, **files: Any
 ) -> ModelCard:
-    """The model card: every number in it comes from the files of the run.
-
-    Args:
-        files: what else the template asks for.
-    """
+    """The model card: every number in it comes from the `files` of the run."""
     measures = {name: Measure.from_dict(fields) for name, fields in scorecard["metrics"].items()}
     title = f"CLIP for {domain.title[0].lower()}{domain.title[1:]}"
     base_is_local = Path(domain.base).is_dir()

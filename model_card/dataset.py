@@ -1,7 +1,5 @@
 """The prepared dataset as a repository: Parquet, and a card that says whose the images are."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 

@@ -4,8 +4,6 @@ The page needs nothing but itself. Lines ticked on it are saved as review_errors
 data_prep reads.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 from collections import Counter
@@ -29,25 +27,17 @@ CHUNK = 512  # test images compared with all training images at a time
 
 @dataclass(frozen=True)
 class Reading:
-    """One test image as the page shows it.
+    """One test image as the page shows it."""
 
-    Attributes:
-        row: in the test split.
-        own: probability of its label, `best` of the predicted class.
-        doubt: share of the nearest training images that have one other label.
-        other: that label, the most frequent of the others.
-        nearest: row and cosine of the nearest training image of the label and of the predicted
-            class, by class; absent if a class has none.
-    """
-
-    row: int
+    row: int  # in the test split
     label: int
     predicted: int
-    own: float
-    best: float
+    own: float  # probability of the label
+    best: float  # and of the predicted class
     base_predicted: int
-    doubt: float
-    other: int
+    doubt: float  # share of the nearest training images that have the most frequent other label
+    other: int  # which that is
+    # row and cosine of the nearest training image of the label and of the predicted class, if any
     nearest: dict[int, tuple[int, float]]
 
     @property
@@ -99,11 +89,7 @@ def read_errors(
 def write_errors(
     path: Path, domain: Domain, test: Dataset, readings: Sequence[Reading], training_set: Dataset
 ) -> int:
-    """Writes the page; gives the number of errors.
-
-    Args:
-        readings: of all test images.
-    """
+    """Writes the page, from the readings of all test images; gives the number of errors."""
     wrong = [reading for reading in readings if reading.wrong]
     doubted = [each for each in readings if not each.wrong and each.doubt >= DOUBTED]
     doubted.sort(key=lambda reading: -reading.doubt)

@@ -1,7 +1,5 @@
 """The five figures of a scorecard: gates, confusions, classes, reliability, OOD pictures."""
 
-from __future__ import annotations
-
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,12 +14,7 @@ from sklearn.manifold import TSNE
 
 from nicheclip.domain import Domain
 from nicheclip.evaluation.intervals import METRIC_TITLES, Measure, Verdict
-from nicheclip.evaluation.metrics import (
-    N_BINS,
-    class_scores,
-    confusion_matrix,
-    reliability,
-)
+from nicheclip.evaluation.metrics import N_BINS, class_scores, confusion_matrix, reliability
 from nicheclip.evaluation.ood import KINDS
 from nicheclip.evaluation.predictions import Outputs
 

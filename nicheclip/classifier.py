@@ -6,14 +6,12 @@
 Needs torch, transformers, safetensors, huggingface_hub and Pillow; an ONNX backend onnxruntime.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -122,7 +120,7 @@ class NicheClassifier:
     @classmethod
     def from_pretrained(
         cls, repo_or_path: str | Path, revision: str | None = None, backend: str = "torch"
-    ) -> NicheClassifier:
+    ) -> Self:
         """Loads a folder made by `python -m model_card`, or a repository of the Hub.
 
         Args:

@@ -57,9 +57,8 @@ def open_image(photo: Photo) -> Image.Image:
     if not fits:
         raise TypeError(f"got {named}; expected {expected}")
     try:
-        with warnings.catch_warnings():
-            # A picture of twice as many pixels is an error.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        # A picture of twice as many pixels is an error.
+        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
             if isinstance(photo, np.ndarray):
                 return to_rgb(Image.fromarray(photo))
             if isinstance(photo, Image.Image):

@@ -195,10 +195,7 @@ def features(class_names: list[str]) -> datasets.Features:
 
 
 def load_prepared(run: str | Path) -> datasets.DatasetDict:
-    """Reads `RUN/data`.
-
-    Raises: ValueError if data_prep has not made it, or it is damaged.
-    """
+    """RUN/data. Raises: ValueError if data_prep has not made it, or it is damaged."""
     folder = Path(run) / "data"
     try:
         return DatasetDict.load_from_disk(str(folder))

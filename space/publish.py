@@ -21,11 +21,7 @@ def code_of(module: str) -> tuple[set[Path], set[str]]:
 
 
 def write_space(folder: Path, model_id: str, title: str, license_name: str) -> None:
-    """Writes the folder, with every version as installed here.
-
-    Args:
-        model_id: the repository of the model, which the app loads when it starts.
-    """
+    """Writes the folder, with every version as installed here; the app loads `model_id`."""
     code, packages = code_of("space.app")
     # The Hub installs gradio by sdk_version, and without ONNX nobody needs onnxruntime.
     needed = packages - {"gradio", "onnxruntime"}

@@ -18,8 +18,6 @@ FIGURES = {
     "outside": "How much test pictures, noise, textures and other OOD pictures look alike",
     "reliability": "Accuracy against confidence before and after calibration; selective errors",
 }
-
-
 Gates = dict[str, dict[str, Any]]
 
 
@@ -60,23 +58,16 @@ def score_table(measures: dict[str, Measure], gates: Gates) -> str:
     ]
     known = [name for name in METRIC_TITLES if name in measures]
     for name in sorted(known, key=lambda name: name not in gates):
-        measure, target, verdict = measures[name], "", ""
+        measure, gate, verdict = measures[name], gates.get(name, {"target": ""}), ""
         if name in gates:
-            gate = gates[name]
-            target = gate["target"].replace(" ", NBSP)
             verdict = f"{SIGNS[gate['verdict']]}{NBSP}{gate['verdict']}"
-            if gate.get("more"):
-                verdict += f" (needs {gate['more']:,} more images)"
-        others = [f"{each.value:.3f}" if each else "" for each in (measure.base, measure.probe)]
-        cells = [
-            METRIC_TITLES[name] + (f"{NBSP}↓" if name in LOWER_IS_BETTER else ""),
-            *others,
-            f"**{measure.value:.3f}** [{measure.low:.3f},{NBSP}{measure.high:.3f}]",
-            target,
-            verdict,
-            f"{measure.n} {measure.split}",
-        ]
-        rows.append(f"| {' | '.join(cells)} |")
+        if gate.get("more"):
+            verdict += f" (needs {gate['more']:,} more images)"
+        title = METRIC_TITLES[name] + (f"{NBSP}↓" if name in LOWER_IS_BETTER else "")
+        rivals = [f"{each.value:.3f}" if each else "" for each in (measure.base, measure.probe)]
+        found = f"**{measure.value:.3f}** [{measure.low:.3f},{NBSP}{measure.high:.3f}]"
+        judged = [gate["target"].replace(" ", NBSP), verdict, f"{measure.n} {measure.split}"]
+        rows.append(f"| {' | '.join([title, *rivals, found, *judged])} |")
     legend = (
         "↓ lower is better. Base zero-shot: the model before fine-tuning. Linear probe: logistic "
         "regression on the base's image_embeds. All on the same pictures. Undecided: the interval "

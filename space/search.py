@@ -3,7 +3,6 @@
 import hashlib
 import tempfile
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -20,6 +19,7 @@ LONGEST_QUERY = 300  # characters; CLIP reads some 60 words
 UNREADABLE = "**This file can't be read as a picture.** Try another one: a JPEG, PNG or WebP photo."
 NOTHING_ASKED = "Describe in words what you look for, or add a photo."
 WRITING = Lock()
+FOLDER = tempfile.TemporaryDirectory(prefix="nicheclip-")  # of pictures; removed at the end
 Shown = list[tuple[Path, str]]
 
 
@@ -30,11 +30,7 @@ def photo_input(label: str, height: int) -> gr.Image:
 
 
 def on_photo(
-    photo: gr.Image,
-    told_of: Callable[[Image], tuple],
-    nothing: str,
-    outputs: list,
-    api_name: str,
+    photo: gr.Image, told_of: Callable[[Image], tuple], nothing: str, outputs: list, api_name: str
 ) -> None:
     """Shows in `outputs`, of which the first is a text, what is told of each photo, or `nothing`.
 
@@ -95,11 +91,6 @@ def pictures(shown: Shown | None, kind: str, **options: Any) -> gr.Gallery:
     )
 
 
-@cache
-def _folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="nicheclip-"))
-
-
 def captioned(found: list[dict[str, Any]]) -> Shown:
     """Each picture, as a file, with its class, its split, how alike it is, and whose it is.
 
@@ -109,7 +100,7 @@ def captioned(found: list[dict[str, Any]]) -> Shown:
     shown = []
     for row in found:
         jpeg = row["image"]["bytes"]
-        path = _folder() / f"{hashlib.sha256(jpeg).hexdigest()[:24]}.jpg"
+        path = Path(FOLDER.name) / f"{hashlib.sha256(jpeg).hexdigest()[:24]}.jpg"
         with WRITING:  # another visitor may be shown the same picture
             if not path.is_file():
                 path.write_bytes(jpeg)

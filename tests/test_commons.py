@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data_prep.sources.commons import Commons, CommonsOptions, download_commons, plain_text
+from data_prep.sources.commons import download_commons
+from data_prep.sources.commons_api import Commons, plain_text
 from nicheclip.domain import Domain
 from tests.commons_server import MAXLAG, TRUNCATED, UNKNOWN, CommonsServer, Fault, Photo
 
@@ -187,7 +188,7 @@ def test_faults_that_pass_are_waited_out_and_others_are_named(commons, tmp_path)
 
 
 def test_what_one_thread_is_told_to_wait_all_wait(commons):
-    client = Commons(CONTACT, CommonsOptions(api=commons.api, first_wait=0.01))
+    client = Commons(CONTACT, commons.api, width=500, first_wait=0.01)
     commons.fail_next = [("Angel.jpg", Fault(429, {"Retry-After": "1"}))]
     other = threading.Thread(target=client.get, args=[f"{commons.url}/thumb/500/Angel.jpg"])
     other.start()

@@ -38,11 +38,8 @@ def fetch(
 ) -> str | Path:
     """Draws or downloads what the source asks for; where the images lie then.
 
-    A module draws by its `write_images(folder, domain, seed, **options)`.
-
-    Args:
-        folder: where to draw or to download.
-        contact: how the operators of Wikimedia can reach who runs this.
+    A module draws by its `write_images(folder, domain, seed, **options)`; `contact` is for the
+    operators of Wikimedia.
 
     Raises:
         ValueError: if the source names no images, or its module can't be imported.
@@ -72,10 +69,6 @@ def read(source: Source, location: str | Path, class_names: list[str]) -> Listin
 
 def retention_rows(domain: Domain, drawn: Path, seed: int = 0) -> datasets.Dataset:
     """The images of the retention task: of the test split, if they come in splits.
-
-    Args:
-        drawn: where a module draws, if that is the source.
-        seed: of the draw; the same for models that are compared.
 
     Returns:
         image (shrunk as the domain's own) and label (the index of the class in the task).

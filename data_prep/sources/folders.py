@@ -68,20 +68,14 @@ def read_folders(folder: str | Path, class_names: list[str]) -> Listing:
 def split_and_folders(
     parts: tuple[str, ...], class_names: Collection[str]
 ) -> tuple[str | None, tuple[str, ...]]:
-    """The split and the folders that a path names, that of the class first.
-
-    The outermost folder is a split, unless a class is called so.
-    """
+    """The split, unless a class is called so, and the folders that a path names, class first."""
     if parts[0] in SPLITS and parts[0] not in class_names:
         return parts[0], parts[1:-1]
     return None, parts[:-1]
 
 
 def list_files(folder: Path) -> list[Path]:
-    """What is in the folder and below, through links to other folders as well, in order.
-
-    Hidden files are no images.
-    """
+    """What is in the folder and below, in order, through links as well; no hidden files."""
     files: list[Path] = []
     entered = set()
     for name, folders, inside in os.walk(folder, followlinks=True):

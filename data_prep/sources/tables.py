@@ -46,8 +46,7 @@ def read_table(location: str | Path, class_names: list[str], **options: Any) -> 
     Args:
         location: a Hub id, a .parquet or .arrow file, a folder of them, or one written by
             `save_to_disk`.
-        class_names: the classes of the domain; labels are ClassLabel or strings.
-        options: the fields of `TableOptions`.
+        options: the fields of `TableOptions`; labels are ClassLabel or strings.
 
     Returns:
         rows as `data_prep.sources` describes them; and the rows without a label.

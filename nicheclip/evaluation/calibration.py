@@ -5,8 +5,6 @@ seen: N images, `logits` or calibrated `probabilities` (N, C) float, `labels` (N
 near-duplicate `groups` (N,).
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

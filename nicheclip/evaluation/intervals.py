@@ -1,12 +1,10 @@
 """Results that say what they rest on: a value, its 95 % interval, how many images, which split."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from scipy.stats import binomtest, norm
@@ -68,18 +66,18 @@ class Measure:
     high: float
     n: int
     split: str
-    base: Measure | None = None
-    probe: Measure | None = None
-    strong_probe: Measure | None = None
-    difference: Measure | None = None
-    to_probe: Measure | None = None
+    base: Self | None = None
+    probe: Self | None = None
+    strong_probe: Self | None = None
+    difference: Self | None = None
+    to_probe: Self | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As it is written to JSON: what is None is left out."""
         return asdict(self, dict_factory=lambda pairs: {k: v for k, v in pairs if v is not None})
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Measure:
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
         """The other way."""
         inner = {
             name: cls.from_dict(each) for name, each in fields.items() if isinstance(each, dict)
@@ -150,15 +148,11 @@ def detectable_difference(n: int, accuracy: float = 0.8) -> float:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`verdict` is pass, fail, or undecided: the interval holds the target.
-
-    `more` is about how many more images would decide it if the value stays as it is; None if it is
-    decided, or lies on the target itself, where no number would.
-    """
+    """Whether a measure reaches its target."""
 
     target: str
-    verdict: Literal["pass", "fail", "undecided"]
-    more: int | None = None
+    verdict: Literal["pass", "fail", "undecided"]  # undecided: the interval holds the target
+    more: int | None = None  # images that would decide it; None: it is, or lies on the target
 
     def __str__(self) -> str:
         more = f", {self.more:,} more images would decide" if self.more else ""

@@ -6,8 +6,6 @@ Definitions follow the recipe in the article that NicheCLIP grew from, unless a 
 another source.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import datasets
@@ -129,10 +127,7 @@ def fpr95(inside: np.ndarray, outside: np.ndarray) -> float:
 def image_retrieval(
     image_embeds: np.ndarray, labels: np.ndarray, groups: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Each image as a query among the others, but for those of its near-duplicate group (N,).
-
-    Args:
-        image_embeds: (N, D) unit length.
+    """Each of image_embeds (N, D) asks for the others, but for its near-duplicate group's (N,).
 
     Returns:
         the rank of the first one found that has the label, from 1 (R@k is the share of ranks up to
@@ -158,10 +153,7 @@ def hard_negative_margin(
 ) -> np.ndarray:
     """Best cosine with the own prompts minus the best with those of the cluster's other classes.
 
-    Args:
-        similarity: (N, P) cosine of each image with each prompt of the bank.
-        prompt_classes: (P,) class of each prompt.
-        class_clusters: (C,) cluster of each class.
+    Args: similarity (N, P) with each prompt; prompt_classes (P,); class_clusters (C,).
 
     Returns:
         (N,) float; an image passes if it is above 0; NaN where a class is alone in its cluster.

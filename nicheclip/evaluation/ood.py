@@ -3,8 +3,6 @@
 They are drawn here, so that they cost no download and are always the same.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,13 +24,7 @@ WORDS += ["or", "its", "not", "stone", "new"]
 def ood_pictures(
     kind: str, side: int, seed: int, own: Sequence[Image.Image] = ()
 ) -> Iterator[Image.Image]:
-    """`PER_KIND` RGB pictures of a kind of `KINDS`.
-
-    Args:
-        side: of the squares that are drawn, in pixels.
-        seed: another seed, other pictures.
-        own: pictures of the domain, for those kinds that spoil them.
-    """
+    """`PER_KIND` RGB pictures of a kind: squares of `side` pixels, or `own` pictures spoilt."""
     for index in range(PER_KIND):
         rng = np.random.default_rng([seed, KINDS.index(kind), index])
         match kind:
@@ -117,13 +109,9 @@ def _image(pixels: np.ndarray) -> Image.Image:
 def fit_class_means(image_embeds: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
     """`whitening` (D, D) and the classes' whitened `means` (C, D), float32.
 
-    After the whitening the images of a class spread alike in all directions; so the distance to a
-    class's mean is Mahalanobis's, with one covariance for all classes (Lee et al. 2018,
-    arXiv:1807.03888).
-
-    Args:
-        image_embeds: (N, D) of the train split.
-        labels: (N,) int; a class without images has no mean.
+    Of train's image_embeds (N, D) and labels (N,) int. After the whitening the images of a class
+    spread alike in all directions; so the distance to a class's mean is Mahalanobis's, with one
+    covariance for all classes (Lee et al. 2018, arXiv:1807.03888).
     """
     classes, of_image = np.unique(labels, return_inverse=True)
     embeds = image_embeds.astype(np.float64)
@@ -136,22 +124,15 @@ def fit_class_means(image_embeds: np.ndarray, labels: np.ndarray) -> dict[str, n
 
 @dataclass(frozen=True)
 class OODThreshold:
-    """A picture whose `score` is below `threshold` is outside of the domain.
-
-    `auroc` says of each score how well it told the calibration images from OOD pictures; the best
-    was taken.
-    """
+    """A picture whose `score` is below `threshold` is outside of the domain."""
 
     score: str
     threshold: float
-    auroc: dict[str, float]
+    auroc: dict[str, float]  # of each score, calibration images against OOD pictures
 
 
 def fit_ood_threshold(own: dict[str, np.ndarray], ood: dict[str, np.ndarray]) -> OODThreshold:
-    """The score that tells calibration images (N,) from OOD pictures (M,) best.
-
-    The threshold lets `ACCEPTED` of the calibration images pass.
-    """
+    """The score that tells calibration images (N,) from OOD pictures (M,) best."""
     found = {score: auroc(own[score], ood[score]) for score in own}
     best = max(found, key=found.__getitem__)
     return OODThreshold(best, float(np.quantile(own[best], 1 - ACCEPTED, method="lower")), found)

@@ -1,7 +1,5 @@
 """What a model says: its head fitted on the calibration split, and run on the test split."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
@@ -128,13 +126,7 @@ def fit_and_run(
     title: str,
     reference: bool = False,
 ) -> Outputs:
-    """Encodes all that `Outputs` needs.
-
-    Args:
-        title: of the model, for progress bars.
-        reference: as in `Predictions`; the validation split, by which a probe is chosen, is
-            encoded too.
-    """
+    """Encodes all that `Outputs` needs; of a reference validation too, which chooses its probe."""
 
     def embed(images: Iterable[Image.Image], total: int, what: str) -> np.ndarray:
         return encode_images(model, processor, images, total, description=f"{what}, {title}")

@@ -1,7 +1,5 @@
 """What mild changes of a picture do, what other prompts say, and what fine-tuning forgets."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable, Iterable
 
@@ -29,14 +27,8 @@ CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
 def prompt_answers(similarity: np.ndarray, prompt_classes: np.ndarray) -> np.ndarray:
     """What the classifier answers with the first prompt of each class, the second, and so on.
 
-    Classes that have fewer prompts keep their last.
-
-    Args:
-        similarity: (N, P) cosines with all prompts of the bank.
-        prompt_classes: (P,) class of each prompt.
-
-    Returns:
-        (N, K) classes, K the largest number of prompts of a class.
+    Of cosines (N, P) with prompts of these classes (P,), answers (N, K), K the largest number of
+    prompts of a class; those that have fewer keep their last.
     """
     of_class = [np.flatnonzero(prompt_classes == c) for c in range(prompt_classes.max() + 1)]
     turns = range(max(map(len, of_class)))

@@ -1,13 +1,12 @@
 """What a model is worth on the test split, beside the base model and a linear probe."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+import pandas as pd
 from scipy.special import log_softmax
 
 from nicheclip.domain import Domain
@@ -28,22 +27,14 @@ from nicheclip.evaluation.robustness import CHANGES, prompt_answers
 
 @dataclass(frozen=True)
 class Statistic:
-    """A number about images, and how to find its interval.
+    """A number about images, and how to find its interval."""
 
-    Args:
-        columns: (N,) each; where the first is NaN, an image is not judged.
-        groups: (N,) near-duplicate group of each image.
-        metric: of the columns' values.
-        share: whether it is the mean of hits, 0 or 1.
-        biased: as in `bootstrap`.
-    """
-
-    columns: tuple[np.ndarray, ...]
-    groups: np.ndarray
-    metric: Callable[..., float] = np.nanmean
+    columns: tuple[np.ndarray, ...]  # (N,) each; where the first is NaN, an image is not judged
+    groups: np.ndarray  # (N,) of near-duplicates
+    metric: Callable[..., float] = np.nanmean  # of the columns
     split: str = "test"
-    share: bool = False
-    biased: bool = False
+    share: bool = False  # the mean of hits, 0 or 1
+    biased: bool = False  # as in `bootstrap`
 
     def __call__(self, chosen: np.ndarray) -> float:
         """Of the images with these indices (M,) int."""
@@ -57,7 +48,7 @@ class Statistic:
             return proportion(self.columns[0][judged] > 0, groups, self.split)
         return bootstrap(lambda chosen: self(judged[chosen]), groups, self.split, self.biased)
 
-    def minus(self, other: Statistic) -> Measure:
+    def minus(self, other: Self) -> Measure:
         """The difference on the same images, with the interval of the paired difference."""
         return bootstrap(lambda chosen: self(chosen) - other(chosen), self.groups, self.split)
 
@@ -190,12 +181,10 @@ def tables(tuned: Outputs, base: Outputs, domain: Domain) -> dict[str, Any]:
     count = len(domain.classes)
     precision, recall, f1 = metrics.class_scores(tuned.predicted, tuned.labels, count)
     _, _, base_f1 = metrics.class_scores(base.predicted, base.labels, count)
-    columns = {"precision": precision, "recall": recall, "f1": f1, "base_f1": base_f1}
-    classes: dict[str, Any] = {}
-    for index, name in enumerate(domain.class_names):
-        classes[name] = {"n": int((tuned.labels == index).sum())}
-        for title, column in columns.items():
-            classes[name][title] = None if np.isnan(column[index]) else float(column[index])
+    columns = {"n": np.bincount(tuned.labels, minlength=count), "precision": precision}
+    columns |= {"recall": recall, "f1": f1, "base_f1": base_f1}
+    table = pd.DataFrame(columns, index=domain.class_names, dtype=object)
+    classes = table.where(table.notna(), None).to_dict("index")
 
     kinds: dict[str, Any] = {}
     for index, kind in enumerate(KINDS):

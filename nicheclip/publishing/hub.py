@@ -1,7 +1,4 @@
-"""What is published, and how it gets to the Hub.
-
-The folder: a plain CLIPModel with the temperature folded in, and what the classifier needs beside.
-"""
+"""A plain CLIPModel with what the classifier needs beside, and how that gets to the Hub."""
 
 import math
 from pathlib import Path
@@ -76,7 +73,7 @@ def push(
 
     Args:
         record: a JSON file that remembers the last commit that was pushed to each repository.
-        private: whether a new repository is; one that is there already stays as it is.
+        private: whether a new repository is.
         overwrite: whether to replace a commit that is not of this record.
 
     Raises:

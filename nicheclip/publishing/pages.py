@@ -23,7 +23,8 @@ def environment(folder: Path) -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters |= {"number": "{:,}".format, "plural": _plural, "percent": percent}
+    templates.filters |= {"number": "{:,}".format, "percent": percent}
+    templates.filters["plural"] = lambda n, noun: f"{n:,} {noun}" + ("s" if n != 1 else "")
     return templates
 
 
@@ -31,10 +32,6 @@ def percent(share: float, digits: int = 0) -> str:
     """A share in words: 0.125 is "12%"; 100% is what is whole, not what is rounded to it."""
     text = f"{share:.{digits}%}"
     return "over 99%" if text.startswith("100") and share < 1 else text
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 class Thumbnails:
