@@ -6,8 +6,6 @@ predictions.parquet, figures and errors.html. Base zero-shot and two probes on t
 measured on the same images, each with a temperature of its own.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from dataclasses import asdict

@@ -7,8 +7,6 @@ write a checkpoint first; `--resume_from_checkpoint True` goes on from the last 
 ended.
 """
 
-from __future__ import annotations
-
 import signal
 import sys
 import time

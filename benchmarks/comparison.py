@@ -1,7 +1,5 @@
 """Recipes compared: pooled over seeds, paired by image; their table and picture."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path

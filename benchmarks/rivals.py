@@ -4,8 +4,6 @@ Each takes features by split (N, F), labels by split (N,), and the base's text_e
 canonical prompts (C, D); its settings are chosen on validation; gives logits by split (N, C).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import product
 

@@ -3,8 +3,6 @@
 Prompts -> class prototypes (C, D), images -> image_embeds (N, D), both -> logits (N, C).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice

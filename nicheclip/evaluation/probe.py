@@ -1,7 +1,5 @@
 """The baselines that fine-tuning has to beat: probes on the base's frozen features."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable
 from itertools import product

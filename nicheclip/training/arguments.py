@@ -1,7 +1,5 @@
 """The arguments of `StagedTrainer`: transformers' own, with the recipe's defaults."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass, field
 from pathlib import Path

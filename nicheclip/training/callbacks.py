@@ -1,7 +1,5 @@
 """What happens beside the steps: averages, the logit_scale's clamp, the end of a stage, signals."""
 
-from __future__ import annotations
-
 import math
 import signal
 import threading

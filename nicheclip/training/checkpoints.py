@@ -1,7 +1,5 @@
 """What runs of a stage leave in their folders: weights, states, and what was seen of validation."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any

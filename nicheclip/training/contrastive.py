@@ -4,8 +4,6 @@ It evaluates as a zero-shot classifier. Everything random depends on seed, epoch
 alone, and both are counted from the first stage on.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The prepared dataset, and the way of its images into a batch."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any

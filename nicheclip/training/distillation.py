@@ -1,7 +1,5 @@
 """The stage in which the text tower learns to say free class prototypes."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any

@@ -5,8 +5,6 @@ weights before the cut, transforms, seed, views, stored images. So a stale one i
 interrupted encoding goes on where it was, and several processes share the work.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import time

@@ -1,7 +1,5 @@
 """Where a head can begin: a linear discriminant analysis as visual projection and prototypes."""
 
-from __future__ import annotations
-
 from itertools import product
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Losses of images and prompts, the lowest values they can reach, batches joined over processes."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from scipy.special import xlogy

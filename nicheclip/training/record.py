@@ -1,7 +1,5 @@
 """What is said of a training when it ends."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Batches of which a share comes from one cluster of confusable classes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 

@@ -1,7 +1,5 @@
 """Which parameters train in which stage."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path

@@ -6,8 +6,6 @@ post_layernorm is to come. What lies before the first thing that trains gives th
 time, so they can be kept (feature_cache.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any

@@ -3,8 +3,6 @@
 StagedTrainer(model, args, domain, processor, train_dataset=samples, eval_dataset=rows).train()
 """
 
-from __future__ import annotations
-
 import copy
 import logging
 import signal

@@ -4,8 +4,6 @@ alpha 0 is the base, 1 the fine-tuned model. Between them there is often a model
 the domain and has forgotten less; which alpha that is, validation says.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
