@@ -17,13 +17,13 @@ from transformers import CLIPModel, CLIPProcessor
 
 from nicheclip.clip import encode_images, encode_texts, load_clip, zero_shot_logits
 from nicheclip.domain import Domain
-from nicheclip.evaluation.calibration import nll
+from nicheclip.evaluation.calibration import best_nll
 from nicheclip.evaluation.intervals import proportion
 from nicheclip.evaluation.metrics import correct
 from nicheclip.evaluation.robustness import retention_accuracy
 from nicheclip.run import load_retention
 
-ALPHAS = tuple(step / 10 for step in range(11))
+ALPHAS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 def interpolate(
@@ -82,10 +82,9 @@ def choose_alpha(
             measured and does not choose.
 
     Returns:
-        the alpha of the best accuracy on validation, of several the smallest, which keeps most of
-        the base; and of each alpha, as training.json has it, "accuracy" and "nll" (in nats, not
-        calibrated) on validation, and the accuracy on the "retention" task or None. The accuracy of
-        the chosen one flatters, as it was chosen by it.
+        the alpha of the lowest NLL on validation, of several the smallest, which keeps most of the
+        base; and of each alpha, as training.json has it, "accuracy" and "nll" (in nats, at the
+        temperature that suits validation), and the accuracy on the "retention" task or None.
 
     Raises:
         ValueError: as `interpolate`.
@@ -104,9 +103,9 @@ def choose_alpha(
             rows, prompts = retention
             images, asked = (row["image"] for row in rows), np.array(rows["label"])
             kept = retention_accuracy(model, processor, images, asked, prompts, progress=False)
-        row = {"alpha": alpha, "accuracy": accuracy.to_dict(), "nll": nll(logits, labels)}
+        row = {"alpha": alpha, "accuracy": accuracy.to_dict(), "nll": best_nll(logits, labels)}
         table.append(row | {"retention": kept and kept.to_dict()})
-    best = max(table, key=lambda row: (row["accuracy"]["value"], -row["alpha"]))
+    best = min(table, key=lambda row: (row["nll"], row["alpha"]))
     return best["alpha"], table
 
 
