@@ -105,7 +105,7 @@ def choose_alpha(
             kept = retention_accuracy(model, processor, images, asked, prompts, progress=False)
         row = {"alpha": alpha, "accuracy": accuracy.to_dict(), "nll": best_nll(logits, labels)}
         table.append(row | {"retention": kept and kept.to_dict()})
-    best = min(table, key=lambda row: (row["nll"], row["alpha"]))
+    best = min(table, key=lambda row: (round(row["nll"], 4), row["alpha"]))
     return best["alpha"], table
 
 
