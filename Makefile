@@ -41,7 +41,7 @@ test-slow: .venv/installed
 # Where the project meets other libraries; in a virtual environment of its own.
 test-lowest: .venv-lowest/installed
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 \
-		$(addprefix tests/test_,$(addsuffix .py,data_prep sources training resume published push space browser onnx))
+		$(addprefix tests/test_,$(addsuffix .py,data_prep sources recipe published push space onnx))
 
 .venv-lowest/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-lowest

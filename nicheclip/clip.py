@@ -17,6 +17,8 @@ from transformers import BatchEncoding, CLIPModel, CLIPProcessor
 
 from nicheclip.images import to_rgb
 
+PROMPTS_AT_ONCE = 256
+
 
 def load_clip(base: str | Path) -> tuple[CLIPModel, CLIPProcessor]:
     """A CLIPModel in float32 and its processor, from a folder or the Hub.
@@ -49,9 +51,11 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 @torch.inference_mode()
 def encode_texts(model: CLIPModel, processor: CLIPProcessor, prompts: list[str]) -> torch.Tensor:
     """Unit-length text_embeds (P, D), on the model's device."""
-    tokens = tokenize(processor, prompts).to(model.device)
-    text_embeds = model.get_text_features(**tokens).pooler_output
-    return torch.nn.functional.normalize(text_embeds.float(), dim=-1)
+    parts = []
+    for start in range(0, len(prompts), PROMPTS_AT_ONCE):
+        tokens = tokenize(processor, prompts[start : start + PROMPTS_AT_ONCE]).to(model.device)
+        parts.append(model.get_text_features(**tokens).pooler_output.float())
+    return torch.nn.functional.normalize(torch.cat(parts), dim=-1)
 
 
 class VisualTower(torch.nn.Module):
