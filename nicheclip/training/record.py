@@ -33,8 +33,11 @@ def training_text(training: dict[str, Any]) -> str:
         )
     mixtures = {row["alpha"]: row for row in training["wise_ft"]["mixtures"]}
     for alpha in sorted({0.0, kept, 1.0}):
-        accuracy, retention = mixtures[alpha]["accuracy"], mixtures[alpha]["retention"]
-        told = f"weights {alpha:.0%} fine-tuned: validation {accuracy['value']:.1%}, NLL {mixtures[alpha]['nll']:.3f}"
+        mixture = mixtures[alpha]
+        accuracy, retention = mixture["accuracy"]["value"], mixture["retention"]
+        told = (
+            f"weights {alpha:.0%} fine-tuned: validation {accuracy:.1%}, NLL {mixture['nll']:.3f}"
+        )
         if retention:
             told += f", retention task {retention['value']:.1%} (n = {retention['n']})"
         lines.append(told + (", kept" if alpha == kept else ""))
