@@ -50,7 +50,7 @@ def short_recipe() -> list[dict[str, Any]]:
     """The default one with fewer epochs, runs and variants."""
     head, visual, text = copy.deepcopy(recipe("default")["stages"])
     head |= {"epochs": 4, "learning_rate": 1e-3, "sampling": "balanced", "batch_size": 48}
-    visual |= {"epochs": 2, "learning_rate": 1e-4, "runs": 2, "batch_size": 48, "mix": [0.5, 1.0]}
+    visual |= {"epochs": 2, "learning_rate": 2e-3, "runs": 2, "batch_size": 48, "mix": [0.5, 1.0]}
     text["epochs"] = 3
     return [head, visual, text]
 
