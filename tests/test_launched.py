@@ -34,9 +34,9 @@ def fresh(prepared: Path, run: Path, **changes) -> Path:
 
 def checkpoints_begun(run: Path) -> int:
     """Of all stages and variants; those that are gone again are counted too."""
-    found = list((run / "checkpoints").rglob("checkpoint-*"))
-    last: dict[Path, int] = {}
-    for path in found:
+    stages, last = run / "checkpoints", dict[Path, int]()
+    # Not inside of a checkpoint: it may vanish meanwhile.
+    for path in [*stages.glob("*/checkpoint-*"), *stages.glob("*/variant-*/checkpoint-*")]:
         step = int(path.name.split("-")[1])
         last[path.parent] = max(step, last.get(path.parent, 0))
     return sum(last.values())

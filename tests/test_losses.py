@@ -1,4 +1,4 @@
-"""The losses against known answers, their floors, and batches that are spread over processes."""
+"""The losses against known answers, and batches that are spread over processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from nicheclip.training.losses import (
     class_prompts,
     gather,
     info_nce,
-    loss_floor,
     multi_positive,
 )
 from tests.conftest import ROOT
@@ -78,54 +77,6 @@ def test_class_prompts_is_the_cross_entropy_of_the_zero_shot_classifier():
     for smoothing in (0.0, 0.1):
         by_torch = cross_entropy(logits, labels, label_smoothing=smoothing)
         assert class_prompts(logits, labels, smoothing).item() == pytest.approx(by_torch.item())
-
-
-def lowest(loss: str, labels: np.ndarray, label_smoothing: float, num_classes: int) -> float:
-    """What descent reaches on logits that are free, but the same for all prompts of a class."""
-    free = torch.zeros(len(labels), num_classes, dtype=torch.float64, requires_grad=True)
-    labels = torch.from_numpy(labels)
-    options = {"max_iter": 300, "line_search_fn": "strong_wolfe", "tolerance_grad": 1e-9}
-    optimizer = torch.optim.LBFGS([free], **options)
-
-    def step() -> torch.Tensor:
-        optimizer.zero_grad()
-        logits = free if loss == "class_prompts" else free[:, labels]
-        value = LOSSES[loss](logits, labels, label_smoothing)
-        value.backward()
-        return value
-
-    optimizer.step(step)
-    return step().item()
-
-
-@pytest.mark.parametrize(
-    "labels", [[0, 0, 0, 1, 2, 2, 3, 1], [0, 1, 2, 3], [2, 2, 2]], ids=["mixed", "all", "one"]
-)
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("loss", LOSSES)
-def test_descent_reaches_the_floor_and_no_lower(loss, label_smoothing, labels):
-    floor = loss_floor(np.array(labels), loss, label_smoothing, num_classes=4)
-    reached = lowest(loss, np.array(labels), label_smoothing, num_classes=4)
-    assert floor - 1e-6 <= reached <= floor + 1e-3
-
-
-def test_floors_by_hand():
-    assert loss_floor(np.arange(4), "info_nce", 0.0, 4) == 0
-    assert loss_floor(np.zeros(4), "info_nce", 0.1, 4) == pytest.approx(np.log(4))
-    shared = loss_floor(np.array([0, 0, 1]), "multi_positive", 0.0, 2)
-    assert shared == pytest.approx(2 / 3 * np.log(2))
-    smoothed = loss_floor(np.array([0, 1]), "class_prompts", 0.2, 2)
-    assert smoothed == pytest.approx(-0.9 * np.log(0.9) - 0.1 * np.log(0.1))
-
-
-def test_half_a_batch_from_one_cluster_puts_the_floor_far_above_zero():
-    """Batches of 16: eight of three confusable classes, eight of 25 classes."""
-    rng = np.random.default_rng(0)
-    batches = [np.concatenate([rng.integers(0, 3, 8), rng.integers(0, 25, 8)]) for _ in range(500)]
-    smoothed = np.mean([loss_floor(batch, "info_nce", 0.1, 25) for batch in batches])
-    plain = np.mean([loss_floor(batch, "info_nce", 0.0, 25) for batch in batches])
-    assert 0.5 < plain < smoothed < np.log(16)
-    assert 1.1 < smoothed < 1.4
 
 
 def test_a_single_process_gathers_nothing():

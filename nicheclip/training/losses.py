@@ -1,12 +1,8 @@
-"""Losses of images and prompts, the lowest values they can reach, batches joined over processes."""
+"""Losses of images and prompts, and batches joined over processes."""
 
-import numpy as np
 import torch
-from scipy.special import xlogy
 from torch import distributed
 from torch.nn.functional import cross_entropy
-
-from nicheclip.training.sampler import ClusterBatchSampler
 
 
 def _symmetric(
@@ -81,44 +77,6 @@ def supervised_contrastive(
 
 
 LOSSES = {"multi_positive": multi_positive, "info_nce": info_nce, "class_prompts": class_prompts}
-
-
-def loss_floor(labels: np.ndarray, loss: str, label_smoothing: float, num_classes: int) -> float:
-    """The lowest loss, in nats, on a batch if the prompts of a class can't be told apart.
-
-    It is the entropy of the smoothed targets, spread evenly within each class. The pair losses
-    share it: they put the same mass on a class and differ only in how they spread it within, which
-    tied prompts can't follow.
-
-    Args:
-        labels: (B,) class indices of the batch, over all processes.
-        loss: a name of `LOSSES`.
-        num_classes: C; only `class_prompts` uses it.
-    """
-    if loss == "class_prompts":
-        other = label_smoothing / num_classes
-        own = 1 - label_smoothing + other
-        return float(-xlogy(own, own) - (num_classes - 1) * xlogy(other, other))
-    size = len(labels)
-    _, class_of, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    alike = counts[class_of]  # (B,) images of the same class, itself included
-    others = label_smoothing / size * (size - alike)  # (B,) target of the other classes together
-    return float(
-        np.mean(-xlogy(1 - others, (1 - others) / alike) - xlogy(others, label_smoothing / size))
-    )
-
-
-def mean_floor(
-    labels: np.ndarray,
-    sampler: ClusterBatchSampler,
-    loss: str,
-    label_smoothing: float,
-    num_classes: int,
-) -> float:
-    """`loss_floor` over the batches of an epoch; labels (N,) of all samples."""
-    batches = sampler.global_batches()
-    floors = [loss_floor(labels[batch], loss, label_smoothing, num_classes) for batch in batches]
-    return float(np.mean(floors))
 
 
 def gather(embeds: torch.Tensor) -> torch.Tensor:

@@ -46,7 +46,6 @@ from nicheclip.training.distillation import (
     prompt_targets,
 )
 from nicheclip.training.feature_cache import StageFeatures
-from nicheclip.training.losses import mean_floor
 from nicheclip.training.sampler import ClusterBatchSampler
 from nicheclip.training.stages import set_trainable, trainable_names
 from nicheclip.training.towers import StageTowers, cut_before
@@ -327,10 +326,7 @@ class StagedTrainer:
         self.epochs += [row | {"stage": stage.name, "kept": row == kept} for row in looks(state)]
         noted = {"name": stage.name, "tried": tried, "chosen": chosen, "mixes": mixes}
         if variant.loss != "distillation":
-            sampler, smoothing = self._sampler(variant), self.args.label_smoothing_factor
-            classes = len(self.domain.classes)
-            floor = mean_floor(self.train_dataset.labels, sampler, variant.loss, smoothing, classes)
-            noted["batches"] = sampler.composition() | {"loss_floor": floor}
+            noted["batches"] = self._sampler(variant).composition()
             (self.sampling,) = variant.sampling or [self.sampling]
         self.stages.append(noted)
         self.epochs_done += variant.epochs[0] * variant.runs
