@@ -17,6 +17,7 @@ import pytest
 from safetensors.torch import load_file
 
 from nicheclip.domain import Domain
+from nicheclip.evaluation.probe import STRONG_PROBE_FILE
 from nicheclip.run import load_prepared
 from nicheclip.training.sampler import ClusterBatchSampler
 from tests.conftest import ROOT
@@ -124,8 +125,9 @@ def test_two_processes_see_each_batch_once_and_learn_as_one(prepared, tmp_path):
     states = [load_file(run / "model" / "model.safetensors") for run in (alone, together)]
     assert max((states[0][name] - states[1][name]).abs().max().item() for name in states[0]) < 1e-3
     files = [{path.name for path in run.iterdir()} for run in (alone, together)]
-    written = {"domain.yaml", "cache", "checkpoints", "model", "training.json", "trained_on.json"}
-    assert files[0] == files[1] == {"data", ".lock", ".holder", *written}
+    written = {"cache", "checkpoints", "model", "training.json", "trained_on.json"}
+    given = {"data", "domain.yaml", ".lock", ".holder"}
+    assert files[0] == files[1] == {*given, *written, STRONG_PROBE_FILE}
 
 
 @pytest.mark.slow

@@ -255,7 +255,7 @@ class StagedTrainer:
             self.domain,
             stage,
             average,
-            model=towers,
+            model=copy.copy(towers),  # accelerate marks and wraps what it is given
             args=args,
             eval_dataset=self.eval_dataset,
             processing_class=self.processor,
