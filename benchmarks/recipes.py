@@ -1,4 +1,4 @@
-"""python -m benchmarks.recipes [DOMAIN] [--images FOLDER] [--base MODEL] [--seeds 701 702 703]
+"""python -m benchmarks.recipes [DOMAIN] [--images FOLDER ...] [--base MODEL] [--seeds 701 702 703]
 
 What our recipe is worth beside rivals (the base as it is, probes, few-shot heads, ways of
 fine-tuning, the article's), and what each part of it is worth: variants with one change each. All
@@ -19,6 +19,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,7 @@ from benchmarks.comparison import OURS, draw, footnote, markdown_table, summary,
 from benchmarks.judge import Result, evaluate, on_features, zero_shot
 from benchmarks.rivals import linear, lp_plus_plus, strong, tip_adapter_f
 from data_prep.prepare import DATA_SETTINGS, prepare
-from nicheclip.clip import (
-    load_clip,
-)
+from nicheclip.clip import load_clip
 from nicheclip.domain import Domain
 from nicheclip.files import read_json, write_json
 from nicheclip.recipe import RECIPES
@@ -142,7 +141,7 @@ def result_of(name: str, recipe: Recipe, domain: Domain, seed: int, args: Any) -
     """The result of a recipe with one seed: what lies there, if it was made of the same."""
     domain = Domain.model_validate(domain.model_dump(mode="json") | recipe.overrides)
     own_data = sorted(set(recipe.overrides) & DATA_SETTINGS)
-    data_run = prepared(domain, args.images, seed, args.out, "-".join(["data", *own_data]))
+    data_run = prepared(domain, args.images[seed], seed, args.out, "-".join(["data", *own_data]))
     data = read_json(data_run / "data" / "report.json", "")["fingerprint"]
     made_of = json.loads(json.dumps({"domain": domain.model_dump(mode="json"), "data": data}))
     run = args.out / f"{name}-{seed}"
@@ -172,7 +171,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("domain", nargs="?", default="domains/facades", help="a domain file")
-    parser.add_argument("--images", help="class folders or a dataset instead of the domain's own")
+    told = "class folders or a dataset instead of the domain's own; several: one for each seed"
+    parser.add_argument("--images", nargs="+", help=told)
     parser.add_argument("--base", help="a Hub id or a folder instead of the domain's own base")
     parser.add_argument("--seeds", type=int, nargs="+", default=[701, 702, 703])
     parser.add_argument("--out", type=Path, help="where the runs lie")
@@ -182,6 +182,10 @@ def main() -> None:
     domain = Domain.load(args.domain, base=args.base)
     args.out = args.out or Path("runs/benchmarks") / f"recipes-{domain.name}"
     listed = recipes(domain)
+    images = args.images or [None]
+    if len(images) not in (1, len(args.seeds)):
+        parser.error(f"--images has {len(images)} folders; expected one, or one for each seed")
+    args.images = dict(zip(args.seeds, cycle(images), strict=False))
     if unknown := sorted(set(args.only or []) - set(listed)):
         parser.error(f"--only {unknown[0]}: expected of {', '.join(listed)}")
     found: dict[str, list[Result]] = {}
