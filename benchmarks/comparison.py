@@ -1,15 +1,12 @@
-"""Recipes compared: pooled over seeds, paired by image; their table and picture."""
+"""Recipes compared: pooled over seeds, paired by image; their table."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
-from model_card.figures import BASE, INK, STYLE, TUNED
 from nicheclip.domain import Domain
 from nicheclip.evaluation.intervals import Measure, bootstrap, proportion
 
@@ -134,39 +131,6 @@ def footnote(rows: dict[str, dict[str, Any]], domain: Domain) -> str:
     )
 
 
-def draw(domain: Domain, rows: dict[str, dict[str, Any]], folder: Path) -> None:
-    """Each recipe's difference to ours in points of accuracy, with its paired interval."""
-    compared = {title: row["difference"] for title, row in rows.items() if row["difference"]}
-    if not compared:
-        return
-    ours = next(row for row in rows.values() if row["difference"] is None)
-    values, lows, highs = (
-        100 * np.array([difference[key] for difference in compared.values()])
-        for key in ("value", "low", "high")
-    )
-    heights = np.arange(len(compared))[::-1]
-    clear = (lows > 0) | (highs < 0)
-    with matplotlib.rc_context(STYLE | {"svg.fonttype": "none", "svg.hashsalt": "ablations"}):
-        figure = Figure(figsize=(8, 0.32 * len(compared) + 1.5), layout="constrained")
-        axes = figure.subplots()
-        axes.axvline(0, color=BASE, linewidth=1.5, zorder=0)
-        axes.hlines(heights, lows, highs, color=TUNED, linewidth=1.6)
-        fill = np.where(clear, TUNED, "white")
-        axes.scatter(values, heights, s=42, color=fill, edgecolor=TUNED, zorder=3)
-        axes.set_yticks(heights, list(compared))
-        axes.set_ylim(-0.6, len(compared) - 0.4)
-        axes.tick_params(axis="y", length=0)
-        axes.spines["left"].set_visible(False)
-        axes.grid(axis="x", alpha=0.3)
-        axes.set_xlabel("points of test accuracy, 95 % interval paired by image; filled: without 0")
-        axes.xaxis.label.set_color(INK)
-        title = f"{domain.title}\nagainst ours ({ours['accuracy']['value']:.1%}, the grey line)"
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-        folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / f"ablations_{domain.name}.png")
-        figure.savefig(folder / f"ablations_{domain.name}.svg", metadata={"Date": None})
-
-
 def write_docs(path: Path, domain: Domain, table: str, note: str) -> None:
     """Puts table and note between the domain's markers; all other text stays as it is."""
     text = path.read_text(encoding="utf-8") if path.is_file() else "# What the recipe is worth\n"
@@ -176,7 +140,6 @@ def write_docs(path: Path, domain: Domain, table: str, note: str) -> None:
     if place.search(text):
         text = place.sub(lambda _: block, text, count=1)
     else:
-        picture = f"![Each recipe's gain or loss](images/ablations_{domain.name}.png)"
-        text = "\n\n".join([text.rstrip(), f"## {domain.title}", picture, block]) + "\n"
+        text = "\n\n".join([text.rstrip(), f"## {domain.title}", block]) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")

@@ -3,7 +3,7 @@
 What our recipe is worth beside rivals (the base as it is, probes, few-shot heads, ways of
 fine-tuning, the article's), and what each part of it is worth: variants with one change each. All
 on the same data and the same test images; rivals choose their rates on validation as ours does.
-Writes the domain's table into docs/ablations.md, with a picture.
+Writes the domain's table into docs/ablations.md.
 
 Each recipe and seed has a folder of its own under OUT with a result.json: an interrupted benchmark
 goes on where it was. It reads the test split, which is its to name: nothing is chosen by it.
@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import train
-from benchmarks.comparison import OURS, draw, footnote, markdown_table, summary, write_docs
+from benchmarks.comparison import OURS, footnote, markdown_table, summary, write_docs
 from benchmarks.judge import Result, evaluate, on_features, zero_shot
+from benchmarks.lora import clip_lora
 from benchmarks.rivals import linear, lp_plus_plus, strong, tip_adapter_f
 from data_prep.prepare import DATA_SETTINGS, prepare
 from nicheclip.clip import load_clip
@@ -81,6 +82,7 @@ def recipes(domain: Domain) -> dict[str, Recipe]:
         "strong_probe": Recipe("strong probe", run=partial(on_features, rival=strong)),
         "lp_plus_plus": Recipe("LP++", run=partial(on_features, rival=lp_plus_plus)),
         "tip_adapter_f": Recipe("Tip-Adapter-F", run=partial(on_features, rival=tip_adapter_f)),
+        "clip_lora": Recipe("CLIP-LoRA", run=clip_lora),
         "projection": Recipe("visual projection (ProLIP)", stages({"name": "map", **projection})),
         "full": Recipe("all weights at once", stages(everything)),
         "flyp": Recipe("FLYP + WiSE-FT", stages(everything | {"loss": "info_nce"}, wise_ft="auto")),
@@ -208,7 +210,6 @@ def main() -> None:
         print("\n\n".join(["", markdown_table(rows), note]))
         write_json(args.out / "recipes.json", {"domain": domain.name, "rows": rows, "note": note})
     if ours and not args.only:
-        draw(domain, rows, args.docs / "images")
         write_docs(args.docs / "ablations.md", domain, markdown_table(rows), note)
     if failures:
         sys.exit(f"{failures} runs failed; the same command tries them again")
