@@ -89,8 +89,9 @@ class WeightAverage(TrainerCallback):
 
     def __init__(self, model: StageTowers, decay: float):
         self.model, self.decay = model, decay
+        self.trained = model.trained()
         self.weights: dict[str, torch.Tensor] = {}
-        for name, part in model.trained().items():
+        for name, part in self.trained.items():
             self.weights[name] = part.detach().clone() if decay else part
 
     @torch.no_grad()
@@ -99,7 +100,7 @@ class WeightAverage(TrainerCallback):
         if self.decay:
             decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
             update = get_ema_multi_avg_fn(decay)
-            update(list(self.weights.values()), list(self.model.trained().values()), 0)
+            update(list(self.weights.values()), list(self.trained.values()), 0)
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -107,7 +108,7 @@ class WeightAverage(TrainerCallback):
         if not self.decay:
             yield
             return
-        trained = {name: part.detach().clone() for name, part in self.model.trained().items()}
+        trained = self.model.copies()
         self.model.load(self.weights)
         try:
             yield
@@ -117,7 +118,7 @@ class WeightAverage(TrainerCallback):
     def save(self, path: Path) -> None:
         """Weights and average, as a checkpoint has them."""
         both: dict[str, torch.Tensor] = {
-            f"{WEIGHTS}{name}": part for name, part in self.model.trained().items()
+            f"{WEIGHTS}{name}": part for name, part in self.trained.items()
         }
         if self.decay:
             both |= {f"{AVERAGE}{name}": part for name, part in self.weights.items()}

@@ -94,9 +94,10 @@ class ContrastiveTrainer(Trainer):
         """The loss of the batch of all processes together; distinct prompts are encoded once."""
         loss_function, labels = LOSSES[self.stage.loss], inputs["labels"]
         self.samples = inputs["samples"]
-        prompts, prompt_of_image = inputs["prompts"].unique(return_inverse=True)
         if loss_function is class_prompts:
             prompts = self._prompt_of_each_class()
+        else:
+            prompts, prompt_of_image = inputs["prompts"].unique(return_inverse=True)
         image_embeds, text_embeds, scale = model(inputs["images"], prompts)
         joint_embeds, joint_labels = gather(image_embeds), gather(labels)
         if loss_function is not class_prompts:

@@ -98,7 +98,7 @@ class Views(torch.utils.data.Dataset):
 
 
 class TrainingSamples(Views):
-    """The samples of one epoch: each image as often as its `repeats`, with a view and a prompt.
+    """The samples of one epoch: each image as often as its `repeats`, each with a view of its own.
 
     What a sample draws depends on seed, epoch and its index alone, so not on workers, processes or
     a restart.
@@ -111,6 +111,7 @@ class TrainingSamples(Views):
             each sample draws one of its own.
         epochs_before: those of earlier stages, which `epoch` counts as well.
         patch_dropout: share of the patches' kept states that a sample leaves out.
+        with_prompts: whether each sample draws a prompt of its class.
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class TrainingSamples(Views):
         self.side = image_side(processor)
         self.seed = seed
         self.views = self.epoch = self.epochs_before = 0
-        self.patch_dropout = 0.0
+        self.patch_dropout, self.with_prompts = 0.0, True
         self.labels_of_rows = self.labels
         self.sample("balanced")
 
@@ -138,6 +139,8 @@ class TrainingSamples(Views):
         balanced = sampling == "balanced"
         self.repeats = np.asarray(self.rows["repeats"]) if balanced else np.ones(count, int)
         self.row_of_sample = np.repeat(np.arange(count), self.repeats)
+        first = np.cumsum(self.repeats) - self.repeats  # (rows,) the first sample of each
+        self.visit_of_sample = np.arange(len(self)) - first[self.row_of_sample]
         self.labels = self.labels_of_rows[self.row_of_sample]
 
     def set_epoch(self, epoch: int) -> None:
@@ -160,21 +163,24 @@ class TrainingSamples(Views):
         return len(self.row_of_sample)
 
     def __getitem__(self, sample: int) -> dict[str, Any]:
-        rng = np.random.default_rng([self.seed, self.epoch, sample])
         row, label = int(self.row_of_sample[sample]), int(self.labels[sample])
+        item: dict[str, Any] = {"labels": label, "samples": sample}
         if self.views:
-            visit = sample - np.searchsorted(self.row_of_sample, row)
-            turn = self.epoch * self.repeats[row] + visit
-            images = self._without_patches(self.features(row, int(turn % self.views)), rng)
-        else:
-            images = self._augmented(self.rows[row]["image"], rng)
-        prompts = self.prompts_of_class[label]
-        prompt = int(prompts[rng.integers(len(prompts))])
-        return {"images": images, "prompts": prompt, "labels": label, "samples": sample}
+            turn = self.epoch * self.repeats[row] + self.visit_of_sample[sample]
+            item["images"] = self.features(row, int(turn % self.views))
+            drops_patches = self.patch_dropout and item["images"].ndim > 1
+            if not (drops_patches or self.with_prompts):
+                return item  # most of a head's time would go into generators that nobody asks
+        rng = np.random.default_rng([self.seed, self.epoch, sample])
+        if not self.views:
+            item["images"] = self._augmented(self.rows[row]["image"], rng)
+        elif drops_patches:
+            item["images"] = self._without_patches(item["images"], rng)
+        if self.with_prompts:
+            item["prompts"] = int(rng.choice(self.prompts_of_class[label]))
+        return item
 
     def _without_patches(self, states: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-        if states.ndim == 1 or not self.patch_dropout:
-            return states
         patches = len(states) - 1  # the first one is the class token
         kept = rng.permutation(patches)[: round(patches * (1 - self.patch_dropout))]
         return states[[0, *np.sort(kept + 1)]]

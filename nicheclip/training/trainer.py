@@ -268,6 +268,7 @@ class StagedTrainer:
         args, samples = self.args, self.train_dataset
         samples.sample(*(stage.sampling or [self.sampling]))
         samples.patch_dropout = stage.patch_dropout
+        samples.with_prompts = stage.loss != "class_prompts"
         batch_size = args.train_batch_size * args.world_size
         if stage.batch_size is not None:
             shares = max(1, min(stage.batch_size, len(samples)) // args.world_size)
