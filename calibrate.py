@@ -70,14 +70,7 @@ def calibrate(run: Path) -> None:
         draw_figures(folder, domain, tuned, base, measures, gates)
     with replaced_file(run / CLASS_MEANS_FILE) as unfinished:
         save_file(tuned.head.class_means, unfinished)
-    readings = read_errors(
-        tuned.calibrated,
-        base.calibrated,
-        tuned.embeds["test"],
-        tuned.labels,
-        tuned.embeds["train"],
-        np.array(splits["train"]["label"]),
-    )
+    readings = read_errors(tuned, base, np.array(splits["train"]["label"]))
     write_errors(run / "errors.html", domain, splits["test"], readings, splits["train"])
     write_predictions(run / "predictions.parquet", domain, splits["test"], tuned, base)
     write_json(run / "calibration.json", calibration)

@@ -17,12 +17,12 @@ from PIL import Image
 
 from data_prep.review import Suspicion
 from nicheclip.domain import Domain
+from nicheclip.evaluation.predictions import Outputs
 from nicheclip.publishing.pages import Thumbnails, environment
 
 NEIGHBOURS = 10  # training images that are asked about a label
 DOUBTED = 0.8  # share of them that agree on another label, from which the label looks wrong
 MOST_ERRORS, MOST_RIGHT = 300, 60  # shown; each has up to three pictures
-CHUNK = 512  # test images compared with all training images at a time
 
 
 @dataclass(frozen=True)
@@ -46,50 +46,34 @@ class Reading:
         return self.label != self.predicted
 
 
-def read_errors(
-    calibrated: np.ndarray,
-    base_calibrated: np.ndarray,
-    image_embeds: np.ndarray,
-    labels: np.ndarray,
-    train_embeds: np.ndarray,
-    train_labels: np.ndarray,
-) -> list[Reading]:
-    """All test images, the most confident answers first.
-
-    Args:
-        calibrated, base_calibrated: (N, C) probabilities of the test images, of the model and of
-            its base.
-        image_embeds: (N, D) of the model.
-        labels: (N,) int.
-        train_embeds, train_labels: (M, D) and (M,) int.
-    """
+def read_errors(tuned: Outputs, base: Outputs, train_labels: np.ndarray) -> list[Reading]:
+    """All test images, the most confident answers first; of train's labels (M,) int."""
     readings = []
-    for start in range(0, len(labels), CHUNK):
-        cosines = image_embeds[start : start + CHUNK] @ train_embeds.T  # (CHUNK, M)
-        for row, cosine in enumerate(cosines, start):
-            label, predicted = int(labels[row]), int(calibrated[row].argmax())
-            near = train_labels[np.argsort(-cosine, kind="stable")[:NEIGHBOURS]]
-            others = np.bincount(near, minlength=calibrated.shape[1]) / len(near)  # (C,)
-            others[label] = 0
-            nearest = {}
-            for each in (label, predicted):
-                of_class = np.flatnonzero(train_labels == each)
-                if len(of_class):
-                    found = int(of_class[cosine[of_class].argmax()])
-                    nearest[each] = (found, float(cosine[found]))
-            own, best = float(calibrated[row, label]), float(calibrated[row, predicted])
-            base_predicted = int(base_calibrated[row].argmax())
-            doubt, other = float(others.max()), int(others.argmax())
-            readings.append(
-                Reading(row, label, predicted, own, best, base_predicted, doubt, other, nearest)
-            )
+    for row, label in enumerate(tuned.labels.tolist()):
+        probabilities = tuned.calibrated[row]
+        predicted, base_predicted = int(probabilities.argmax()), int(base.calibrated[row].argmax())
+        cosine = tuned.embeds["train"] @ tuned.embeds["test"][row]  # (M,)
+        near = train_labels[np.argsort(-cosine, kind="stable")[:NEIGHBOURS]]
+        others = np.bincount(near, minlength=len(probabilities)) / len(near)  # (C,)
+        others[label] = 0
+        doubt, other = float(others.max()), int(others.argmax())
+        nearest = {}
+        for each in (label, predicted):
+            of_class = np.flatnonzero(train_labels == each)
+            if len(of_class):
+                found = int(of_class[cosine[of_class].argmax()])
+                nearest[each] = (found, float(cosine[found]))
+        own, best = float(probabilities[label]), float(probabilities[predicted])
+        readings.append(
+            Reading(row, label, predicted, own, best, base_predicted, doubt, other, nearest)
+        )
     return sorted(readings, key=lambda reading: (-reading.best, reading.row))
 
 
 def write_errors(
     path: Path, domain: Domain, test: Dataset, readings: Sequence[Reading], training_set: Dataset
-) -> int:
-    """Writes the page, from the readings of all test images; gives the number of errors."""
+) -> None:
+    """Writes the page, from the readings of all test images."""
     wrong = [reading for reading in readings if reading.wrong]
     doubted = [each for each in readings if not each.wrong and each.doubt >= DOUBTED]
     doubted.sort(key=lambda reading: -reading.doubt)
@@ -127,7 +111,6 @@ def write_errors(
         thumbnails=Thumbnails(picture),
     )
     path.write_text(content, encoding="utf-8", newline="\n")
-    return len(wrong)
 
 
 def _csv(values: Iterable[str]) -> str:
