@@ -54,7 +54,7 @@ def draw_figures(
     with matplotlib.rc_context(STYLE):
         for name, figure in {
             "scorecard": _scorecard(domain, measures, gates),
-            "confusion": _confusion(domain, tuned.labels, tuned),
+            "confusion": _confusion(domain, tuned),
             "classes": _classes(domain, tuned, base),
             "reliability": _reliability(tuned, base, measures),
             "outside": _outside(tuned, measures),
@@ -78,17 +78,16 @@ def _scorecard(domain: Domain, measures: dict[str, Measure], gates: dict[str, Ve
         (0.1, STRONG_PROBE, "strong probe", [each.strong_probe for each in shown]),
         (0.3, TUNED, "fine-tuned", shown),
     ):
-        drawn = [(height + offset, each) for height, each in enumerate(row) if each is not None]
+        drawn = [
+            (y + offset, each.value, each.low, each.high) for y, each in enumerate(row) if each
+        ]
         if drawn:
-            places, found = zip(*drawn, strict=True)
-            values = np.array([each.value for each in found])
-            ends = np.array([[each.low, each.high] for each in found]).T
-            errors = np.maximum(0, [values - ends[0], ends[1] - values])
-            axes.errorbar(
-                values, places, xerr=errors, fmt="o", color=colour, capsize=3, label=label
-            )
+            places, values, low, high = np.array(drawn).T
+            errors = np.maximum(0, [values - low, high - values])
+            look: dict[str, Any] = {"fmt": "o", "color": colour, "capsize": 3, "label": label}
+            axes.errorbar(values, places, xerr=errors, **look)
     if names:
-        targets = [domain.gates[name] for name in names]  # type: ignore[index]
+        targets = [domain.gates[name] for name in names]
         lines = targets, heights - 0.38, heights + 0.38
         axes.vlines(*lines, color=GATE, linewidth=2, label="gate")
         figure.legend(loc="outside lower center", ncols=5)
@@ -104,10 +103,10 @@ def _scorecard(domain: Domain, measures: dict[str, Measure], gates: dict[str, Ve
     return figure
 
 
-def _confusion(domain: Domain, labels: np.ndarray, tuned: Outputs) -> Figure:
+def _confusion(domain: Domain, tuned: Outputs) -> Figure:
     """All classes by cluster; of more than `MOST_CLASSES` those that are confused most."""
-    count, order = len(domain.classes), np.array(domain.by_cluster)
-    matrix = confusion_matrix(tuned.calibrated.argmax(axis=1), labels, count)
+    count, order = len(domain.classes), domain.by_cluster
+    matrix = confusion_matrix(tuned.predicted, tuned.labels, count)
     if count > MOST_CLASSES:
         wrong = matrix - np.diag(np.diag(matrix))
         most = np.argsort(-(wrong.sum(axis=0) + wrong.sum(axis=1)), kind="stable")[:MOST_CLASSES]
@@ -129,7 +128,7 @@ def _confusion(domain: Domain, labels: np.ndarray, tuned: Outputs) -> Figure:
     names, places = [domain.class_names[index] for index in order], range(len(order))
     axes.set_xticks(places, names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
     axes.set_yticks(places, names, fontsize=8)
-    title = f"Confusions on {len(labels)} test images (boxes: clusters)"
+    title = f"Confusions on {len(tuned.labels)} test images (boxes: clusters)"
     if count > len(order):
         title += f"\n{len(order)} of {count} classes, the most confused"
     axes.set(xlabel="predicted", ylabel="labelled", title=title)
@@ -140,7 +139,7 @@ def _confusion(domain: Domain, labels: np.ndarray, tuned: Outputs) -> Figure:
 
 def _classes(domain: Domain, tuned: Outputs, base: Outputs) -> Figure:
     """F1 of each class, of the lowest `MOST_CLASSES` where there are more, and a map."""
-    count, order = len(domain.classes), np.array(domain.by_cluster)
+    count, order = len(domain.classes), domain.by_cluster
     of_base, of_tuned = (
         class_scores(outputs.predicted, outputs.labels, count)[2] for outputs in (base, tuned)
     )
@@ -186,15 +185,14 @@ def _reliability(tuned: Outputs, base: Outputs, measures: dict[str, Measure]) ->
         (after, tuned.calibrated, "ece", "after"),
     ):
         confidence, accuracy, counts = reliability(probabilities.max(axis=1), tuned.right)
-        filled, centres = counts > 0, (np.arange(N_BINS) + 0.5) / N_BINS
-        confidence, accuracy, own = confidence[filled], accuracy[filled], counts[filled].astype(int)
         axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=":")
+        centres = (np.arange(N_BINS) + 0.5) / N_BINS
         shares: dict[str, Any] = {"color": BASE, "alpha": 0.35, "label": "share of images"}
         axes.bar(centres, counts / counts.sum(), width=1 / N_BINS, **shares)
-        ends = [
-            binomtest(round(share * n), n).proportion_ci(method="wilson")
-            for share, n in zip(accuracy, own.tolist(), strict=True)
-        ]
+        confidence, accuracy, counts = (each[counts > 0] for each in (confidence, accuracy, counts))
+        hits = np.rint(accuracy * counts).astype(int).tolist()
+        tests = [binomtest(*pair) for pair in zip(hits, counts.tolist(), strict=True)]
+        ends = [each.proportion_ci(method="wilson") for each in tests]
         points: dict[str, Any] = {"color": TUNED, "marker": "o", "markersize": 4, "linewidth": 1}
         errors = np.abs(np.array(ends).T - accuracy)
         axes.errorbar(confidence, accuracy, errors, label="accuracy, 95 % interval", **points)
@@ -220,18 +218,17 @@ def _reliability(tuned: Outputs, base: Outputs, measures: dict[str, Measure]) ->
 def _outside(tuned: Outputs, measures: dict[str, Measure]) -> Figure:
     """The score that decides, of test images and of each kind of OOD picture."""
     score, threshold = tuned.ood.score, tuned.ood.threshold
-    of_kinds = dict(zip(KINDS, tuned.ood_scores[score], strict=True))
-    rows = {"test images": tuned.own_scores[score], **of_kinds}
+    of_kinds = dict(zip(KINDS[::-1], tuned.ood_scores[score][::-1], strict=True))
+    rows = of_kinds | {"test images": tuned.own_scores[score]}
     figure, axes = _figure(8, 0.42 * len(rows) + 1.3)
-    heights = np.arange(len(rows))[::-1]
-    for height, (name, values) in zip(heights, rows.items(), strict=True):
+    for height, (name, values) in enumerate(rows.items()):
         jitter = np.random.default_rng(0).uniform(-0.3, 0.3, len(values))
         colour = TUNED if name == "test images" else GATE
         axes.scatter(values, height + jitter, s=6, alpha=0.35, linewidths=0, color=colour)
         told = f"{(values >= threshold).mean():.0%} accepted, n = {len(values)}"
         axes.text(1.02, height, told, va="center", transform=axes.get_yaxis_transform(), fontsize=9)
     axes.axvline(threshold, color=INK, linestyle="--", linewidth=1)
-    axes.set_yticks(heights, list(rows))
+    axes.set_yticks(range(len(rows)), list(rows))
     axes.set(
         xlabel=f"{score.replace('_', ' ')}; left of the line the answer is “outside my domain”"
     )
