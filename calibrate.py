@@ -62,7 +62,7 @@ def calibrate(run: Path) -> None:
         "n": len(splits["calibration"]),
         **tuned.fitted,
         "trained_logit_scale": tuned.head.trained_logit_scale,
-        "ood": asdict(tuned.ood),
+        "ood": tuned.ood,
         "base": base.fitted,
         **{name: probe.fitted for name, probe in probes.items()},
     }

@@ -44,7 +44,7 @@ def build(
     calibration = read_json(run / "calibration.json", remedy, ["ood"])
     training = read_json(run / "training.json", f"run `accelerate launch train.py {run}` first")
     domain, splits, counts = Domain.load(run), load_prepared(run), read_report(run)["counts"]
-    measures = {name: Measure.from_dict(fields) for name, fields in scorecard["metrics"].items()}
+    measures = {name: Measure(**fields) for name, fields in scorecard["metrics"].items()}
     title = f"CLIP for {domain.title[0].lower()}{domain.title[1:]}"
     base = None if Path(domain.base).is_dir() else domain.base
     results = [

@@ -217,7 +217,7 @@ def _reliability(tuned: Outputs, base: Outputs, measures: dict[str, Measure]) ->
 
 def _outside(tuned: Outputs, measures: dict[str, Measure]) -> Figure:
     """The score that decides, of test images and of each kind of OOD picture."""
-    score, threshold = tuned.ood.score, tuned.ood.threshold
+    score, threshold = tuned.ood["score"], tuned.ood["threshold"]
     of_kinds = dict(zip(KINDS[::-1], tuned.ood_scores[score][::-1], strict=True))
     rows = of_kinds | {"test images": tuned.own_scores[score]}
     figure, axes = _figure(8, 0.42 * len(rows) + 1.3)

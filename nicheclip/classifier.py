@@ -92,30 +92,25 @@ def onnx_tower(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda pixels: torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0])
 
 
+@dataclass(frozen=True)
 class NicheClassifier:
-    """A calibrated zero-shot classifier over the classes that the model was fine-tuned for.
+    """A calibrated zero-shot classifier over the classes that the model was fine-tuned for."""
 
-    Args:
-        tower: pixel_values (B, 3, S, S) -> unit-length image_embeds (B, D).
-        settings: the content of nicheclip.json.
-        text_tower: M texts -> unit-length text_embeds (M, D), where there is one.
-    """
+    tower: Callable[[torch.Tensor], torch.Tensor]  # pixel_values (B, 3, S, S) -> unit (B, D)
+    head: Head
+    image_processor: Any
+    settings: dict[str, Any]  # the content of nicheclip.json
+    text_tower: Callable[[list[str]], torch.Tensor] | None = None  # M texts -> unit (M, D)
 
-    def __init__(
-        self,
-        tower: Callable[[torch.Tensor], torch.Tensor],
-        head: Head,
-        image_processor,
-        settings: dict[str, Any],
-        text_tower: Callable[[list[str]], torch.Tensor] | None = None,
-    ):
-        self.tower = tower
-        self.head = head
-        self.image_processor = image_processor
-        self.settings = settings
-        self.text_tower = text_tower
-        self.class_names: list[str] = settings["class_names"]
-        self.threshold: float = settings["abstention"]["threshold"]
+    @property
+    def class_names(self) -> list[str]:
+        """In the order of the class indices."""
+        return self.settings["class_names"]
+
+    @property
+    def threshold(self) -> float:
+        """The confidence below which the answer is "not sure"."""
+        return self.settings["abstention"]["threshold"]
 
     @classmethod
     def from_pretrained(

@@ -25,7 +25,7 @@ def read_scorecard(folder: Path) -> tuple[dict[str, Measure], Gates]:
     """The metrics of a published folder, and the gates that some of them have, by name."""
     remedy = "build the folder again with `python -m model_card RUN`"
     scorecard = read_json(folder / "scorecard.json", remedy, ["metrics", "gates", "ood"])
-    measures = {name: Measure.from_dict(each) for name, each in scorecard["metrics"].items()}
+    measures = {name: Measure(**each) for name, each in scorecard["metrics"].items()}
     return measures, scorecard["gates"]
 
 

@@ -189,7 +189,7 @@ def write_predictions(
         "probabilities": tuned.calibrated.tolist(),
         "base_probabilities": base.calibrated.tolist(),
         "prediction_set": [names[row].tolist() for row in tuned.sets],
-        "domain_score": tuned.own_scores[tuned.ood.score].tolist(),
+        "domain_score": tuned.own_scores[tuned.ood["score"]].tolist(),
     }
     with quiet_datasets(), replaced_file(path) as unfinished:
         Dataset.from_dict(columns).to_parquet(unfinished)

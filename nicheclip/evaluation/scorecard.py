@@ -99,7 +99,7 @@ def clip_statistics(outputs: Outputs, domain: Domain) -> dict[str, Statistic]:
     first, *others = prompt_answers(*prompts).T
     consistent = np.mean([each == first for each in others] or [np.full(len(labels), np.nan)], 0)
     noise = outputs.ood_scores["confidence"][KINDS.index("noise")]
-    score, threshold = outputs.ood.score, outputs.ood.threshold
+    score, threshold = outputs.ood["score"], outputs.ood["threshold"]
     own, outside = outputs.own_scores[score], outputs.ood_scores[score].ravel()
     alone = np.arange(len(outside))
     both = np.append(own, outside), np.repeat([True, False], [len(own), len(outside)])
@@ -189,7 +189,7 @@ def tables(tuned: Outputs, base: Outputs, domain: Domain) -> dict[str, Any]:
     kinds: dict[str, Any] = {}
     for index, kind in enumerate(KINDS):
         scores = {name: each[index] for name, each in tuned.ood_scores.items()}
-        accepted = scores[tuned.ood.score] >= tuned.ood.threshold
+        accepted = scores[tuned.ood["score"]] >= tuned.ood["threshold"]
         kinds[kind] = {
             "n": len(accepted),
             "confidence_mean": float(scores["confidence"].mean()),
@@ -240,13 +240,13 @@ def calibration_text(tuned: Outputs) -> str:
     """Temperature, abstention and the OOD threshold in words."""
     temperature, abstention = tuned.fitted["temperature_fit"], tuned.fitted["abstention"]
     aim = "reached" if abstention["target_reached"] else "not reached, so the best at half coverage"
-    aurocs = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in tuned.ood.auroc.items()]
+    aurocs = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in tuned.ood["auroc"].items()]
     warning = f"warning: {temperature['warning']}\n" if temperature["warning"] else ""
     return (
         "\ntemperature {value:.3f} [{low:.3f}, {high:.3f}]; ".format(**temperature)
         + f"below a confidence of {abstention['threshold']:.2f} the answer is 'not sure' (aim: "
         f"{abstention['aim'].replace('_', ' ')} of {abstention['target']:.0%}, {aim} on "
         f"calibration)\n{warning}"
-        f"outside of the domain: {tuned.ood.score.replace('_', ' ')} below "
-        f"{tuned.ood.threshold:.3f} (AUROC on calibration: {', '.join(aurocs)})"
+        f"outside of the domain: {tuned.ood['score'].replace('_', ' ')} below "
+        f"{tuned.ood['threshold']:.3f} (AUROC on calibration: {', '.join(aurocs)})"
     )
