@@ -6,7 +6,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from scipy.stats import binomtest
@@ -156,11 +155,7 @@ def _classes(domain: Domain, tuned: Outputs, base: Outputs) -> Figure:
     which = "each class" if len(order) == count else f"the worst {len(order)} of {count} classes"
     bars.set(xlim=(0, 1), title=f"F1 of {which} (test images)")
     bars.legend(loc="upper center", bbox_to_anchor=(0.5, -0.05), ncols=2)
-    _map(scatter, domain, tuned)
-    return figure
 
-
-def _map(axes: Axes, domain: Domain, tuned: Outputs) -> None:
     perplexity = min(30, (len(tuned.labels) - 1) / 3)
     projection = TSNE(perplexity=perplexity, init="pca", random_state=0)
     places = projection.fit_transform(tuned.embeds["test"])  # (N, 2)
@@ -170,12 +165,13 @@ def _map(axes: Axes, domain: Domain, tuned: Outputs) -> None:
             x, y = places[tuned.labels == domain.class_names.index(name)].T
             marker = MARKERS[position % len(MARKERS)]
             look: dict[str, Any] = {"s": 14, "alpha": 0.75, "linewidths": 0}
-            axes.scatter(x, y, color=colour, marker=marker, label=name, **look)
+            scatter.scatter(x, y, color=colour, marker=marker, label=name, **look)
     title = "Map of the fine-tuned image_embeds (t-SNE; colour: cluster)"
-    axes.set(xticks=[], yticks=[], title=title)
-    axes.spines[:].set_visible(False)
-    if len(domain.classes) <= MOST_CLASSES:
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, markerscale=1.4)
+    scatter.set(xticks=[], yticks=[], title=title)
+    scatter.spines[:].set_visible(False)
+    if count <= MOST_CLASSES:
+        scatter.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, markerscale=1.4)
+    return figure
 
 
 def _reliability(tuned: Outputs, base: Outputs, measures: dict[str, Measure]) -> Figure:
@@ -229,8 +225,7 @@ def _outside(tuned: Outputs, measures: dict[str, Measure]) -> Figure:
         axes.text(1.02, height, told, va="center", transform=axes.get_yaxis_transform(), fontsize=9)
     axes.axvline(threshold, color=INK, linestyle="--", linewidth=1)
     axes.set_yticks(range(len(rows)), list(rows))
-    axes.set(
-        xlabel=f"{score.replace('_', ' ')}; left of the line the answer is “outside my domain”"
-    )
+    name = score.replace("_", " ")
+    axes.set_xlabel(f"{name}; left of the line the answer is “outside my domain”")
     axes.set_title(f"Is it of the domain? AUROC {measures['ood_auroc']}")
     return figure

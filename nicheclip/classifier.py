@@ -76,22 +76,6 @@ class Prediction:
         return f"{self.label or 'not sure'} ({self.best} {self.confidence:.0%}{among})"
 
 
-def onnx_tower(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A `VisualTower` that `python -m model_card RUN --onnx` has exported, by onnxruntime on CPU.
-
-    Raises:
-        ImportError: if onnxruntime is not installed.
-    """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ImportError(
-            f"'{path}' needs onnxruntime: `pip install 'nicheclip[onnx]'`, or use backend='torch'"
-        ) from error
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda pixels: torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0])
-
-
 @dataclass(frozen=True)
 class NicheClassifier:
     """A calibrated zero-shot classifier over the classes that the model was fine-tuned for."""
@@ -156,7 +140,19 @@ class NicheClassifier:
                 f"'{path}' is missing; use backend='torch', or `python -m model_card RUN --onnx` "
                 "(it leaves INT8 out where that costs too much: onnx/report.json)"
             )
-        return cls(onnx_tower(path), head, processor.image_processor, settings)
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise ImportError(
+                f"'{path}' needs onnxruntime: `pip install 'nicheclip[onnx]'`, or use "
+                "backend='torch'"
+            ) from error
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+        def tower(pixels: torch.Tensor) -> torch.Tensor:
+            return torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0])
+
+        return cls(tower, head, processor.image_processor, settings)
 
     @torch.inference_mode()
     def image_embeds(self, images: Sequence[Photo]) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,14 +13,8 @@ from transformers import CLIPModel, CLIPProcessor
 
 from nicheclip.clip import VisualTower, encode_images, encode_texts, image_side
 from nicheclip.domain import Domain
+from nicheclip.evaluation import ood
 from nicheclip.evaluation.calibration import fit
-from nicheclip.evaluation.ood import (
-    KINDS,
-    PER_KIND,
-    fit_class_means,
-    fit_ood_threshold,
-    ood_pictures,
-)
 from nicheclip.evaluation.probe import fit_probe
 from nicheclip.evaluation.robustness import CHANGES
 from nicheclip.files import quiet_datasets, replaced_file
@@ -97,18 +92,18 @@ class Outputs(Predictions):
         domain: Domain,
         reference: bool = False,
     ):
-        class_means = fit_class_means(embeds["train"], np.array(splits["train"]["label"]))
+        class_means = ood.fit_class_means(embeds["train"], np.array(splits["train"]["label"]))
         head = Head(embeds["prototypes"], class_means, trained_logit_scale)
         super().__init__(head, embeds, splits, domain, reference)
         self.features = features
         self.similarity = embeds["test"] @ embeds["prompts"].T
         self.prompt_classes = np.array(domain.prompt_bank[1])
-        own, choosing, self.own_scores, ood = (
+        own, choosing, self.own_scores, others = (
             self.head.ood_scores(embeds[name])
             for name in ("calibration", "OOD, choosing", "test", "OOD")
         )
-        self.ood = fit_ood_threshold(own, choosing)
-        self.ood_scores = {name: each.reshape(len(KINDS), -1) for name, each in ood.items()}
+        self.ood = ood.fit_ood_threshold(own, choosing)
+        self.ood_scores = {name: each.reshape(len(ood.KINDS), -1) for name, each in others.items()}
         after, tried = embeds["changed"], _tried(len(self.labels))  # (K, T, D), (T,)
         self.cosine, self.same = np.full((2, len(CHANGES), len(self.labels)), np.nan)
         self.cosine[:, tried] = (after * embeds["test"][tried]).sum(axis=2)
@@ -128,22 +123,21 @@ def fit_and_run(
 ) -> Outputs:
     """Encodes all that `Outputs` needs; of a reference validation too, which chooses its probe."""
 
-    def embed(images: Iterable[Image.Image], total: int, what: str) -> np.ndarray:
-        return encode_images(model, processor, images, total, description=f"{what}, {title}")
+    def embed(images: Iterable[Image.Image], total: int, what: str, **options: Any) -> np.ndarray:
+        about = f"{what}, {title}"
+        return encode_images(model, processor, images, total, description=about, **options)
 
     def embed_ood(own: Dataset, seed: int) -> np.ndarray:
-        side, pictures = image_side(processor), own[:PER_KIND]["image"]
-        drawn = chain.from_iterable(ood_pictures(kind, side, seed, pictures) for kind in KINDS)
-        return embed(drawn, PER_KIND * len(KINDS), "OOD pictures")
+        given = image_side(processor), seed, own[: ood.PER_KIND]["image"]
+        drawn = chain.from_iterable(ood.ood_pictures(kind, *given) for kind in ood.KINDS)
+        return embed(drawn, ood.PER_KIND * len(ood.KINDS), "OOD pictures")
 
     embeds, features, tower = {}, {}, VisualTower(model)
     for name, rows in splits.items():
         if not reference and name == "validation":
             continue
-        what, images = f"{name} split, {title}", (row["image"] for row in rows)
-        features[name] = encode_images(
-            model, processor, images, len(rows), description=what, pooled=True
-        )
+        images = (row["image"] for row in rows)
+        features[name] = embed(images, len(rows), f"{name} split", pooled=True)
         with torch.inference_mode():
             projected = tower.project(torch.from_numpy(features[name]).to(model.device))
         embeds[name] = projected.cpu().numpy()
@@ -154,9 +148,8 @@ def fit_and_run(
     changed = (change(row["image"]) for change in CHANGES.values() for row in test)
     after = embed(changed, len(CHANGES) * len(test), "mild changes")
     embeds["changed"] = after.reshape(len(CHANGES), len(test), -1)
-    texts = {"prototypes": domain.canonical_prompts, "prompts": domain.prompt_bank[0]}
-    for name, prompts in texts.items():
-        embeds[name] = encode_texts(model, processor, prompts).cpu().numpy()
+    embeds["prototypes"] = encode_texts(model, processor, domain.canonical_prompts).cpu().numpy()
+    embeds["prompts"] = encode_texts(model, processor, domain.prompt_bank[0]).cpu().numpy()
     return Outputs(embeds, features, model.logit_scale.item(), splits, domain, reference)
 
 
