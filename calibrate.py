@@ -83,8 +83,7 @@ def calibrate(run: Path) -> None:
         **scorecard.tables(tuned, base, domain),
     }
     write_json(run / "scorecard.json", results)
-    print(scorecard.scorecard_text(measures, gates))
-    print(scorecard.calibration_text(tuned))
+    print(scorecard.scorecard_text(measures, gates, tuned))
     print(f"\nread the errors in {run / 'errors.html'}; the figures are in {run / 'figures'}")
     print(f"next: python -m model_card {run}")
 

@@ -12,8 +12,7 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset
-from PIL import Image
+from datasets import Dataset, concatenate_datasets
 
 from data_prep.review import Suspicion
 from nicheclip.domain import Domain
@@ -79,13 +78,8 @@ def write_errors(
     doubted.sort(key=lambda reading: -reading.doubt)
     names, hashes = domain.class_names, test["sha256"][:]
     sources = {"test": test["source_id"][:], "train": training_set["source_id"][:]}
-    place: dict[str, tuple[Dataset, int]] = {}
-    for rows in (training_set, test):
-        place |= {source_id: (rows, row) for row, source_id in enumerate(rows["source_id"])}
-
-    def picture(source_id: str) -> Image.Image:
-        rows, row = place[source_id]
-        return rows[row]["image"]
+    pictures = concatenate_datasets([training_set, test])
+    place = {source_id: row for row, source_id in enumerate(pictures["source_id"])}
 
     def review_line(reading: Reading) -> str:
         image = sources["test"][reading.row], names[reading.label], hashes[reading.row]
@@ -108,7 +102,7 @@ def write_errors(
         sources=sources,
         review_line=review_line,
         header=_csv(field.name for field in fields(Suspicion)),
-        thumbnails=Thumbnails(picture),
+        thumbnails=Thumbnails(lambda source_id: pictures[place[source_id]]["image"]),
     )
     path.write_text(content, encoding="utf-8", newline="\n")
 

@@ -64,14 +64,13 @@ def build_app(source: str | Path) -> gr.Blocks:
     index = ImageIndex(folder / INDEX_FILE) if (folder / INDEX_FILE).is_file() else None
     measures, gates = read_scorecard(folder)
     unnoticed = measures["ood_accepted"]
-    told = (
-        f"# {settings['title']}\nThis model knows {len(classifier.class_names)} classes and "
-        f"nothing else. It says when it is not sure; of {unnoticed.n} other pictures it noticed "
-        f"{percent(1 - unnoticed.value)}."
-    )
     hour = (600, 3600)  # visitors' photos are deleted after one
     with gr.Blocks(title=settings["title"], analytics_enabled=False, delete_cache=hour) as app:
-        gr.Markdown(told)
+        gr.Markdown(
+            f"# {settings['title']}\nThis model knows {len(classifier.class_names)} classes and "
+            f"nothing else. It says when it is not sure; of {unnoticed.n} other pictures it "
+            f"noticed {percent(1 - unnoticed.value)}."
+        )
         with gr.Tab("Classify"):
             _classify_tab(classifier, index, sorted((folder / "examples").glob("*.jpg")))
         if index is not None:

@@ -211,8 +211,8 @@ def tables(tuned: Outputs, base: Outputs, domain: Domain) -> dict[str, Any]:
     return {"classes": classes, "ood": kinds, "stability": stability}
 
 
-def scorecard_text(measures: dict[str, Measure], gates: dict[str, Verdict]) -> str:
-    """All measures, those with a gate first, as calibrate.py shows them."""
+def scorecard_text(measures: dict[str, Measure], gates: dict[str, Verdict], tuned: Outputs) -> str:
+    """All measures, those with a gate first, then temperature, abstention and OOD threshold."""
     rows = []
     for name in [*gates, *(name for name in METRIC_TITLES if name in measures.keys() - gates)]:
         found = measures[name]
@@ -222,11 +222,22 @@ def scorecard_text(measures: dict[str, Measure], gates: dict[str, Verdict]) -> s
         row = [METRIC_TITLES[name], *others, str(found), *gains, str(gates.get(name, ""))]
         rows.append([*row, f"{found.n} {found.split}"])
     header = "metric|base|probe|strong probe|fine-tuned [95 % interval]|to base|to probe|gate|n"
+    fit, abstention = tuned.fitted["temperature_fit"], tuned.fitted["abstention"]
+    aim = "reached" if abstention["target_reached"] else "not reached, so the best at half coverage"
+    score, threshold, aurocs = (tuned.ood[name] for name in ("score", "threshold", "auroc"))
+    told = ", ".join(f"{name} {value:.3f}" for name, value in aurocs.items()).replace("_", " ")
+    warning = f"warning: {fit['warning']}\n" if fit["warning"] else ""
     return (
         f"{format_table(header.split('|'), rows)}\n"
         "probe: logistic regression on the base's image_embeds; strong probe: LDA or logistic "
         "regression on its pooled features; to probe: to the better of them; ?: the interval of "
-        "the paired difference holds 0"
+        "the paired difference holds 0\n"
+        f"\ntemperature {fit['value']:.3f} [{fit['low']:.3f}, {fit['high']:.3f}]; below a "
+        f"confidence of {abstention['threshold']:.2f} the answer is 'not sure' (aim: "
+        f"{abstention['aim'].replace('_', ' ')} of {abstention['target']:.0%}, {aim} on "
+        f"calibration)\n{warning}"
+        f"outside of the domain: {score.replace('_', ' ')} below {threshold:.3f} (AUROC on "
+        f"calibration: {told})"
     )
 
 
@@ -234,19 +245,3 @@ def _signed(difference: Measure | None) -> str:
     if difference is None:
         return ""
     return f"{difference.value:+.3f}{' ?' if difference.low <= 0 <= difference.high else ''}"
-
-
-def calibration_text(tuned: Outputs) -> str:
-    """Temperature, abstention and the OOD threshold in words."""
-    temperature, abstention = tuned.fitted["temperature_fit"], tuned.fitted["abstention"]
-    aim = "reached" if abstention["target_reached"] else "not reached, so the best at half coverage"
-    aurocs = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in tuned.ood["auroc"].items()]
-    warning = f"warning: {temperature['warning']}\n" if temperature["warning"] else ""
-    return (
-        "\ntemperature {value:.3f} [{low:.3f}, {high:.3f}]; ".format(**temperature)
-        + f"below a confidence of {abstention['threshold']:.2f} the answer is 'not sure' (aim: "
-        f"{abstention['aim'].replace('_', ' ')} of {abstention['target']:.0%}, {aim} on "
-        f"calibration)\n{warning}"
-        f"outside of the domain: {tuned.ood['score'].replace('_', ' ')} below "
-        f"{tuned.ood['threshold']:.3f} (AUROC on calibration: {', '.join(aurocs)})"
-    )
