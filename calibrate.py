@@ -20,7 +20,7 @@ from nicheclip.clip import load_clip
 from nicheclip.domain import Domain
 from nicheclip.evaluation import scorecard
 from nicheclip.evaluation.intervals import METRIC_TITLES, Verdict, judge_gate
-from nicheclip.evaluation.predictions import fit_and_run, run_probes, write_predictions
+from nicheclip.evaluation.predictions import Outputs, run_probes, write_predictions
 from nicheclip.evaluation.probe import load_strong_probe
 from nicheclip.files import replaced_file, replaced_folder, write_json
 from nicheclip.processes import keep_freed_memory
@@ -49,8 +49,8 @@ def calibrate(run: Path) -> None:
     domain, splits = Domain.load(run), load_prepared(run)
     check_exam(run, splits)
     strong_probe = load_strong_probe(run)
-    tuned = fit_and_run(*load_clip(run / "model"), domain, splits, "fine-tuned")
-    base = fit_and_run(*load_clip(domain.base), domain, splits, "base", reference=True)
+    tuned = Outputs(*load_clip(run / "model"), domain, splits, "fine-tuned")
+    base = Outputs(*load_clip(domain.base), domain, splits, "base", reference=True)
     probes = run_probes(strong_probe, base, splits, domain)
 
     measures = scorecard.compare(tuned, base, probes, domain)
