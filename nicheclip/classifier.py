@@ -91,11 +91,6 @@ class NicheClassifier:
         """In the order of the class indices."""
         return self.settings["class_names"]
 
-    @property
-    def threshold(self) -> float:
-        """The confidence below which the answer is "not sure"."""
-        return self.settings["abstention"]["threshold"]
-
     @classmethod
     def from_pretrained(
         cls, repo_or_path: str | Path, revision: str | None = None, backend: str = "torch"
@@ -191,12 +186,12 @@ class NicheClassifier:
         included = prediction_sets(probabilities, self.settings["conformal"]["quantile"])
         scores = self.head.ood_scores(image_embeds)[self.settings["ood"]["score"]]
         outside = scores < self.settings["ood"]["threshold"]
-        predictions = []
+        threshold, predictions = self.settings["abstention"]["threshold"], []
         for row, own, is_outside in zip(probabilities, included, outside.tolist(), strict=True):
             order = np.argsort(-row, kind="stable")
             found = {self.class_names[index]: float(row[index]) for index in order}
             named = [self.class_names[index] for index in order if own[index]]
-            predictions.append(Prediction(found, named, is_outside, self.threshold))
+            predictions.append(Prediction(found, named, is_outside, threshold))
         return predictions
 
 

@@ -22,6 +22,26 @@ MOST_WAITING = 100  # requests; more are told to come back
 MOST_NAMED = 4  # classes that a sentence names
 OUTSIDE = "**This looks like nothing that the model knows.** The bars below mean nothing for it."
 EMPTY = "Add a photo to see what the model makes of it."
+# How to ask the model, and this app, from a program.
+USAGE = """
+The model, on your own machine:
+
+```python
+from nicheclip import NicheClassifier
+
+classifier = NicheClassifier.from_pretrained("{}")
+print(classifier(["photo.jpg"])[0])
+```
+
+This app, with `pip install gradio_client` (the whole list is under “Use via API” below):
+
+```python
+from gradio_client import Client, handle_file
+
+client = Client("ADDRESS OF THIS PAGE")
+print(client.predict(handle_file("photo.jpg"), api_name="/classify")[0])
+```
+"""
 FONT = ["system-ui", "sans-serif"]
 # What `launch` takes instead of `gr.Blocks` since Gradio 6. System fonts: nothing is fetched.
 LAUNCH: dict[str, Any] = {
@@ -79,7 +99,7 @@ def build_app(source: str | Path) -> gr.Blocks:
         with gr.Tab("Scorecard"):
             scorecard_tab(folder, measures, gates)
         with gr.Tab("API"):
-            gr.Markdown(usage(folder if Path(source).is_dir() else source))
+            gr.Markdown(USAGE.format(folder if Path(source).is_dir() else source))
     return app.queue(max_size=MOST_WAITING)
 
 
@@ -139,29 +159,6 @@ def _classify_tab(
             return gallery.value[event.index]["image"]["path"]
 
         gallery.select(choose, None, photo, api_visibility="private")
-
-
-def usage(repo_or_path: str | Path) -> str:
-    """How to ask the model, and this app, from a program."""
-    return f"""
-The model, on your own machine:
-
-```python
-from nicheclip import NicheClassifier
-
-classifier = NicheClassifier.from_pretrained("{repo_or_path}")
-print(classifier(["photo.jpg"])[0])
-```
-
-This app, with `pip install gradio_client` (the whole list is under “Use via API” below):
-
-```python
-from gradio_client import Client, handle_file
-
-client = Client("ADDRESS OF THIS PAGE")
-print(client.predict(handle_file("photo.jpg"), api_name="/classify")[0])
-```
-"""
 
 
 def answer(prediction: Prediction) -> str:

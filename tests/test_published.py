@@ -69,7 +69,7 @@ def test_the_classifier_abstains_below_its_threshold(run, test_images):
         probabilities = list(prediction.probabilities.values())
         assert sum(probabilities) == pytest.approx(1, abs=1e-5)
         assert probabilities == sorted(probabilities, reverse=True)
-        unsure = prediction.confidence < classifier.threshold
+        unsure = prediction.confidence < classifier.settings["abstention"]["threshold"]
         assert (prediction.label is None) == (prediction.outside or unsure)
         assert prediction.best in prediction.prediction_set
     with pytest.raises(TypeError, match=r"classifier\(\[image\]\)"):

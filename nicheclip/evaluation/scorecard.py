@@ -153,18 +153,15 @@ def compare(tuned: Outputs, base: Outputs, probes: Probes, domain: Domain) -> di
     of_probes = {name: statistics(probe, domain) for name, probe in probes.items()}
     measures = {}
     for name, statistic in clip_statistics(tuned, domain).items():
-        rivals: dict[str, Any] = {
-            key: each[name].measure() for key, each in of_probes.items() if name in each
-        }
-        better = min if name in LOWER_IS_BETTER else max
-        best = better(rivals, key=lambda key: rivals[key].value, default=None)
-        measures[name] = replace(
-            statistic.measure(),
-            base=of_base[name].measure() if name in of_base else None,
-            difference=statistic.minus(of_base[name]) if name in of_base else None,
-            to_probe=statistic.minus(of_probes[best][name]) if best else None,
-            **rivals,
-        )
+        others: dict[str, Any] = {}
+        if name in of_base:
+            others = {"base": of_base[name].measure(), "difference": statistic.minus(of_base[name])}
+        rivals = {key: each[name].measure() for key, each in of_probes.items() if name in each}
+        if rivals:
+            better = min if name in LOWER_IS_BETTER else max
+            best = better(rivals, key=lambda key: rivals[key].value)
+            others |= rivals | {"to_probe": statistic.minus(of_probes[best][name])}
+        measures[name] = replace(statistic.measure(), **others)
     draws = metrics.ece_of_perfect(tuned.confidence)
     low, high = np.percentile(draws, [2.5, 97.5]).tolist()
     measures["ece_of_perfect"] = Measure(float(draws.mean()), low, high, len(tuned.labels), "test")
