@@ -101,11 +101,10 @@ def build(
 def save_examples(run: Path, folder: Path, count: int) -> None:
     """The first test image of each of `count` classes, walking the clusters side by side."""
     domain, test = Domain.load(run), load_prepared(run)["test"]
-    labels = test["label"][:]
-    names = [name for row in zip_longest(*domain.clusters.values()) for name in row if name]
-    indices = [domain.class_names.index(name) for name in names]
-    for index in [index for index in indices if index in labels][:count]:
+    labels = [domain.class_names[label] for label in test["label"]]
+    side_by_side = zip_longest(*domain.clusters.values())
+    for name in [name for row in side_by_side for name in row if name in labels][:count]:
         folder.mkdir(exist_ok=True)
-        name = domain.class_names[index].replace("/", DIVISION_SLASH)
-        picture = open_image(test[labels.index(index)]["image"])
-        (folder / f"{name}.jpg").write_bytes(encode_jpeg(picture, 95))
+        picture = open_image(test[labels.index(name)]["image"])
+        path = folder / f"{name.replace('/', DIVISION_SLASH)}.jpg"
+        path.write_bytes(encode_jpeg(picture, 95))

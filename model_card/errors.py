@@ -7,7 +7,7 @@ data_prep reads.
 import csv
 import io
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
@@ -52,16 +52,15 @@ def read_errors(tuned: Outputs, base: Outputs, train_labels: np.ndarray) -> list
         probabilities = tuned.calibrated[row]
         predicted, base_predicted = int(probabilities.argmax()), int(base.calibrated[row].argmax())
         cosine = tuned.embeds["train"] @ tuned.embeds["test"][row]  # (M,)
-        near = train_labels[np.argsort(-cosine, kind="stable")[:NEIGHBOURS]]
+        order = np.argsort(-cosine, kind="stable")
+        ranked = train_labels[order]
+        near = ranked[:NEIGHBOURS]
         others = np.bincount(near, minlength=len(probabilities)) / len(near)  # (C,)
         others[label] = 0
         doubt, other = float(others.max()), int(others.argmax())
-        nearest = {}
-        for each in (label, predicted):
-            of_class = np.flatnonzero(train_labels == each)
-            if len(of_class):
-                found = int(of_class[cosine[of_class].argmax()])
-                nearest[each] = (found, float(cosine[found]))
+        asked = [each for each in (label, predicted) if each in ranked]
+        found = {each: int(order[(ranked == each).argmax()]) for each in asked}
+        nearest = {each: (place, float(cosine[place])) for each, place in found.items()}
         own, best = float(probabilities[label]), float(probabilities[predicted])
         readings.append(
             Reading(row, label, predicted, own, best, base_predicted, doubt, other, nearest)
@@ -84,7 +83,10 @@ def write_errors(
     def review_line(reading: Reading) -> str:
         image = sources["test"][reading.row], names[reading.label], hashes[reading.row]
         found = "read in errors.html", names[reading.other], f"{reading.doubt:.2f}"
-        return _csv(astuple(Suspicion(*image, *found, decision="drop")))
+        line = io.StringIO()
+        suspicion = Suspicion(*image, *found, decision="drop")
+        csv.writer(line, lineterminator="").writerow(astuple(suspicion))
+        return line.getvalue()
 
     page = environment(Path(__file__).parent).get_template("errors.html.jinja")
     content = page.render(
@@ -101,13 +103,7 @@ def write_errors(
         neighbours=NEIGHBOURS,
         sources=sources,
         review_line=review_line,
-        header=_csv(field.name for field in fields(Suspicion)),
+        header=",".join(field.name for field in fields(Suspicion)),
         thumbnails=Thumbnails(lambda source_id: pictures[place[source_id]]["image"]),
     )
     path.write_text(content, encoding="utf-8", newline="\n")
-
-
-def _csv(values: Iterable[str]) -> str:
-    line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow(values)
-    return line.getvalue()

@@ -92,7 +92,7 @@ def build_app(source: str | Path) -> gr.Blocks:
             f"noticed {percent(1 - unnoticed.value)}."
         )
         with gr.Tab("Classify"):
-            _classify_tab(classifier, index, sorted((folder / "examples").glob("*.jpg")))
+            _classify_tab(classifier, index, folder)
         if index is not None:
             with gr.Tab("Search"):
                 search_tab(classifier, index)
@@ -129,9 +129,7 @@ def published(source: str | Path) -> Path:
     )
 
 
-def _classify_tab(
-    classifier: NicheClassifier, index: ImageIndex | None, examples: list[Path]
-) -> None:
+def _classify_tab(classifier: NicheClassifier, index: ImageIndex | None, folder: Path) -> None:
     def classify(image: Image) -> tuple[str, dict[str, float], Shown]:
         image_embeds = classifier.image_embeds([image]).numpy()
         prediction = classifier.predict(image_embeds)[0]
@@ -149,9 +147,9 @@ def _classify_tab(
     most_alike = "The published pictures most like yours: class, split, cosine"
     alike = pictures(None, "found", label=most_alike, visible=index is not None)
     on_photo(photo, classify, EMPTY, [sentence, bars, alike], "classify")
-    if examples:
+    named = [(path, path.stem) for path in sorted((folder / "examples").glob("*.jpg"))]
+    if named:
         gr.Markdown("Or try a test picture, not trained on; its true class stands below it.")
-        named = [(path, path.stem) for path in examples]
         gallery = pictures(named, "examples", show_label=False, allow_preview=False)
 
         # By its place in our own list: the event's path is the visitor's, who could name any file.
