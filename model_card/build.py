@@ -19,7 +19,6 @@ from nicheclip.publishing.onnx import add_onnx
 from nicheclip.run import load_prepared, read_report, run_lock
 from nicheclip.training.record import stage_text
 
-TEMPLATE = Path(__file__).parent / "template.md"
 DIVISION_SLASH = "\N{DIVISION SLASH}"  # a file's name may hold this one
 REPORTED = ("accuracy", "macro_f1", "ece")
 
@@ -31,8 +30,8 @@ def build(
     examples: int = 0,
     onnx: bool = False,
     index: Sequence[str] = (),
-) -> Path:
-    """Builds the folder that is published and gives its path; __main__.py tells the options.
+) -> None:
+    """Builds RUN/hub, the folder that is published; __main__.py tells the options.
 
     Raises:
         FileNotFoundError: naming the stage that has not been run.
@@ -78,7 +77,7 @@ def build(
             write_index(NicheClassifier.from_pretrained(folder), splits, index, folder / INDEX_FILE)
         card = ModelCard.from_template(
             card_data,
-            template_path=str(TEMPLATE),
+            template_path=str(Path(__file__).parent / "template.md"),
             title=title,
             domain=domain,
             repo_id=repo_id or f"YOU/{domain.name}",
@@ -95,7 +94,6 @@ def build(
             onnx=add_onnx(run, folder) if onnx else None,
         )
         card.save(folder / "README.md")
-    return run / "hub"
 
 
 def save_examples(run: Path, folder: Path, count: int) -> None:
@@ -106,5 +104,5 @@ def save_examples(run: Path, folder: Path, count: int) -> None:
     for name in [name for row in side_by_side for name in row if name in labels][:count]:
         folder.mkdir(exist_ok=True)
         picture = open_image(test[labels.index(name)]["image"])
-        path = folder / f"{name.replace('/', DIVISION_SLASH)}.jpg"
-        path.write_bytes(encode_jpeg(picture, 95))
+        file = f"{name.replace('/', DIVISION_SLASH)}.jpg"
+        (folder / file).write_bytes(encode_jpeg(picture, 95))

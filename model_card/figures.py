@@ -86,8 +86,7 @@ def _scorecard(domain: Domain, measures: dict[str, Measure], gates: dict[str, Ve
             axes.errorbar(values, places, xerr=errors, **look)
     if names:
         targets = [domain.gates[name] for name in names]
-        lines = targets, heights - 0.38, heights + 0.38
-        axes.vlines(*lines, color=GATE, linewidth=2, label="gate")
+        axes.vlines(targets, heights - 0.38, heights + 0.38, color=GATE, linewidth=2, label="gate")
         figure.legend(loc="outside lower center", ncols=5)
     else:
         axes.text(0.5, 0.5, "no gates in the domain file", ha="center", va="center")
