@@ -76,15 +76,17 @@ class Prediction:
         return f"{self.label or 'not sure'} ({self.best} {self.confidence:.0%}{among})"
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class NicheClassifier:
     """A calibrated zero-shot classifier over the classes that the model was fine-tuned for."""
 
-    tower: Callable[[torch.Tensor], torch.Tensor]  # pixel_values (B, 3, S, S) -> unit (B, D)
+    # pixel_values (B, 3, S, S) -> unit-length image_embeds (B, D)
+    tower: Callable[[torch.Tensor], torch.Tensor]
     head: Head
     image_processor: Any
     settings: dict[str, Any]  # the content of nicheclip.json
-    text_tower: Callable[[list[str]], torch.Tensor] | None = None  # M texts -> unit (M, D)
+    # M texts -> unit-length text_embeds (M, D), where there is one
+    text_tower: Callable[[list[str]], torch.Tensor] | None = None
 
     @property
     def class_names(self) -> list[str]:
@@ -112,9 +114,8 @@ class NicheClassifier:
         if not folder.is_dir():
             tower_file = ONNX_FILES.get(backend, "model*.safetensors*")
             patterns = ["*.json", "*.txt", PROTOTYPES_FILE, tower_file]
-            folder = Path(
-                snapshot_download(str(repo_or_path), revision=revision, allow_patterns=patterns)
-            )
+            wanted: dict[str, Any] = {"revision": revision, "allow_patterns": patterns}
+            folder = Path(snapshot_download(str(repo_or_path), **wanted))
         if not (folder / SETTINGS_FILE).is_file():
             raise FileNotFoundError(
                 f"'{repo_or_path}' has no {SETTINGS_FILE}; expected a model published by NicheCLIP "
