@@ -76,11 +76,9 @@ def _scorecard(domain: Domain, measures: dict[str, Measure], gates: dict[str, Ve
         (0.1, STRONG_PROBE, "strong probe", [each.strong_probe for each in shown]),
         (0.3, TUNED, "fine-tuned", shown),
     ):
-        drawn = [
-            (y + offset, each.value, each.low, each.high) for y, each in enumerate(row) if each
-        ]
-        if drawn:
-            places, values, low, high = np.array(drawn).T
+        bars = [(y + offset, each.value, each.low, each.high) for y, each in enumerate(row) if each]
+        if bars:
+            places, values, low, high = np.array(bars).T
             errors = np.maximum(0, [values - low, high - values])
             look: dict[str, Any] = {"fmt": "o", "color": colour, "capsize": 3, "label": label}
             axes.errorbar(values, places, xerr=errors, **look)
