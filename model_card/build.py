@@ -19,7 +19,7 @@ from nicheclip.publishing.onnx import add_onnx
 from nicheclip.run import load_prepared, read_report, run_lock
 from nicheclip.training.record import stage_text
 
-SLASH = "\N{DIVISION SLASH}"  # a file's name may hold this one
+DIVISION_SLASH = "\N{DIVISION SLASH}"  # a file's name may hold this one
 REPORTED = ("accuracy", "macro_f1", "ece")
 
 
@@ -104,4 +104,5 @@ def save_examples(run: Path, folder: Path, count: int) -> None:
     for name in [name for row in side_by_side for name in row if name in labels][:count]:
         folder.mkdir(exist_ok=True)
         picture = open_image(test[labels.index(name)]["image"])
-        (folder / f"{name.replace('/', SLASH)}.jpg").write_bytes(encode_jpeg(picture, 95))
+        file = f"{name.replace('/', DIVISION_SLASH)}.jpg"
+        (folder / file).write_bytes(encode_jpeg(picture, 95))
