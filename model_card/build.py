@@ -20,7 +20,6 @@ from nicheclip.run import load_prepared, read_report, run_lock
 from nicheclip.training.record import stage_text
 
 DIVISION_SLASH = "\N{DIVISION SLASH}"  # a file's name may hold this one
-REPORTED = ("accuracy", "macro_f1", "ece")
 
 
 def build(
@@ -57,7 +56,7 @@ def build(
             metric_name=METRIC_TITLES[name],
             metric_value=measures[name].value,
         )
-        for name in REPORTED
+        for name in ("accuracy", "macro_f1", "ece")
     ]
     card_data = ModelCardData(
         model_name=title,
