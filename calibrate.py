@@ -20,7 +20,7 @@ from nicheclip.clip import load_clip
 from nicheclip.domain import Domain
 from nicheclip.evaluation import scorecard
 from nicheclip.evaluation.intervals import METRIC_TITLES, Verdict, judge_gate
-from nicheclip.evaluation.predictions import fit_and_run, run_probes, write_predictions
+from nicheclip.evaluation.predictions import Outputs, run_probes, write_predictions
 from nicheclip.evaluation.probe import load_strong_probe
 from nicheclip.files import replaced_file, replaced_folder, write_json
 from nicheclip.processes import keep_freed_memory
@@ -49,8 +49,8 @@ def calibrate(run: Path) -> None:
     domain, splits = Domain.load(run), load_prepared(run)
     check_exam(run, splits)
     strong_probe = load_strong_probe(run)
-    tuned = fit_and_run(*load_clip(run / "model"), domain, splits, "fine-tuned")
-    base = fit_and_run(*load_clip(domain.base), domain, splits, "base", reference=True)
+    tuned = Outputs(*load_clip(run / "model"), domain, splits, "fine-tuned")
+    base = Outputs(*load_clip(domain.base), domain, splits, "base", reference=True)
     probes = run_probes(strong_probe, base, splits, domain)
 
     measures = scorecard.compare(tuned, base, probes, domain)
@@ -62,7 +62,7 @@ def calibrate(run: Path) -> None:
         "n": len(splits["calibration"]),
         **tuned.fitted,
         "trained_logit_scale": tuned.head.trained_logit_scale,
-        "ood": asdict(tuned.ood),
+        "ood": tuned.ood,
         "base": base.fitted,
         **{name: probe.fitted for name, probe in probes.items()},
     }
@@ -70,14 +70,7 @@ def calibrate(run: Path) -> None:
         draw_figures(folder, domain, tuned, base, measures, gates)
     with replaced_file(run / CLASS_MEANS_FILE) as unfinished:
         save_file(tuned.head.class_means, unfinished)
-    readings = read_errors(
-        tuned.calibrated,
-        base.calibrated,
-        tuned.embeds["test"],
-        tuned.labels,
-        tuned.embeds["train"],
-        np.array(splits["train"]["label"]),
-    )
+    readings = read_errors(tuned, base, np.array(splits["train"]["label"]))
     write_errors(run / "errors.html", domain, splits["test"], readings, splits["train"])
     write_predictions(run / "predictions.parquet", domain, splits["test"], tuned, base)
     write_json(run / "calibration.json", calibration)
@@ -90,8 +83,7 @@ def calibrate(run: Path) -> None:
         **scorecard.tables(tuned, base, domain),
     }
     write_json(run / "scorecard.json", results)
-    print(scorecard.scorecard_text(measures, gates))
-    print(scorecard.calibration_text(tuned))
+    print(scorecard.scorecard_text(measures, gates, tuned))
     print(f"\nread the errors in {run / 'errors.html'}; the figures are in {run / 'figures'}")
     print(f"next: python -m model_card {run}")
 

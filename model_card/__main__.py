@@ -66,8 +66,7 @@ def publish(args: argparse.Namespace) -> None:
             sizes = {name: path.stat().st_size / 1e6 for name, path in files_of(folder).items()}
             for name, size in sizes.items():
                 print(f"{size:10.2f} MB  {name}")
-            total = sum(sizes.values())
-            print(f"{total:10.2f} MB  in {len(sizes)} files; nothing was pushed")
+            print(f"{sum(sizes.values()):10.2f} MB  in {len(sizes)} files; nothing was pushed")
         elif repo_id:
             record, private = run / "pushed.json", not args.public
             print("pushed:", push(folder, repo_id, record, private, repo_type, args.overwrite))

@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -20,9 +19,7 @@ from nicheclip.publishing.onnx import add_onnx
 from nicheclip.run import load_prepared, read_report, run_lock
 from nicheclip.training.record import stage_text
 
-TEMPLATE = Path(__file__).parent / "template.md"
 DIVISION_SLASH = "\N{DIVISION SLASH}"  # a file's name may hold this one
-REPORTED = ("accuracy", "macro_f1", "ece")
 
 
 def build(
@@ -32,8 +29,8 @@ def build(
     examples: int = 0,
     onnx: bool = False,
     index: Sequence[str] = (),
-) -> Path:
-    """Builds the folder that is published and gives its path; __main__.py tells the options.
+) -> None:
+    """Builds RUN/hub, the folder that is published; __main__.py tells the options.
 
     Raises:
         FileNotFoundError: naming the stage that has not been run.
@@ -44,47 +41,10 @@ def build(
     scorecard = read_json(run / "scorecard.json", remedy, ["provenance", "ood"])
     calibration = read_json(run / "calibration.json", remedy, ["ood"])
     training = read_json(run / "training.json", f"run `accelerate launch train.py {run}` first")
-    domain, splits, report = Domain.load(run), load_prepared(run), read_report(run)
-
-    with run_lock(run), replaced_folder(run / "hub") as folder:
-        save_published_model(run, folder, domain, calibration)
-        shutil.copytree(run / "figures", folder / "figures")
-        shutil.copy(run / "scorecard.json", folder)
-        save_examples(run, folder / "examples", examples)
-        if index:
-            write_index(NicheClassifier.from_pretrained(folder), splits, index, folder / INDEX_FILE)
-        files = {
-            "calibration": calibration,
-            "training": training,
-            "counts": report["counts"],
-            "attributions": attributions(splits),
-            "onnx": add_onnx(run, folder) if onnx else None,
-        }
-        card = make_card(domain, scorecard, license_name, repo_id, **files)
-        card.save(folder / "README.md")
-    return run / "hub"
-
-
-def save_examples(run: Path, folder: Path, count: int) -> None:
-    """The first test image of each of `count` classes, walking the clusters side by side."""
-    domain, test = Domain.load(run), load_prepared(run)["test"]
-    labels = test["label"][:]
-    names = [name for row in zip_longest(*domain.clusters.values()) for name in row if name]
-    indices = [domain.class_names.index(name) for name in names]
-    for index in [index for index in indices if index in labels][:count]:
-        folder.mkdir(exist_ok=True)
-        name = domain.class_names[index].replace("/", DIVISION_SLASH)
-        picture = open_image(test[labels.index(index)]["image"])
-        (folder / f"{name}.jpg").write_bytes(encode_jpeg(picture, 95))
-
-
-def make_card(
-    domain: Domain, scorecard: dict[str, Any], license_name: str, repo_id: str | None, **files: Any
-) -> ModelCard:
-    """The model card: every number in it comes from the `files` of the run."""
-    measures = {name: Measure.from_dict(fields) for name, fields in scorecard["metrics"].items()}
+    domain, splits, counts = Domain.load(run), load_prepared(run), read_report(run)["counts"]
+    measures = {name: Measure(**fields) for name, fields in scorecard["metrics"].items()}
     title = f"CLIP for {domain.title[0].lower()}{domain.title[1:]}"
-    base_is_local = Path(domain.base).is_dir()
+    base = None if Path(domain.base).is_dir() else domain.base
     results = [
         EvalResult(
             task_type="image-classification",
@@ -96,28 +56,52 @@ def make_card(
             metric_name=METRIC_TITLES[name],
             metric_value=measures[name].value,
         )
-        for name in REPORTED
+        for name in ("accuracy", "macro_f1", "ece")
     ]
     card_data = ModelCardData(
         model_name=title,
         license=license_name,
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification",
-        base_model=None if base_is_local else domain.base,
+        base_model=base,
         tags=["clip", "nicheclip", "calibration"],
         eval_results=results,
     )
-    return ModelCard.from_template(
-        card_data,
-        template_path=str(TEMPLATE),
-        title=title,
-        domain=domain,
-        repo_id=repo_id or f"YOU/{domain.name}",
-        base_name="a CLIP model kept with its domain file" if base_is_local else f"`{domain.base}`",
-        measures=measures,
-        titles=METRIC_TITLES,
-        gates=scorecard["gates"],
-        stage_text=stage_text,
-        never_right=[name for name, found in scorecard["classes"].items() if found["f1"] == 0],
-        **files,
-    )
+    with run_lock(run), replaced_folder(run / "hub") as folder:
+        save_published_model(run, folder, domain, calibration)
+        shutil.copytree(run / "figures", folder / "figures")
+        shutil.copy(run / "scorecard.json", folder)
+        save_examples(run, folder / "examples", examples)
+        if index:
+            write_index(NicheClassifier.from_pretrained(folder), splits, index, folder / INDEX_FILE)
+        card = ModelCard.from_template(
+            card_data,
+            template_path=str(Path(__file__).parent / "template.md"),
+            title=title,
+            domain=domain,
+            repo_id=repo_id or f"YOU/{domain.name}",
+            base=base,
+            measures=measures,
+            titles=METRIC_TITLES,
+            gates=scorecard["gates"],
+            never_right=[name for name, of in scorecard["classes"].items() if of["f1"] == 0],
+            calibration=calibration,
+            training=training,
+            stage_text=stage_text,
+            counts=counts,
+            attributions=attributions(splits),
+            onnx=add_onnx(run, folder) if onnx else None,
+        )
+        card.save(folder / "README.md")
+
+
+def save_examples(run: Path, folder: Path, count: int) -> None:
+    """The first test image of each of `count` classes, walking the clusters side by side."""
+    domain, test = Domain.load(run), load_prepared(run)["test"]
+    labels = [domain.class_names[label] for label in test["label"]]
+    side_by_side = zip_longest(*domain.clusters.values())
+    for name in [name for row in side_by_side for name in row if name in labels][:count]:
+        folder.mkdir(exist_ok=True)
+        picture = open_image(test[labels.index(name)]["image"])
+        file = f"{name.replace('/', DIVISION_SLASH)}.jpg"
+        (folder / file).write_bytes(encode_jpeg(picture, 95))

@@ -7,22 +7,21 @@ data_prep reads.
 import csv
 import io
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset
-from PIL import Image
+from datasets import Dataset, concatenate_datasets
 
 from data_prep.review import Suspicion
 from nicheclip.domain import Domain
+from nicheclip.evaluation.predictions import Outputs
 from nicheclip.publishing.pages import Thumbnails, environment
 
 NEIGHBOURS = 10  # training images that are asked about a label
 DOUBTED = 0.8  # share of them that agree on another label, from which the label looks wrong
 MOST_ERRORS, MOST_RIGHT = 300, 60  # shown; each has up to three pictures
-CHUNK = 512  # test images compared with all training images at a time
 
 
 @dataclass(frozen=True)
@@ -46,67 +45,48 @@ class Reading:
         return self.label != self.predicted
 
 
-def read_errors(
-    calibrated: np.ndarray,
-    base_calibrated: np.ndarray,
-    image_embeds: np.ndarray,
-    labels: np.ndarray,
-    train_embeds: np.ndarray,
-    train_labels: np.ndarray,
-) -> list[Reading]:
-    """All test images, the most confident answers first.
-
-    Args:
-        calibrated, base_calibrated: (N, C) probabilities of the test images, of the model and of
-            its base.
-        image_embeds: (N, D) of the model.
-        labels: (N,) int.
-        train_embeds, train_labels: (M, D) and (M,) int.
-    """
+def read_errors(tuned: Outputs, base: Outputs, train_labels: np.ndarray) -> list[Reading]:
+    """All test images, the most confident answers first; of train's labels (M,) int."""
     readings = []
-    for start in range(0, len(labels), CHUNK):
-        cosines = image_embeds[start : start + CHUNK] @ train_embeds.T  # (CHUNK, M)
-        for row, cosine in enumerate(cosines, start):
-            label, predicted = int(labels[row]), int(calibrated[row].argmax())
-            near = train_labels[np.argsort(-cosine, kind="stable")[:NEIGHBOURS]]
-            others = np.bincount(near, minlength=calibrated.shape[1]) / len(near)  # (C,)
-            others[label] = 0
-            nearest = {}
-            for each in (label, predicted):
-                of_class = np.flatnonzero(train_labels == each)
-                if len(of_class):
-                    found = int(of_class[cosine[of_class].argmax()])
-                    nearest[each] = (found, float(cosine[found]))
-            own, best = float(calibrated[row, label]), float(calibrated[row, predicted])
-            base_predicted = int(base_calibrated[row].argmax())
-            doubt, other = float(others.max()), int(others.argmax())
-            readings.append(
-                Reading(row, label, predicted, own, best, base_predicted, doubt, other, nearest)
-            )
+    for row, label in enumerate(tuned.labels.tolist()):
+        probabilities = tuned.calibrated[row]
+        predicted, base_predicted = int(probabilities.argmax()), int(base.calibrated[row].argmax())
+        cosine = tuned.embeds["train"] @ tuned.embeds["test"][row]  # (M,)
+        order = np.argsort(-cosine, kind="stable")
+        ranked = train_labels[order]
+        near = ranked[:NEIGHBOURS]
+        others = np.bincount(near, minlength=len(probabilities)) / len(near)  # (C,)
+        others[label] = 0
+        doubt, other = float(others.max()), int(others.argmax())
+        asked = [each for each in (label, predicted) if each in ranked]
+        found = {each: int(order[(ranked == each).argmax()]) for each in asked}
+        nearest = {each: (place, float(cosine[place])) for each, place in found.items()}
+        own, best = float(probabilities[label]), float(probabilities[predicted])
+        readings.append(
+            Reading(row, label, predicted, own, best, base_predicted, doubt, other, nearest)
+        )
     return sorted(readings, key=lambda reading: (-reading.best, reading.row))
 
 
 def write_errors(
     path: Path, domain: Domain, test: Dataset, readings: Sequence[Reading], training_set: Dataset
-) -> int:
-    """Writes the page, from the readings of all test images; gives the number of errors."""
+) -> None:
+    """Writes the page, from the readings of all test images."""
     wrong = [reading for reading in readings if reading.wrong]
     doubted = [each for each in readings if not each.wrong and each.doubt >= DOUBTED]
     doubted.sort(key=lambda reading: -reading.doubt)
     names, hashes = domain.class_names, test["sha256"][:]
     sources = {"test": test["source_id"][:], "train": training_set["source_id"][:]}
-    place: dict[str, tuple[Dataset, int]] = {}
-    for rows in (training_set, test):
-        place |= {source_id: (rows, row) for row, source_id in enumerate(rows["source_id"])}
-
-    def picture(source_id: str) -> Image.Image:
-        rows, row = place[source_id]
-        return rows[row]["image"]
+    pictures = concatenate_datasets([training_set, test])
+    place = {source_id: row for row, source_id in enumerate(pictures["source_id"])}
 
     def review_line(reading: Reading) -> str:
         image = sources["test"][reading.row], names[reading.label], hashes[reading.row]
         found = "read in errors.html", names[reading.other], f"{reading.doubt:.2f}"
-        return _csv(astuple(Suspicion(*image, *found, decision="drop")))
+        line = io.StringIO()
+        suspicion = Suspicion(*image, *found, decision="drop")
+        csv.writer(line, lineterminator="").writerow(astuple(suspicion))
+        return line.getvalue()
 
     page = environment(Path(__file__).parent).get_template("errors.html.jinja")
     content = page.render(
@@ -123,14 +103,7 @@ def write_errors(
         neighbours=NEIGHBOURS,
         sources=sources,
         review_line=review_line,
-        header=_csv(field.name for field in fields(Suspicion)),
-        thumbnails=Thumbnails(picture),
+        header=",".join(field.name for field in fields(Suspicion)),
+        thumbnails=Thumbnails(lambda source_id: pictures[place[source_id]]["image"]),
     )
     path.write_text(content, encoding="utf-8", newline="\n")
-    return len(wrong)
-
-
-def _csv(values: Iterable[str]) -> str:
-    line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow(values)
-    return line.getvalue()

@@ -1,12 +1,10 @@
 """The five figures of a scorecard: gates, confusions, classes, reliability, OOD pictures."""
 
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from scipy.stats import binomtest
@@ -54,7 +52,7 @@ def draw_figures(
     with matplotlib.rc_context(STYLE):
         for name, figure in {
             "scorecard": _scorecard(domain, measures, gates),
-            "confusion": _confusion(domain, tuned.labels, tuned),
+            "confusion": _confusion(domain, tuned),
             "classes": _classes(domain, tuned, base),
             "reliability": _reliability(tuned, base, measures),
             "outside": _outside(tuned, measures),
@@ -78,19 +76,15 @@ def _scorecard(domain: Domain, measures: dict[str, Measure], gates: dict[str, Ve
         (0.1, STRONG_PROBE, "strong probe", [each.strong_probe for each in shown]),
         (0.3, TUNED, "fine-tuned", shown),
     ):
-        drawn = [(height + offset, each) for height, each in enumerate(row) if each is not None]
-        if drawn:
-            places, found = zip(*drawn, strict=True)
-            values = np.array([each.value for each in found])
-            ends = np.array([[each.low, each.high] for each in found]).T
-            errors = np.maximum(0, [values - ends[0], ends[1] - values])
-            axes.errorbar(
-                values, places, xerr=errors, fmt="o", color=colour, capsize=3, label=label
-            )
+        bars = [(y + offset, each.value, each.low, each.high) for y, each in enumerate(row) if each]
+        if bars:
+            places, values, low, high = np.array(bars).T
+            errors = np.maximum(0, [values - low, high - values])
+            look: dict[str, Any] = {"fmt": "o", "color": colour, "capsize": 3, "label": label}
+            axes.errorbar(values, places, xerr=errors, **look)
     if names:
-        targets = [domain.gates[name] for name in names]  # type: ignore[index]
-        lines = targets, heights - 0.38, heights + 0.38
-        axes.vlines(*lines, color=GATE, linewidth=2, label="gate")
+        targets = [domain.gates[name] for name in names]
+        axes.vlines(targets, heights - 0.38, heights + 0.38, color=GATE, linewidth=2, label="gate")
         figure.legend(loc="outside lower center", ncols=5)
     else:
         axes.text(0.5, 0.5, "no gates in the domain file", ha="center", va="center")
@@ -104,10 +98,10 @@ def _scorecard(domain: Domain, measures: dict[str, Measure], gates: dict[str, Ve
     return figure
 
 
-def _confusion(domain: Domain, labels: np.ndarray, tuned: Outputs) -> Figure:
+def _confusion(domain: Domain, tuned: Outputs) -> Figure:
     """All classes by cluster; of more than `MOST_CLASSES` those that are confused most."""
-    count, order = len(domain.classes), np.array(domain.by_cluster)
-    matrix = confusion_matrix(tuned.calibrated.argmax(axis=1), labels, count)
+    count, order = len(domain.classes), domain.by_cluster
+    matrix = confusion_matrix(tuned.predicted, tuned.labels, count)
     if count > MOST_CLASSES:
         wrong = matrix - np.diag(np.diag(matrix))
         most = np.argsort(-(wrong.sum(axis=0) + wrong.sum(axis=1)), kind="stable")[:MOST_CLASSES]
@@ -121,15 +115,13 @@ def _confusion(domain: Domain, labels: np.ndarray, tuned: Outputs) -> Figure:
     for row, column in zip(*np.nonzero(matrix), strict=True):
         colour = "white" if share[row, column] > 0.6 else INK
         axes.text(column, row, matrix[row, column], color=colour, **centred)
-    edge = -0.5
-    for _, members in groupby(order, key=lambda index: domain.class_clusters[index]):
-        size = len(list(members))
+    _, sizes = np.unique(np.array(domain.class_clusters)[order], return_counts=True)
+    for edge, size in zip(np.cumsum(sizes) - sizes - 0.5, sizes, strict=True):
         axes.add_patch(Rectangle((edge, edge), size, size, fill=False, edgecolor=GATE, lw=1.5))
-        edge += size
     names, places = [domain.class_names[index] for index in order], range(len(order))
     axes.set_xticks(places, names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
     axes.set_yticks(places, names, fontsize=8)
-    title = f"Confusions on {len(labels)} test images (boxes: clusters)"
+    title = f"Confusions on {len(tuned.labels)} test images (boxes: clusters)"
     if count > len(order):
         title += f"\n{len(order)} of {count} classes, the most confused"
     axes.set(xlabel="predicted", ylabel="labelled", title=title)
@@ -140,7 +132,7 @@ def _confusion(domain: Domain, labels: np.ndarray, tuned: Outputs) -> Figure:
 
 def _classes(domain: Domain, tuned: Outputs, base: Outputs) -> Figure:
     """F1 of each class, of the lowest `MOST_CLASSES` where there are more, and a map."""
-    count, order = len(domain.classes), np.array(domain.by_cluster)
+    count, order = len(domain.classes), domain.by_cluster
     of_base, of_tuned = (
         class_scores(outputs.predicted, outputs.labels, count)[2] for outputs in (base, tuned)
     )
@@ -157,11 +149,7 @@ def _classes(domain: Domain, tuned: Outputs, base: Outputs) -> Figure:
     which = "each class" if len(order) == count else f"the worst {len(order)} of {count} classes"
     bars.set(xlim=(0, 1), title=f"F1 of {which} (test images)")
     bars.legend(loc="upper center", bbox_to_anchor=(0.5, -0.05), ncols=2)
-    _map(scatter, domain, tuned)
-    return figure
 
-
-def _map(axes: Axes, domain: Domain, tuned: Outputs) -> None:
     perplexity = min(30, (len(tuned.labels) - 1) / 3)
     projection = TSNE(perplexity=perplexity, init="pca", random_state=0)
     places = projection.fit_transform(tuned.embeds["test"])  # (N, 2)
@@ -171,12 +159,13 @@ def _map(axes: Axes, domain: Domain, tuned: Outputs) -> None:
             x, y = places[tuned.labels == domain.class_names.index(name)].T
             marker = MARKERS[position % len(MARKERS)]
             look: dict[str, Any] = {"s": 14, "alpha": 0.75, "linewidths": 0}
-            axes.scatter(x, y, color=colour, marker=marker, label=name, **look)
+            scatter.scatter(x, y, color=colour, marker=marker, label=name, **look)
     title = "Map of the fine-tuned image_embeds (t-SNE; colour: cluster)"
-    axes.set(xticks=[], yticks=[], title=title)
-    axes.spines[:].set_visible(False)
-    if len(domain.classes) <= MOST_CLASSES:
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, markerscale=1.4)
+    scatter.set(xticks=[], yticks=[], title=title)
+    scatter.spines[:].set_visible(False)
+    if count <= MOST_CLASSES:
+        scatter.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, markerscale=1.4)
+    return figure
 
 
 def _reliability(tuned: Outputs, base: Outputs, measures: dict[str, Measure]) -> Figure:
@@ -186,15 +175,14 @@ def _reliability(tuned: Outputs, base: Outputs, measures: dict[str, Measure]) ->
         (after, tuned.calibrated, "ece", "after"),
     ):
         confidence, accuracy, counts = reliability(probabilities.max(axis=1), tuned.right)
-        filled, centres = counts > 0, (np.arange(N_BINS) + 0.5) / N_BINS
-        confidence, accuracy, own = confidence[filled], accuracy[filled], counts[filled].astype(int)
         axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=":")
+        centres = (np.arange(N_BINS) + 0.5) / N_BINS
         shares: dict[str, Any] = {"color": BASE, "alpha": 0.35, "label": "share of images"}
         axes.bar(centres, counts / counts.sum(), width=1 / N_BINS, **shares)
-        ends = [
-            binomtest(round(share * n), n).proportion_ci(method="wilson")
-            for share, n in zip(accuracy, own.tolist(), strict=True)
-        ]
+        confidence, accuracy, counts = (each[counts > 0] for each in (confidence, accuracy, counts))
+        hits = np.rint(accuracy * counts).astype(int).tolist()
+        tests = [binomtest(*pair) for pair in zip(hits, counts.tolist(), strict=True)]
+        ends = [each.proportion_ci(method="wilson") for each in tests]
         points: dict[str, Any] = {"color": TUNED, "marker": "o", "markersize": 4, "linewidth": 1}
         errors = np.abs(np.array(ends).T - accuracy)
         axes.errorbar(confidence, accuracy, errors, label="accuracy, 95 % interval", **points)
@@ -219,21 +207,19 @@ def _reliability(tuned: Outputs, base: Outputs, measures: dict[str, Measure]) ->
 
 def _outside(tuned: Outputs, measures: dict[str, Measure]) -> Figure:
     """The score that decides, of test images and of each kind of OOD picture."""
-    score, threshold = tuned.ood.score, tuned.ood.threshold
-    of_kinds = dict(zip(KINDS, tuned.ood_scores[score], strict=True))
-    rows = {"test images": tuned.own_scores[score], **of_kinds}
+    score, threshold = tuned.ood["score"], tuned.ood["threshold"]
+    of_kinds = dict(zip(KINDS[::-1], tuned.ood_scores[score][::-1], strict=True))
+    rows = of_kinds | {"test images": tuned.own_scores[score]}
     figure, axes = _figure(8, 0.42 * len(rows) + 1.3)
-    heights = np.arange(len(rows))[::-1]
-    for height, (name, values) in zip(heights, rows.items(), strict=True):
+    for height, (name, values) in enumerate(rows.items()):
         jitter = np.random.default_rng(0).uniform(-0.3, 0.3, len(values))
         colour = TUNED if name == "test images" else GATE
         axes.scatter(values, height + jitter, s=6, alpha=0.35, linewidths=0, color=colour)
         told = f"{(values >= threshold).mean():.0%} accepted, n = {len(values)}"
         axes.text(1.02, height, told, va="center", transform=axes.get_yaxis_transform(), fontsize=9)
     axes.axvline(threshold, color=INK, linestyle="--", linewidth=1)
-    axes.set_yticks(heights, list(rows))
-    axes.set(
-        xlabel=f"{score.replace('_', ' ')}; left of the line the answer is “outside my domain”"
-    )
+    axes.set_yticks(range(len(rows)), list(rows))
+    name = score.replace("_", " ")
+    axes.set_xlabel(f"{name}; left of the line the answer is “outside my domain”")
     axes.set_title(f"Is it of the domain? AUROC {measures['ood_auroc']}")
     return figure

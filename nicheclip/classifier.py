@@ -76,46 +76,22 @@ class Prediction:
         return f"{self.label or 'not sure'} ({self.best} {self.confidence:.0%}{among})"
 
 
-def onnx_tower(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A `VisualTower` that `python -m model_card RUN --onnx` has exported, by onnxruntime on CPU.
-
-    Raises:
-        ImportError: if onnxruntime is not installed.
-    """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ImportError(
-            f"'{path}' needs onnxruntime: `pip install 'nicheclip[onnx]'`, or use backend='torch'"
-        ) from error
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda pixels: torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0])
-
-
+@dataclass(eq=False, repr=False)
 class NicheClassifier:
-    """A calibrated zero-shot classifier over the classes that the model was fine-tuned for.
+    """A calibrated zero-shot classifier over the classes that the model was fine-tuned for."""
 
-    Args:
-        tower: pixel_values (B, 3, S, S) -> unit-length image_embeds (B, D).
-        settings: the content of nicheclip.json.
-        text_tower: M texts -> unit-length text_embeds (M, D), where there is one.
-    """
+    # pixel_values (B, 3, S, S) -> unit-length image_embeds (B, D)
+    tower: Callable[[torch.Tensor], torch.Tensor]
+    head: Head
+    image_processor: Any
+    settings: dict[str, Any]  # the content of nicheclip.json
+    # M texts -> unit-length text_embeds (M, D), where there is one
+    text_tower: Callable[[list[str]], torch.Tensor] | None = None
 
-    def __init__(
-        self,
-        tower: Callable[[torch.Tensor], torch.Tensor],
-        head: Head,
-        image_processor,
-        settings: dict[str, Any],
-        text_tower: Callable[[list[str]], torch.Tensor] | None = None,
-    ):
-        self.tower = tower
-        self.head = head
-        self.image_processor = image_processor
-        self.settings = settings
-        self.text_tower = text_tower
-        self.class_names: list[str] = settings["class_names"]
-        self.threshold: float = settings["abstention"]["threshold"]
+    @property
+    def class_names(self) -> list[str]:
+        """In the order of the class indices."""
+        return self.settings["class_names"]
 
     @classmethod
     def from_pretrained(
@@ -138,9 +114,8 @@ class NicheClassifier:
         if not folder.is_dir():
             tower_file = ONNX_FILES.get(backend, "model*.safetensors*")
             patterns = ["*.json", "*.txt", PROTOTYPES_FILE, tower_file]
-            folder = Path(
-                snapshot_download(str(repo_or_path), revision=revision, allow_patterns=patterns)
-            )
+            wanted: dict[str, Any] = {"revision": revision, "allow_patterns": patterns}
+            folder = Path(snapshot_download(str(repo_or_path), **wanted))
         if not (folder / SETTINGS_FILE).is_file():
             raise FileNotFoundError(
                 f"'{repo_or_path}' has no {SETTINGS_FILE}; expected a model published by NicheCLIP "
@@ -161,7 +136,19 @@ class NicheClassifier:
                 f"'{path}' is missing; use backend='torch', or `python -m model_card RUN --onnx` "
                 "(it leaves INT8 out where that costs too much: onnx/report.json)"
             )
-        return cls(onnx_tower(path), head, processor.image_processor, settings)
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise ImportError(
+                f"'{path}' needs onnxruntime: `pip install 'nicheclip[onnx]'`, or use "
+                "backend='torch'"
+            ) from error
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+        def tower(pixels: torch.Tensor) -> torch.Tensor:
+            return torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0])
+
+        return cls(tower, head, processor.image_processor, settings)
 
     @torch.inference_mode()
     def image_embeds(self, images: Sequence[Photo]) -> torch.Tensor:
@@ -200,12 +187,12 @@ class NicheClassifier:
         included = prediction_sets(probabilities, self.settings["conformal"]["quantile"])
         scores = self.head.ood_scores(image_embeds)[self.settings["ood"]["score"]]
         outside = scores < self.settings["ood"]["threshold"]
-        predictions = []
+        threshold, predictions = self.settings["abstention"]["threshold"], []
         for row, own, is_outside in zip(probabilities, included, outside.tolist(), strict=True):
             order = np.argsort(-row, kind="stable")
             found = {self.class_names[index]: float(row[index]) for index in order}
             named = [self.class_names[index] for index in order if own[index]]
-            predictions.append(Prediction(found, named, is_outside, self.threshold))
+            predictions.append(Prediction(found, named, is_outside, threshold))
         return predictions
 
 

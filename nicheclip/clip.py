@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import BatchEncoding, CLIPModel, CLIPProcessor
+from transformers import CLIPModel, CLIPProcessor
 
 from nicheclip.images import to_rgb
 
@@ -53,7 +53,13 @@ def encode_texts(model: CLIPModel, processor: CLIPProcessor, prompts: list[str])
     """Unit-length text_embeds (P, D), on the model's device."""
     parts = []
     for start in range(0, len(prompts), PROMPTS_AT_ONCE):
-        tokens = tokenize(processor, prompts[start : start + PROMPTS_AT_ONCE]).to(model.device)
+        tokens = processor.tokenizer(
+            prompts[start : start + PROMPTS_AT_ONCE],
+            padding=True,  # to the longest prompt only
+            truncation=True,
+            max_length=77,
+            return_tensors="pt",
+        ).to(model.device)
         parts.append(model.get_text_features(**tokens).pooler_output.float())
     return torch.nn.functional.normalize(torch.cat(parts), dim=-1)
 
@@ -100,15 +106,14 @@ def encode_images(
         dtype: of the arithmetic; bfloat16 goes through autocast.
         progress: whether to show a progress bar.
     """
-    batches, tower = [], VisualTower(model, pooled)
+    parts, tower, source = [], VisualTower(model, pooled), iter(images)
+    batches = iter(lambda: list(islice(source, batch_size)), [])
     with tqdm(total=total, desc=description, unit="img", leave=False, disable=not progress) as bar:
-        for pixels in prefetched(
-            pixel_values(processor, batch) for batch in _batched(images, batch_size)
-        ):
+        for pixels in prefetched(pixel_values(processor, batch) for batch in batches):
             with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-                batches.append(tower(pixels.to(model.device)).cpu().numpy())
+                parts.append(tower(pixels.to(model.device)).cpu().numpy())
             bar.update(len(pixels))
-    return np.concatenate(batches)
+    return np.concatenate(parts)
 
 
 def zero_shot_logits(
@@ -133,19 +138,6 @@ def prefetched(items: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
         while (item := coming.result()) is not None:
             coming = maker.submit(next, items, None)
             yield item
-
-
-def _batched(items: Iterable[Image.Image], size: int) -> Iterator[Sequence[Image.Image]]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch
-
-
-def tokenize(processor: CLIPProcessor, prompts: list[str]) -> BatchEncoding:
-    """`input_ids` and `attention_mask`, each (P, L), padded to the longest prompt only."""
-    return processor.tokenizer(
-        prompts, padding=True, truncation=True, max_length=77, return_tensors="pt"
-    )
 
 
 def token_lists(processor: CLIPProcessor, prompts: list[str]) -> list[list[int]]:

@@ -73,14 +73,9 @@ class Source(Section):
     options: dict[str, Any] = {}
     kind: Literal["folder", "dataset", "commons", "module"] = "folder"
 
-    @field_validator("kind", mode="before")
+    @field_validator("kind")
     @classmethod
-    def _module_is_named(cls, kind: Any, known: ValidationInfo) -> Any:
-        if module := {"facades": "paint", "shapes": "shapes"}.get(str(kind)):
-            raise ValueError(
-                f"the kind '{kind}' of older versions is a module now; write `kind: module` "
-                f"and `path: domains.facades.{module}`"
-            )
+    def _module_is_named(cls, kind: str, known: ValidationInfo) -> str:
         if kind == "module" and known.data.get("path", "") is None:
             raise ValueError("no path; give the module that draws, as domains.facades.paint")
         return kind
@@ -190,9 +185,8 @@ class Domain(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _recipe_has_stages(cls, raw: Any) -> Any:
-        name = raw.get("recipe") or "default" if isinstance(raw, dict) else None
-        training = raw.get("training") or {} if isinstance(raw, dict) else None
+    def _recipe_has_stages(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        name, training = raw.get("recipe") or "default", raw.get("training") or {}
         if not isinstance(name, str) or not isinstance(training, dict) or "stages" in raw:
             return raw
         training = recipe(name).get("training", {}) | training
@@ -260,10 +254,8 @@ class Domain(Section):
         except ValueError as error:
             raise DomainError(error) from error
         folder = path.parent / str(raw.get("base")) if base is None else Path(base)
-        if folder.is_dir():
-            base = str(folder.resolve())
-        if base is not None:
-            raw["base"] = base
+        if folder.is_dir() or base is not None:
+            raw["base"] = str(folder.resolve()) if folder.is_dir() else base
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
@@ -272,8 +264,7 @@ class Domain(Section):
 
     def save(self, path: str | Path) -> None:
         """Writes the file in one piece."""
-        fields = self.model_dump(mode="json")
-        text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         with replaced_file(path) as unfinished:
             unfinished.write_text(text, encoding="utf-8")
 
@@ -316,8 +307,6 @@ def _explain(problem: ErrorDetails) -> str:
     """One line of plain words for one of pydantic's problems."""
     *section, name = [str(part) for part in problem["loc"]] or ["recipe"]
     key = ".".join([*section, name])
-    if key == "outside":
-        return "the key 'outside' of older versions is 'retention' now; rename it"
     if problem["type"] == "extra_forbidden":
         return f"unknown key '{key}'{_did_you_mean(name, _fields_at(section))}"
     if problem["type"] == "missing":

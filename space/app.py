@@ -22,6 +22,26 @@ MOST_WAITING = 100  # requests; more are told to come back
 MOST_NAMED = 4  # classes that a sentence names
 OUTSIDE = "**This looks like nothing that the model knows.** The bars below mean nothing for it."
 EMPTY = "Add a photo to see what the model makes of it."
+# How to ask the model, and this app, from a program.
+USAGE = """
+The model, on your own machine:
+
+```python
+from nicheclip import NicheClassifier
+
+classifier = NicheClassifier.from_pretrained("{}")
+print(classifier(["photo.jpg"])[0])
+```
+
+This app, with `pip install gradio_client` (the whole list is under “Use via API” below):
+
+```python
+from gradio_client import Client, handle_file
+
+client = Client("ADDRESS OF THIS PAGE")
+print(client.predict(handle_file("photo.jpg"), api_name="/classify")[0])
+```
+"""
 FONT = ["system-ui", "sans-serif"]
 # What `launch` takes instead of `gr.Blocks` since Gradio 6. System fonts: nothing is fetched.
 LAUNCH: dict[str, Any] = {
@@ -64,23 +84,22 @@ def build_app(source: str | Path) -> gr.Blocks:
     index = ImageIndex(folder / INDEX_FILE) if (folder / INDEX_FILE).is_file() else None
     measures, gates = read_scorecard(folder)
     unnoticed = measures["ood_accepted"]
-    told = (
-        f"# {settings['title']}\nThis model knows {len(classifier.class_names)} classes and "
-        f"nothing else. It says when it is not sure; of {unnoticed.n} other pictures it noticed "
-        f"{percent(1 - unnoticed.value)}."
-    )
     hour = (600, 3600)  # visitors' photos are deleted after one
     with gr.Blocks(title=settings["title"], analytics_enabled=False, delete_cache=hour) as app:
-        gr.Markdown(told)
+        gr.Markdown(
+            f"# {settings['title']}\nThis model knows {len(classifier.class_names)} classes and "
+            f"nothing else. It says when it is not sure; of {unnoticed.n} other pictures it "
+            f"noticed {percent(1 - unnoticed.value)}."
+        )
         with gr.Tab("Classify"):
-            _classify_tab(classifier, index, sorted((folder / "examples").glob("*.jpg")))
+            _classify_tab(classifier, index, folder)
         if index is not None:
             with gr.Tab("Search"):
                 search_tab(classifier, index)
         with gr.Tab("Scorecard"):
             scorecard_tab(folder, measures, gates)
         with gr.Tab("API"):
-            gr.Markdown(usage(folder if Path(source).is_dir() else source))
+            gr.Markdown(USAGE.format(folder if Path(source).is_dir() else source))
     return app.queue(max_size=MOST_WAITING)
 
 
@@ -110,9 +129,7 @@ def published(source: str | Path) -> Path:
     )
 
 
-def _classify_tab(
-    classifier: NicheClassifier, index: ImageIndex | None, examples: list[Path]
-) -> None:
+def _classify_tab(classifier: NicheClassifier, index: ImageIndex | None, folder: Path) -> None:
     def classify(image: Image) -> tuple[str, dict[str, float], Shown]:
         image_embeds = classifier.image_embeds([image]).numpy()
         prediction = classifier.predict(image_embeds)[0]
@@ -130,9 +147,9 @@ def _classify_tab(
     most_alike = "The published pictures most like yours: class, split, cosine"
     alike = pictures(None, "found", label=most_alike, visible=index is not None)
     on_photo(photo, classify, EMPTY, [sentence, bars, alike], "classify")
-    if examples:
+    named = [(path, path.stem) for path in sorted((folder / "examples").glob("*.jpg"))]
+    if named:
         gr.Markdown("Or try a test picture, not trained on; its true class stands below it.")
-        named = [(path, path.stem) for path in examples]
         gallery = pictures(named, "examples", show_label=False, allow_preview=False)
 
         # By its place in our own list: the event's path is the visitor's, who could name any file.
@@ -140,29 +157,6 @@ def _classify_tab(
             return gallery.value[event.index]["image"]["path"]
 
         gallery.select(choose, None, photo, api_visibility="private")
-
-
-def usage(repo_or_path: str | Path) -> str:
-    """How to ask the model, and this app, from a program."""
-    return f"""
-The model, on your own machine:
-
-```python
-from nicheclip import NicheClassifier
-
-classifier = NicheClassifier.from_pretrained("{repo_or_path}")
-print(classifier(["photo.jpg"])[0])
-```
-
-This app, with `pip install gradio_client` (the whole list is under “Use via API” below):
-
-```python
-from gradio_client import Client, handle_file
-
-client = Client("ADDRESS OF THIS PAGE")
-print(client.predict(handle_file("photo.jpg"), api_name="/classify")[0])
-```
-"""
 
 
 def answer(prediction: Prediction) -> str:

@@ -25,7 +25,7 @@ def read_scorecard(folder: Path) -> tuple[dict[str, Measure], Gates]:
     """The metrics of a published folder, and the gates that some of them have, by name."""
     remedy = "build the folder again with `python -m model_card RUN`"
     scorecard = read_json(folder / "scorecard.json", remedy, ["metrics", "gates", "ood"])
-    measures = {name: Measure.from_dict(each) for name, each in scorecard["metrics"].items()}
+    measures = {name: Measure(**each) for name, each in scorecard["metrics"].items()}
     return measures, scorecard["gates"]
 
 
@@ -33,19 +33,17 @@ def scorecard_tab(folder: Path, measures: dict[str, Measure], gates: Gates) -> N
     """Lays out the tab of a published folder, inside of a `gr.Tab`."""
     verdicts = [gate["verdict"] for gate in gates.values()]
     accuracy, coverage = measures["accuracy"], measures["coverage"]
-    right = ""
-    if coverage.value:
-        right = f", and {percent(measures['selective_accuracy'].value)} of its answers were right"
+    answers = measures.get("selective_accuracy")
+    right = f", and {percent(answers.value)} of its answers were right" if answers else ""
     gr.Markdown(
         f"**{verdicts.count('pass')} of {len(gates)} gates passed, "
         f"{verdicts.count('undecided')} undecided.** On {accuracy.n} {accuracy.split} pictures "
         "that took no part in training, choice of the epoch, or calibration. The model answered "
         f"{percent(coverage.value)} of them{right}; for the others it said “not sure”."
     )
-    for name, alt_text in FIGURES.items():
+    for name, text in FIGURES.items():
         path = str(folder / "figures" / f"{name}.png")
-        options: dict[str, Any] = {"interactive": False, "buttons": ["fullscreen"]}
-        gr.Image(path, show_label=False, alt_text=alt_text, **options)
+        gr.Image(path, show_label=False, alt_text=text, interactive=False, buttons=["fullscreen"])
         if name == "scorecard":
             gr.Markdown(score_table(measures, gates), elem_classes="scores")
 
@@ -58,16 +56,16 @@ def score_table(measures: dict[str, Measure], gates: Gates) -> str:
     ]
     known = [name for name in METRIC_TITLES if name in measures]
     for name in sorted(known, key=lambda name: name not in gates):
-        measure, gate, verdict = measures[name], gates.get(name, {"target": ""}), ""
-        if name in gates:
-            verdict = f"{SIGNS[gate['verdict']]}{NBSP}{gate['verdict']}"
-        if gate.get("more"):
-            verdict += f" (needs {gate['more']:,} more images)"
+        measure, target, verdict = measures[name], "", ""
+        if gate := gates.get(name):
+            target = gate["target"].replace(" ", NBSP)
+            more = f" (needs {gate['more']:,} more images)" if gate["more"] else ""
+            verdict = f"{SIGNS[gate['verdict']]}{NBSP}{gate['verdict']}{more}"
         title = METRIC_TITLES[name] + (f"{NBSP}↓" if name in LOWER_IS_BETTER else "")
         rivals = [f"{each.value:.3f}" if each else "" for each in (measure.base, measure.probe)]
         found = f"**{measure.value:.3f}** [{measure.low:.3f},{NBSP}{measure.high:.3f}]"
-        judged = [gate["target"].replace(" ", NBSP), verdict, f"{measure.n} {measure.split}"]
-        rows.append(f"| {' | '.join([title, *rivals, found, *judged])} |")
+        cells = [title, *rivals, found, target, verdict, f"{measure.n} {measure.split}"]
+        rows.append(f"| {' | '.join(cells)} |")
     legend = (
         "↓ lower is better. Base zero-shot: the model before fine-tuning. Linear probe: logistic "
         "regression on the base's image_embeds. All on the same pictures. Undecided: the interval "

@@ -68,8 +68,8 @@ def search_tab(classifier: NicheClassifier, index: ImageIndex) -> None:
         return nearest(classifier.image_embeds([image]), "your photo")
 
     gr.Markdown(
-        f"Looks through {len(index)} published pictures with the fine-tuned model. It orders them "
-        "by likeness and always finds something, whether or not what you describe is there."
+        f"Looks through {len(index.rows)} published pictures with the fine-tuned model. It orders "
+        "them by likeness and always finds something, whether or not what you describe is there."
     )
     with gr.Row():
         with gr.Column(scale=2):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -46,6 +47,11 @@ def test_every_error_is_on_the_page_in_its_cell_the_most_confident_first(run: Pa
         assert sum(shown_cell == count for shown_cell, _ in shown) == int(cell)
 
 
+def outputs(calibrated, labels, embeds, train_embeds) -> SimpleNamespace:
+    embeds = {"test": embeds, "train": train_embeds}
+    return SimpleNamespace(calibrated=calibrated, labels=labels, embeds=embeds)
+
+
 def clustered(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
     """Unit-length image_embeds (N, 8) near a direction of each of three classes."""
     embeds = np.eye(3, 8)[labels] + 0.1 * rng.normal(size=(len(labels), 8))
@@ -59,7 +65,8 @@ def test_the_nearest_are_the_nearest_and_a_wrong_label_is_doubted():
     labels = truth.copy()
     labels[:20] = (truth[:20] + 1) % 3  # wrong labels
     calibrated = rng.dirichlet(np.ones(3), 700)
-    readings = read_errors(calibrated, calibrated[::-1], embeds, labels, train_embeds, train_labels)
+    tuned = outputs(calibrated, labels, embeds, train_embeds)
+    readings = read_errors(tuned, tuned, train_labels)
     assert [each.best for each in readings] == sorted(map(max, calibrated), reverse=True)
     for reading in readings:
         cosines = train_embeds @ embeds[reading.row]
@@ -73,8 +80,8 @@ def test_the_nearest_are_the_nearest_and_a_wrong_label_is_doubted():
 
 def test_a_class_without_training_images_has_no_nearest():
     certain = np.array([[0.0, 1.0]])
-    train = np.eye(2, 4), np.array([0, 0])
-    (reading,) = read_errors(certain, certain, np.eye(1, 4), np.array([1]), *train)
+    tuned = outputs(certain, np.array([1]), np.eye(1, 4), np.eye(2, 4))
+    (reading,) = read_errors(tuned, tuned, np.array([0, 0]))
     assert reading.nearest == {}
     assert (reading.doubt, reading.other) == (1, 0)
 
@@ -95,12 +102,11 @@ def test_names_are_escaped_and_nothing_is_loaded_from_elsewhere(run, page, tmp_p
     count, test = len(renamed), splits["test"]
     calibrated = np.eye(count)[(np.array(test["label"]) + 1) % count]
     labels, train = np.array(test["label"]), splits["train"]
-    embeds, train_embeds = np.eye(len(test), 4), np.eye(len(train), 4)
-    of_train = train_embeds, np.array(train["label"])
-    readings = read_errors(calibrated, calibrated, embeds, labels, *of_train)
-    assert write_errors(tmp_path / "errors.html", domain, test, readings, train) == len(test)
+    tuned = outputs(calibrated, labels, np.eye(len(test), 4), np.eye(len(train), 4))
+    readings = read_errors(tuned, tuned, np.array(train["label"]))
+    write_errors(tmp_path / "errors.html", domain, test, readings, train)
     written = (tmp_path / "errors.html").read_text(encoding="utf-8")
-    assert rogue not in written
+    assert rogue not in written and f"{len(test)} of {len(test)} test images got" in written
     assert written.count("<script") == page.count("<script")
 
 

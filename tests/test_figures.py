@@ -45,14 +45,14 @@ def test_a_gate_shows_base_probe_and_fine_tuned_where_they_are(domain):
 
 
 def test_a_confusion_is_a_share_of_the_labelled_class(domain):
-    figure = _confusion(domain_of(domain, ["a", "b"]), np.arange(2), Tuned(2))
+    figure = _confusion(domain_of(domain, ["a", "b"]), Tuned(2))
     assert figure.axes[0].images[0].get_array().tolist() == [[1, 0], [1, 0]]
 
 
 @pytest.mark.parametrize("name", ["$5% off$", "a$_$", "A$\\b$", "50 % & _more_^"])
 def test_names_are_shown_as_they_are(domain, tmp_path, name):
     with matplotlib.rc_context(STYLE):
-        figure = _confusion(domain_of(domain, [name, "other"]), np.arange(2), Tuned(2))
+        figure = _confusion(domain_of(domain, [name, "other"]), Tuned(2))
         figure.savefig(tmp_path / "confusion.svg")
     assert figure.axes[0].get_xticklabels()[0].get_text() == name
 
@@ -61,7 +61,7 @@ def test_of_many_classes_the_most_confused_are_shown(domain):
     count = 2000
     named = domain_of(domain, [f"class {number}" for number in range(count)])
     with matplotlib.rc_context(STYLE):
-        figure = _confusion(named, np.arange(count), Tuned(count))
+        figure = _confusion(named, Tuned(count))
         shown = [label.get_text() for label in figure.axes[0].get_yticklabels()]
         assert len(shown) == MOST_CLASSES
         assert {"class 0", f"class {count - 1}"} <= set(shown)

@@ -184,7 +184,7 @@ def test_a_picture_outside_of_the_domain_gets_no_class():
 
 def test_the_scorecard_shows_every_metric_and_gate(run: Path):
     scorecard = read_json(run / "hub" / "scorecard.json", "")
-    measures = {name: Measure.from_dict(fields) for name, fields in scorecard["metrics"].items()}
+    measures = {name: Measure(**fields) for name, fields in scorecard["metrics"].items()}
     table = score_table(measures, scorecard["gates"]).replace("\N{NO-BREAK SPACE}", " ")
     rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
     assert len(rows) == len(measures)

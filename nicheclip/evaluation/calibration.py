@@ -14,7 +14,7 @@ from scipy.special import log_softmax
 
 from nicheclip.domain import Domain
 from nicheclip.evaluation.intervals import resample_groups
-from nicheclip.head import Head, mass_above, softmax
+from nicheclip.head import Head, mass_above
 
 TEMPERATURE_BOUNDS = (0.02, 50.0)
 FEW_ERRORS = 20  # with fewer, the temperature is hardly known
@@ -164,8 +164,7 @@ def fit(
     logits = head.logits(image_embeds)
     temperature = calibrate_temperature(logits, labels, groups, reference=reference)
     head = replace(head, temperature=temperature["value"])
-    calibrated = head.logits(image_embeds)
-    probabilities, coverage = softmax(calibrated), domain.conformal_coverage
+    probabilities, coverage = head.probabilities(image_embeds), domain.conformal_coverage
     aims = domain.selective_accuracy, domain.answered_share
     return head, {
         "temperature": temperature["value"],
@@ -175,6 +174,4 @@ def fit(
             "coverage": coverage,
             "quantile": fit_conformal(probabilities, labels, coverage),
         },
-        "nll_before": nll(logits, labels),
-        "nll_after": nll(calibrated, labels),
     }

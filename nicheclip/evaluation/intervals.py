@@ -1,12 +1,15 @@
 """Results that say what they rest on: a value, its 95 % interval, how many images, which split."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
+import pydantic
 from scipy.stats import binomtest, norm
 
 RESAMPLES = 1000
@@ -52,13 +55,14 @@ LOWER_IS_BETTER = frozenset(
 )
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True)
 class Measure:
     """One metric on one split, over `n` images, with its 95 % interval.
 
     On the same images: `base`, its zero-shot classifier; `probe`, a linear probe on its
     image_embeds; `strong_probe`, one on its pooled features. Paired differences: `difference` to
-    the base, and `to_probe`, to the better one of the probes.
+    the base, and `to_probe`, to the better one of the probes. `Measure(**fields)` reads what
+    `to_dict` wrote.
     """
 
     value: float
@@ -66,23 +70,15 @@ class Measure:
     high: float
     n: int
     split: str
-    base: Self | None = None
-    probe: Self | None = None
-    strong_probe: Self | None = None
-    difference: Self | None = None
-    to_probe: Self | None = None
+    base: Measure | None = None
+    probe: Measure | None = None
+    strong_probe: Measure | None = None
+    difference: Measure | None = None
+    to_probe: Measure | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As it is written to JSON: what is None is left out."""
         return asdict(self, dict_factory=lambda pairs: {k: v for k, v in pairs if v is not None})
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Self:
-        """The other way."""
-        inner = {
-            name: cls.from_dict(each) for name, each in fields.items() if isinstance(each, dict)
-        }
-        return cls(**fields | inner)
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"

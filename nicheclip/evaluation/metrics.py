@@ -46,11 +46,6 @@ def class_scores(
         return right / of_prediction, right / of_label, 2 * right / (of_label + of_prediction)
 
 
-def macro_f1(predicted: np.ndarray, labels: np.ndarray, num_classes: int) -> float:
-    """Unweighted mean of the classes' F1, over classes that occur or are predicted."""
-    return float(np.nanmean(class_scores(predicted, labels, num_classes)[2]))
-
-
 def worst_share(hits: np.ndarray, labels: np.ndarray) -> float:
     """The share of hits (N,) bool in the class where it is lowest."""
     counts = np.bincount(labels)
@@ -194,8 +189,9 @@ class ZeroShotMetrics(evaluate.Metric):
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         probabilities, labels = np.array(predictions), np.array(references)
         right = correct(probabilities, labels)
+        f1 = class_scores(probabilities.argmax(axis=1), labels, probabilities.shape[1])[2]
         return {
             "accuracy": float(right.mean()),
-            "macro_f1": macro_f1(probabilities.argmax(axis=1), labels, probabilities.shape[1]),
+            "macro_f1": float(np.nanmean(f1)),  # of classes that occur or are predicted
             "ece": expected_calibration_error(probabilities.max(axis=1), right),
         }

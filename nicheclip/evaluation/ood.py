@@ -5,7 +5,7 @@ They are drawn here, so that they cost no download and are always the same.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
@@ -122,17 +122,13 @@ def fit_class_means(image_embeds: np.ndarray, labels: np.ndarray) -> dict[str, n
     return {name: array.astype(np.float32) for name, array in found.items()}
 
 
-@dataclass(frozen=True)
-class OODThreshold:
-    """A picture whose `score` is below `threshold` is outside of the domain."""
+def fit_ood_threshold(own: dict[str, np.ndarray], ood: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The score that tells calibration images (N,) from OOD pictures (M,) best.
 
-    score: str
-    threshold: float
-    auroc: dict[str, float]  # of each score, calibration images against OOD pictures
-
-
-def fit_ood_threshold(own: dict[str, np.ndarray], ood: dict[str, np.ndarray]) -> OODThreshold:
-    """The score that tells calibration images (N,) from OOD pictures (M,) best."""
+    Returns:
+        "score" and "threshold": a picture below it is outside of the domain; "auroc" of each score.
+    """
     found = {score: auroc(own[score], ood[score]) for score in own}
     best = max(found, key=found.__getitem__)
-    return OODThreshold(best, float(np.quantile(own[best], 1 - ACCEPTED, method="lower")), found)
+    threshold = float(np.quantile(own[best], 1 - ACCEPTED, method="lower"))
+    return {"score": best, "threshold": threshold, "auroc": found}

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,14 +13,8 @@ from transformers import CLIPModel, CLIPProcessor
 
 from nicheclip.clip import VisualTower, encode_images, encode_texts, image_side
 from nicheclip.domain import Domain
+from nicheclip.evaluation import ood
 from nicheclip.evaluation.calibration import fit
-from nicheclip.evaluation.ood import (
-    KINDS,
-    PER_KIND,
-    fit_class_means,
-    fit_ood_threshold,
-    ood_pictures,
-)
 from nicheclip.evaluation.probe import fit_probe
 from nicheclip.evaluation.robustness import CHANGES
 from nicheclip.files import quiet_datasets, replaced_file
@@ -74,12 +69,12 @@ class Outputs(Predictions):
     """What a CLIPModel says of the images of test, of OOD pictures, and after mild changes.
 
     Args:
-        embeds: image_embeds of each split, of OOD pictures (kinds * M, D), and after mild changes
-            (K, T, D); text_embeds of "prototypes" (C, D) and "prompts" (P, D).
-        features: pooled, of each split, (N, F).
-        trained_logit_scale: as in `Head`.
+        title: names the model beside the progress bars.
+        reference: as in `calibrate_temperature`; its validation split is encoded too, which
+            chooses its probe.
 
     Attributes:
+        features: pooled, of each split, (N, F).
         similarity: (N, P) cosine with every prompt of the bank, of the classes `prompt_classes`.
         ood: the score and threshold that decide.
         own_scores: of the images (N,), by score.
@@ -90,79 +85,58 @@ class Outputs(Predictions):
 
     def __init__(
         self,
-        embeds: dict[str, np.ndarray],
-        features: dict[str, np.ndarray],
-        trained_logit_scale: float,
-        splits: dict[str, Dataset],
+        model: CLIPModel,
+        processor: CLIPProcessor,
         domain: Domain,
+        splits: dict[str, Dataset],
+        title: str,
         reference: bool = False,
     ):
-        class_means = fit_class_means(embeds["train"], np.array(splits["train"]["label"]))
-        head = Head(embeds["prototypes"], class_means, trained_logit_scale)
-        super().__init__(head, embeds, splits, domain, reference)
-        self.features = features
-        self.similarity = embeds["test"] @ embeds["prompts"].T
-        self.prompt_classes = np.array(domain.prompt_bank[1])
-        own, choosing, self.own_scores, ood = (
-            self.head.ood_scores(embeds[name])
-            for name in ("calibration", "OOD, choosing", "test", "OOD")
+        def embed(images: Iterable[Image.Image], total: int, what: str, **more: Any) -> np.ndarray:
+            about = f"{what}, {title}"
+            return encode_images(model, processor, images, total, description=about, **more)
+
+        def scores_of_ood(name: str, seed: int) -> dict[str, np.ndarray]:
+            given = image_side(processor), seed, splits[name][: ood.PER_KIND]["image"]
+            drawn = chain.from_iterable(ood.ood_pictures(kind, *given) for kind in ood.KINDS)
+            total = ood.PER_KIND * len(ood.KINDS)
+            return self.head.ood_scores(embed(drawn, total, "OOD pictures"))
+
+        embeds, self.features, tower = {}, {}, VisualTower(model)
+        for name, rows in splits.items():
+            if not reference and name == "validation":
+                continue
+            images = (row["image"] for row in rows)
+            self.features[name] = embed(images, len(rows), f"{name} split", pooled=True)
+            with torch.inference_mode():
+                projected = tower.project(torch.from_numpy(self.features[name]).to(model.device))
+            embeds[name] = projected.cpu().numpy()
+        prompts, prompt_classes = domain.prompt_bank
+        prototypes, bank = (
+            encode_texts(model, processor, texts).cpu().numpy()
+            for texts in (domain.canonical_prompts, prompts)
         )
-        self.ood = fit_ood_threshold(own, choosing)
-        self.ood_scores = {name: each.reshape(len(KINDS), -1) for name, each in ood.items()}
-        after, tried = embeds["changed"], _tried(len(self.labels))  # (K, T, D), (T,)
-        self.cosine, self.same = np.full((2, len(CHANGES), len(self.labels)), np.nan)
+        class_means = ood.fit_class_means(embeds["train"], np.array(splits["train"]["label"]))
+        head = Head(prototypes, class_means, model.logit_scale.item())
+        super().__init__(head, embeds, splits, domain, reference)
+        self.similarity, self.prompt_classes = embeds["test"] @ bank.T, np.array(prompt_classes)
+        # Other OOD pictures choose the score than those that the scorecard is made of.
+        own, choosing = self.head.ood_scores(embeds["calibration"]), scores_of_ood("calibration", 1)
+        self.ood = ood.fit_ood_threshold(own, choosing)
+        self.own_scores, others = self.head.ood_scores(embeds["test"]), scores_of_ood("test", 0)
+        self.ood_scores = {name: each.reshape(len(ood.KINDS), -1) for name, each in others.items()}
+
+        count, kinds = len(self.labels), len(CHANGES)
+        tried = np.unique(np.linspace(0, count - 1, CHANGED_IMAGES).astype(int))  # (T,)
+        test = splits["test"].select(tried)
+        changed = (change(row["image"]) for change in CHANGES.values() for row in test)
+        after = embed(changed, kinds * len(test), "mild changes").reshape(kinds, len(test), -1)
+        self.cosine, self.same = np.full((2, kinds, count), np.nan)
         self.cosine[:, tried] = (after * embeds["test"][tried]).sum(axis=2)
         self.same[:, tried] = self.head.logits(after).argmax(axis=2) == self.predicted[tried]
 
 
 Probes = dict[str, Predictions]  # by the name that they have in a `Measure`
-
-
-def fit_and_run(
-    model: CLIPModel,
-    processor: CLIPProcessor,
-    domain: Domain,
-    splits: dict[str, Dataset],
-    title: str,
-    reference: bool = False,
-) -> Outputs:
-    """Encodes all that `Outputs` needs; of a reference validation too, which chooses its probe."""
-
-    def embed(images: Iterable[Image.Image], total: int, what: str) -> np.ndarray:
-        return encode_images(model, processor, images, total, description=f"{what}, {title}")
-
-    def embed_ood(own: Dataset, seed: int) -> np.ndarray:
-        side, pictures = image_side(processor), own[:PER_KIND]["image"]
-        drawn = chain.from_iterable(ood_pictures(kind, side, seed, pictures) for kind in KINDS)
-        return embed(drawn, PER_KIND * len(KINDS), "OOD pictures")
-
-    embeds, features, tower = {}, {}, VisualTower(model)
-    for name, rows in splits.items():
-        if not reference and name == "validation":
-            continue
-        what, images = f"{name} split, {title}", (row["image"] for row in rows)
-        features[name] = encode_images(
-            model, processor, images, len(rows), description=what, pooled=True
-        )
-        with torch.inference_mode():
-            projected = tower.project(torch.from_numpy(features[name]).to(model.device))
-        embeds[name] = projected.cpu().numpy()
-    # Other OOD pictures choose the score than those that the scorecard is made of.
-    embeds["OOD, choosing"] = embed_ood(splits["calibration"], seed=1)
-    embeds["OOD"] = embed_ood(splits["test"], seed=0)
-    test = splits["test"].select(_tried(len(splits["test"])))
-    changed = (change(row["image"]) for change in CHANGES.values() for row in test)
-    after = embed(changed, len(CHANGES) * len(test), "mild changes")
-    embeds["changed"] = after.reshape(len(CHANGES), len(test), -1)
-    texts = {"prototypes": domain.canonical_prompts, "prompts": domain.prompt_bank[0]}
-    for name, prompts in texts.items():
-        embeds[name] = encode_texts(model, processor, prompts).cpu().numpy()
-    return Outputs(embeds, features, model.logit_scale.item(), splits, domain, reference)
-
-
-def _tried(count: int) -> np.ndarray:
-    """Which of the test images are changed, evenly spread, (T,) int."""
-    return np.unique(np.linspace(0, count - 1, CHANGED_IMAGES).astype(int))
 
 
 def run_probes(strong: Head, base: Outputs, splits: dict[str, Dataset], domain: Domain) -> Probes:
@@ -189,7 +163,7 @@ def write_predictions(
         "probabilities": tuned.calibrated.tolist(),
         "base_probabilities": base.calibrated.tolist(),
         "prediction_set": [names[row].tolist() for row in tuned.sets],
-        "domain_score": tuned.own_scores[tuned.ood.score].tolist(),
+        "domain_score": tuned.own_scores[tuned.ood["score"]].tolist(),
     }
     with quiet_datasets(), replaced_file(path) as unfinished:
         Dataset.from_dict(columns).to_parquet(unfinished)

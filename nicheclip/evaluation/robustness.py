@@ -48,8 +48,6 @@ def retention_accuracy(
 
     Args: its images, labels (N,) int, and one prompt of each class (C,).
     """
-    embeds = encode_images(
-        model, processor, images, len(labels), 64, "retention", progress=progress
-    )
+    embeds = encode_images(model, processor, images, len(labels), progress=progress)
     logits = zero_shot_logits(model, embeds, encode_texts(model, processor, canonical_prompts))
     return proportion(correct(logits, labels), np.arange(len(labels)), "retention")

@@ -99,7 +99,7 @@ def clip_statistics(outputs: Outputs, domain: Domain) -> dict[str, Statistic]:
     first, *others = prompt_answers(*prompts).T
     consistent = np.mean([each == first for each in others] or [np.full(len(labels), np.nan)], 0)
     noise = outputs.ood_scores["confidence"][KINDS.index("noise")]
-    score, threshold = outputs.ood.score, outputs.ood.threshold
+    score, threshold = outputs.ood["score"], outputs.ood["threshold"]
     own, outside = outputs.own_scores[score], outputs.ood_scores[score].ravel()
     alone = np.arange(len(outside))
     both = np.append(own, outside), np.repeat([True, False], [len(own), len(outside)])
@@ -153,18 +153,15 @@ def compare(tuned: Outputs, base: Outputs, probes: Probes, domain: Domain) -> di
     of_probes = {name: statistics(probe, domain) for name, probe in probes.items()}
     measures = {}
     for name, statistic in clip_statistics(tuned, domain).items():
-        rivals: dict[str, Any] = {
-            key: each[name].measure() for key, each in of_probes.items() if name in each
-        }
-        better = min if name in LOWER_IS_BETTER else max
-        best = better(rivals, key=lambda key: rivals[key].value, default=None)
-        measures[name] = replace(
-            statistic.measure(),
-            base=of_base[name].measure() if name in of_base else None,
-            difference=statistic.minus(of_base[name]) if name in of_base else None,
-            to_probe=statistic.minus(of_probes[best][name]) if best else None,
-            **rivals,
-        )
+        others: dict[str, Any] = {}
+        if name in of_base:
+            others = {"base": of_base[name].measure(), "difference": statistic.minus(of_base[name])}
+        rivals = {key: each[name].measure() for key, each in of_probes.items() if name in each}
+        if rivals:
+            better = min if name in LOWER_IS_BETTER else max
+            best = better(rivals, key=lambda key: rivals[key].value)
+            others |= rivals | {"to_probe": statistic.minus(of_probes[best][name])}
+        measures[name] = replace(statistic.measure(), **others)
     draws = metrics.ece_of_perfect(tuned.confidence)
     low, high = np.percentile(draws, [2.5, 97.5]).tolist()
     measures["ece_of_perfect"] = Measure(float(draws.mean()), low, high, len(tuned.labels), "test")
@@ -189,7 +186,7 @@ def tables(tuned: Outputs, base: Outputs, domain: Domain) -> dict[str, Any]:
     kinds: dict[str, Any] = {}
     for index, kind in enumerate(KINDS):
         scores = {name: each[index] for name, each in tuned.ood_scores.items()}
-        accepted = scores[tuned.ood.score] >= tuned.ood.threshold
+        accepted = scores[tuned.ood["score"]] >= tuned.ood["threshold"]
         kinds[kind] = {
             "n": len(accepted),
             "confidence_mean": float(scores["confidence"].mean()),
@@ -211,8 +208,8 @@ def tables(tuned: Outputs, base: Outputs, domain: Domain) -> dict[str, Any]:
     return {"classes": classes, "ood": kinds, "stability": stability}
 
 
-def scorecard_text(measures: dict[str, Measure], gates: dict[str, Verdict]) -> str:
-    """All measures, those with a gate first, as calibrate.py shows them."""
+def scorecard_text(measures: dict[str, Measure], gates: dict[str, Verdict], tuned: Outputs) -> str:
+    """All measures, those with a gate first, then temperature, abstention and OOD threshold."""
     rows = []
     for name in [*gates, *(name for name in METRIC_TITLES if name in measures.keys() - gates)]:
         found = measures[name]
@@ -222,11 +219,22 @@ def scorecard_text(measures: dict[str, Measure], gates: dict[str, Verdict]) -> s
         row = [METRIC_TITLES[name], *others, str(found), *gains, str(gates.get(name, ""))]
         rows.append([*row, f"{found.n} {found.split}"])
     header = "metric|base|probe|strong probe|fine-tuned [95 % interval]|to base|to probe|gate|n"
+    fit, abstention = tuned.fitted["temperature_fit"], tuned.fitted["abstention"]
+    aim = "reached" if abstention["target_reached"] else "not reached, so the best at half coverage"
+    score, threshold, aurocs = (tuned.ood[name] for name in ("score", "threshold", "auroc"))
+    told = ", ".join(f"{name} {value:.3f}" for name, value in aurocs.items()).replace("_", " ")
+    warning = f"warning: {fit['warning']}\n" if fit["warning"] else ""
     return (
         f"{format_table(header.split('|'), rows)}\n"
         "probe: logistic regression on the base's image_embeds; strong probe: LDA or logistic "
         "regression on its pooled features; to probe: to the better of them; ?: the interval of "
-        "the paired difference holds 0"
+        "the paired difference holds 0\n"
+        f"\ntemperature {fit['value']:.3f} [{fit['low']:.3f}, {fit['high']:.3f}]; below a "
+        f"confidence of {abstention['threshold']:.2f} the answer is 'not sure' (aim: "
+        f"{abstention['aim'].replace('_', ' ')} of {abstention['target']:.0%}, {aim} on "
+        f"calibration)\n{warning}"
+        f"outside of the domain: {score.replace('_', ' ')} below {threshold:.3f} (AUROC on "
+        f"calibration: {told})"
     )
 
 
@@ -234,19 +242,3 @@ def _signed(difference: Measure | None) -> str:
     if difference is None:
         return ""
     return f"{difference.value:+.3f}{' ?' if difference.low <= 0 <= difference.high else ''}"
-
-
-def calibration_text(tuned: Outputs) -> str:
-    """Temperature, abstention and the OOD threshold in words."""
-    temperature, abstention = tuned.fitted["temperature_fit"], tuned.fitted["abstention"]
-    aim = "reached" if abstention["target_reached"] else "not reached, so the best at half coverage"
-    aurocs = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in tuned.ood.auroc.items()]
-    warning = f"warning: {temperature['warning']}\n" if temperature["warning"] else ""
-    return (
-        "\ntemperature {value:.3f} [{low:.3f}, {high:.3f}]; ".format(**temperature)
-        + f"below a confidence of {abstention['threshold']:.2f} the answer is 'not sure' (aim: "
-        f"{abstention['aim'].replace('_', ' ')} of {abstention['target']:.0%}, {aim} on "
-        f"calibration)\n{warning}"
-        f"outside of the domain: {tuned.ood.score.replace('_', ' ')} below "
-        f"{tuned.ood.threshold:.3f} (AUROC on calibration: {', '.join(aurocs)})"
-    )

@@ -69,9 +69,6 @@ class ImageIndex:
         self.rows = rows.remove_columns("image_embeds")
         self.image_embeds = rows.with_format("numpy")["image_embeds"][:]  # (N, D)
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
     def nearest(self, embed: np.ndarray, count: int) -> list[dict[str, Any]]:
         """The rows most like a unit-length embedding (D,), each with its `cosine`."""
         cosines = self.image_embeds @ np.asarray(embed)  # (N,)

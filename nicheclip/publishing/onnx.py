@@ -39,7 +39,7 @@ def add_onnx(run: Path, folder: Path) -> dict[str, Any]:
         ValueError: if FP32 does not agree with torch.
     """
     paths = {"fp32": folder / ONNX_FILES["onnx"], "int8": folder / ONNX_FILES["onnx-int8"]}
-    export(folder, paths["fp32"], paths["int8"])
+    _export(folder, paths["fp32"], paths["int8"])
     rows = load_prepared(run)["calibration"]
     rows = rows.select(np.unique(np.linspace(0, len(rows) - 1, MAX_IMAGES).astype(int)))
     report: dict[str, Any] = {"split": "calibration", "n": len(rows)}
@@ -78,12 +78,8 @@ def add_onnx(run: Path, folder: Path) -> dict[str, Any]:
     return report
 
 
-def export(folder: Path, fp32: Path, int8: Path) -> None:
-    """The tower of a published folder: pixel_values (B, 3, S, S) -> image_embeds (B, D), any B.
-
-    Raises:
-        ImportError: if onnx, onnxruntime or onnxscript is not installed.
-    """
+def _export(folder: Path, fp32: Path, int8: Path) -> None:
+    """The tower of a published folder: pixel_values (B, 3, S, S) -> image_embeds (B, D), any B."""
     try:
         import onnxscript  # noqa: F401
         from onnxruntime.quantization import QuantType, quantize_dynamic
