@@ -148,7 +148,8 @@ def ours(setting: Setting) -> Rows:
         for stage in domain.stages:
             towers = trainer.begin_stage(stage)
             run = trainer.trainer_of(stage.variants()[-1], towers, Path(folder) / stage.name)
-            batch_size = len(next(iter(run.get_train_dataloader()))["prompts"])
+            batch = next(iter(run.get_train_dataloader()))
+            batch_size = len(next(iter(batch.values())))  # samples, or prompts
             clock, run.args.max_steps = Clock(), WARM_UP + args.steps
             run.add_callback(clock)
             run.train()
