@@ -72,7 +72,9 @@ def recipes(domain: Domain) -> dict[str, Recipe]:
 
     prototypes = {"name": "tower", **tuned, "train": ["prototypes", *tower["train"]]}
     everything = {"name": "all", **tuned, "train": ["*"]}
-    projection = {**tuned, "train": ["visual_projection.*"], "mix": [0.25, 0.5, 0.75, 1.0]}
+    rates = [1e-4, 1e-3, 1e-2]
+    projection = {**tuned, "train": ["visual_projection.*"], "learning_rate": rates, "epochs": 20}
+    plain = {"wise_ft": "1"}
     rivals = {
         "zero_shot": Recipe("zero-shot, one prompt a class", run=zero_shot),
         "zero_shot_ensemble": Recipe(
@@ -83,10 +85,10 @@ def recipes(domain: Domain) -> dict[str, Recipe]:
         "lp_plus_plus": Recipe("LP++", run=partial(on_features, rival=lp_plus_plus)),
         "tip_adapter_f": Recipe("Tip-Adapter-F", run=partial(on_features, rival=tip_adapter_f)),
         "clip_lora": Recipe("CLIP-LoRA", run=clip_lora),
-        "projection": Recipe("visual projection (ProLIP)", stages({"name": "map", **projection})),
-        "full": Recipe("all weights at once", stages(everything)),
+        "projection": Recipe("projection (ProLIP)", stages({"name": "map", **projection}, **plain)),
+        "full": Recipe("all weights at once", stages(everything, **plain)),
         "flyp": Recipe("FLYP + WiSE-FT", stages(everything | {"loss": "info_nce"}, wise_ft="auto")),
-        "lp_ft": Recipe("LP-FT", stages(head | alone, prototypes, text)),
+        "lp_ft": Recipe("LP-FT + WiSE-FT", stages(head | alone, prototypes, text)),
         "article": Recipe("the article's recipe", article),
         "text_first": Recipe("text first (the old default)", named["text_first"]),
         OURS: Recipe("ours"),
@@ -97,6 +99,7 @@ def recipes(domain: Domain) -> dict[str, Recipe]:
         "start_lda": Recipe("start: LDA only", ours({"start": "lda"}, {})),
         "balanced": Recipe("balanced only", ours({"sampling": "balanced"}, {})),
         "no_supcon": Recipe("no SupCon", ours({"supcon": 0.0}, {"supcon": 0.0})),
+        "no_wise_ft": Recipe("not mixed with the base", stages(head, visual, text, **plain)),
         "learned_scale": Recipe(
             "learned logit_scale",
             ours({"train": [*head["train"], "logit_scale"]}, {}),

@@ -16,7 +16,7 @@ from nicheclip.domain import Domain
 from nicheclip.evaluation.metrics import correct
 from nicheclip.evaluation.robustness import retention_accuracy
 from nicheclip.run import load_prepared
-from nicheclip.training.wise_ft import choose_alpha, interpolate
+from nicheclip.training.wise_ft import choose_alpha, interpolate, nearest_to_base
 from tests.conftest import FACADES
 
 
@@ -110,8 +110,20 @@ def test_each_alpha_is_measured_as_the_model_it_gives(base, prepared, facades, c
         assert row["retention"]["value"] == asked(same, processor, *retention)
     counts = table[0]["accuracy"]["n"], table[0]["retention"]["n"]
     assert counts == (len(validation), len(colours))
-    assert alpha == min(table, key=lambda row: row["nll"])["alpha"]
+    assert alpha in {row["alpha"] for row in table}
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_smallest_alpha_within_one_standard_error_of_the_best_is_chosen():
+    rng = np.random.default_rng(0)
+    best = rng.exponential(size=400)
+    wavering = np.tile([-0.4, 0.4], 200)  # standard error of the difference: 0.02
+    losses = np.stack([best + 0.5, best + wavering + 0.03, best + wavering + 0.015, best])
+    assert losses.mean(axis=1).argmin() == 3
+    assert nearest_to_base((0.0, 0.5, 0.8, 1.0), losses) == 0.8
+    # The same means, but alike on all images: no doubt which one is the best.
+    assert nearest_to_base((0.0, 0.5, 0.8, 1.0), losses.mean(axis=1)[:, None] + 0 * best) == 1.0
+    assert nearest_to_base((1.0, 0.2), np.stack([best, best])) == 0.2
 
 
 def test_of_equals_the_one_nearest_to_the_base_is_chosen(base, prepared, facades):

@@ -17,7 +17,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 from nicheclip.clip import encode_images, encode_texts, load_clip, zero_shot_logits
 from nicheclip.domain import Domain
-from nicheclip.evaluation.calibration import best_nll
+from nicheclip.evaluation.calibration import best_losses
 from nicheclip.evaluation.intervals import proportion
 from nicheclip.evaluation.metrics import correct
 from nicheclip.evaluation.robustness import retention_accuracy
@@ -82,16 +82,16 @@ def choose_alpha(
             measured and does not choose.
 
     Returns:
-        the alpha of the lowest NLL on validation, of several the smallest, which keeps most of the
-        base; and of each alpha, as training.json has it, "accuracy" and "nll" (in nats, at the
-        temperature that suits validation), and the accuracy on the "retention" task or None.
+        what `nearest_to_base` chooses on validation; and of each alpha, as training.json has it,
+        "accuracy" and "nll" (in nats, at the temperature that suits validation), and the accuracy
+        on the "retention" task or None.
 
     Raises:
         ValueError: as `interpolate`.
     """
     labels, groups = np.array(validation["label"]), np.array(validation["group_id"])
     start, end, model = base.state_dict(), tuned.state_dict(), copy.deepcopy(base).float().eval()
-    table = []
+    table, losses = [], []
     for alpha in tqdm(alphas, desc="WiSE-FT", unit="alpha", leave=False):
         model.load_state_dict(interpolate(start, end, alpha))
         images = (row["image"] for row in validation)
@@ -103,10 +103,24 @@ def choose_alpha(
             rows, prompts = retention
             images, asked = (row["image"] for row in rows), np.array(rows["label"])
             kept = retention_accuracy(model, processor, images, asked, prompts, progress=False)
-        row = {"alpha": alpha, "accuracy": accuracy.to_dict(), "nll": best_nll(logits, labels)}
+        losses.append(best_losses(logits, labels))
+        row = {"alpha": alpha, "accuracy": accuracy.to_dict(), "nll": float(losses[-1].mean())}
         table.append(row | {"retention": kept and kept.to_dict()})
-    best = min(table, key=lambda row: (round(row["nll"], 4), row["alpha"]))
-    return best["alpha"], table
+    return nearest_to_base(alphas, np.stack(losses)), table
+
+
+def nearest_to_base(alphas: Sequence[float], losses: np.ndarray) -> float:
+    """The smallest alpha whose mean loss is within one standard error of the lowest.
+
+    The error is that of the difference, paired by image (the one-standard-error rule of Breiman et
+    al. 1984): what the images can't tell apart, the base's knowledge of other things decides.
+
+    Args:
+        losses: (A, N) of each alpha on each image.
+    """
+    more = losses - losses[losses.mean(axis=1).argmin()]  # (A, N)
+    error = more.std(axis=1) / np.sqrt(more.shape[1])
+    return min(np.asarray(alphas)[more.mean(axis=1) <= error + 1e-6].tolist())
 
 
 def mix_with_base(
