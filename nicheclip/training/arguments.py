@@ -49,7 +49,7 @@ class StagedTrainingArguments(TrainingArguments):
     wise_ft: str = _argument(
         "1",
         "WiSE-FT: the fine-tuned model's part in the weights, the rest is the base's; a number "
-        "from 0 to 1, or auto: what is best on validation.",
+        "from 0 to 1, or auto: the smallest that validation can't tell from the best.",
     )
     cached_views: int = _argument(
         4,
