@@ -94,7 +94,7 @@ def fine_tune(domain: Domain, run: Path, args: StagedTrainingArguments) -> Stage
     trainer.train(resume_from_checkpoint=resume)
     if processes().is_main_process:
         seconds = round(time.perf_counter() - started, 1)
-        mixed = mix_with_base(domain, trainer.model, args.wise_ft, splits["validation"], run)
+        mixed = mix_with_base(domain, trainer.model, args, splits["validation"], run)
         with replaced_folder(run / "model") as folder:
             trainer.model.save_pretrained(folder)
             processor.save_pretrained(folder)

@@ -16,7 +16,7 @@ from nicheclip.domain import Domain
 from nicheclip.evaluation.metrics import correct
 from nicheclip.evaluation.robustness import retention_accuracy
 from nicheclip.run import load_prepared
-from nicheclip.training.wise_ft import choose_alpha, interpolate, nearest_to_base
+from nicheclip.training.wise_ft import choose_alpha, interpolate
 from tests.conftest import FACADES
 
 
@@ -114,16 +114,25 @@ def test_each_alpha_is_measured_as_the_model_it_gives(base, prepared, facades, c
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_the_smallest_alpha_within_one_standard_error_of_the_best_is_chosen():
-    rng = np.random.default_rng(0)
-    best = rng.exponential(size=400)
-    wavering = np.tile([-0.4, 0.4], 200)  # standard error of the difference: 0.02
-    losses = np.stack([best + 0.5, best + wavering + 0.03, best + wavering + 0.015, best])
-    assert losses.mean(axis=1).argmin() == 3
-    assert nearest_to_base((0.0, 0.5, 0.8, 1.0), losses) == 0.8
-    # The same means, but alike on all images: no doubt which one is the best.
-    assert nearest_to_base((0.0, 0.5, 0.8, 1.0), losses.mean(axis=1)[:, None] + 0 * best) == 1.0
-    assert nearest_to_base((1.0, 0.2), np.stack([best, best])) == 0.2
+def test_the_mixture_costs_no_more_retention_than_is_allowed(base, prepared, facades, colours):
+    """The worse model of the domain is the one that is right on the other task: it answers it."""
+    model, processor = base
+    worse, validation = perturbed(model, 0.6), load_prepared(prepared)["validation"]
+    colours = colours.select(range(0, len(colours), 5))
+    prompts = facades.retention.canonical_prompts
+    embeds = encode_images(
+        worse, processor, (row["image"] for row in colours), len(colours), progress=False
+    )
+    answers = zero_shot_logits(worse, embeds, encode_texts(worse, processor, prompts)).argmax(1)
+    answered = colours.remove_columns("label").add_column("label", answers.tolist())
+    asking = processor, validation, facades.canonical_prompts, (answered, prompts)
+    for drop in (1.0, 0.2, 0.0):
+        chosen, table = choose_alpha(worse, model, *asking, (0, 0.5, 1), retention_drop=drop)
+        kept = {row["alpha"]: row["retention"]["value"] for row in table}
+        assert kept[0] == 1.0 and kept[1] < 0.8
+        allowed = [row for row in table if kept[row["alpha"]] >= 1 - drop]
+        assert chosen == min(allowed, key=lambda row: row["nll"])["alpha"]
+    assert chosen == 0 and table[2]["nll"] < table[0]["nll"]
 
 
 def test_of_equals_the_one_nearest_to_the_base_is_chosen(base, prepared, facades):

@@ -22,14 +22,9 @@ MIN_COVERAGE = 0.5  # of a threshold that aims at an accuracy
 REMEDY = "give the calibration split more images (splits.calibration in the domain file)"
 
 
-def losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The negative log-likelihood of each image, (N,) in nats."""
-    return -log_softmax(logits, axis=1)[np.arange(len(labels)), labels]
-
-
 def nll(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The mean of `losses`."""
-    return float(losses(logits, labels).mean())
+    """Mean negative log-likelihood in nats."""
+    return float(-log_softmax(logits, axis=1)[np.arange(len(labels)), labels].mean())
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -52,17 +47,12 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.exp(found.x))
 
 
-def best_losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """`losses` at the temperature that suits these images best, to compare classifiers by."""
-    try:
-        return losses(logits / fit_temperature(logits, labels), labels)
-    except ValueError:  # all right or all wrong
-        return losses(logits, labels)
-
-
 def best_nll(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The mean of `best_losses`."""
-    return float(best_losses(logits, labels).mean())
+    """The NLL at the temperature that suits these images best: what classifiers are compared by."""
+    try:
+        return nll(logits / fit_temperature(logits, labels), labels)
+    except ValueError:  # all right or all wrong
+        return nll(logits, labels)
 
 
 def calibrate_temperature(

@@ -49,7 +49,10 @@ class StagedTrainingArguments(TrainingArguments):
     wise_ft: str = _argument(
         "1",
         "WiSE-FT: the fine-tuned model's part in the weights, the rest is the base's; a number "
-        "from 0 to 1, or auto: the smallest that validation can't tell from the best.",
+        "from 0 to 1, or auto: what is best on validation.",
+    )
+    retention_drop: float = _argument(
+        0.04, "What of the accuracy on the retention task the mixture of --wise_ft auto may cost."
     )
     cached_views: int = _argument(
         4,
@@ -98,6 +101,7 @@ class StagedTrainingArguments(TrainingArguments):
         for name, fits, expected in (
             ("metric_for_best_model", metric in METRICS, f"one of {', '.join(METRICS)}"),
             ("wise_ft", _is_share(self.wise_ft), "a number from 0 to 1, or auto"),
+            ("retention_drop", 0 <= self.retention_drop <= 1, "a number from 0 to 1"),
             ("cached_views", self.cached_views >= 0, "0 (none) or more"),
             ("early_stopping_patience", self.early_stopping_patience >= 1, "1 or more epochs"),
             ("save_total_limit", self.save_total_limit != 1, "2 or more: the last and the best"),

@@ -17,11 +17,12 @@ from transformers import CLIPModel, CLIPProcessor
 
 from nicheclip.clip import encode_images, encode_texts, load_clip, zero_shot_logits
 from nicheclip.domain import Domain
-from nicheclip.evaluation.calibration import best_losses
+from nicheclip.evaluation.calibration import best_nll
 from nicheclip.evaluation.intervals import proportion
 from nicheclip.evaluation.metrics import correct
 from nicheclip.evaluation.robustness import retention_accuracy
 from nicheclip.run import load_retention
+from nicheclip.training.arguments import StagedTrainingArguments
 
 ALPHAS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
@@ -72,26 +73,27 @@ def choose_alpha(
     canonical_prompts: list[str],
     retention: tuple[datasets.Dataset, list[str]] | None = None,
     alphas: Sequence[float] = ALPHAS,
+    retention_drop: float = 1.0,
 ) -> tuple[float, list[dict[str, Any]]]:
     """Tries each alpha as the zero-shot classifier of the domain; neither model is changed.
 
     Args:
         validation: the prepared split: image, label, group_id.
         canonical_prompts: one of each class (C,).
-        retention: rows of image and label, and the canonical prompts, of the retention task. It is
-            measured and does not choose.
+        retention: rows of image and label, and the canonical prompts, of the retention task.
+        retention_drop: what the accuracy on it may lose, from the smallest alpha on.
 
     Returns:
-        what `nearest_to_base` chooses on validation; and of each alpha, as training.json has it,
-        "accuracy" and "nll" (in nats, at the temperature that suits validation), and the accuracy
-        on the "retention" task or None.
+        the alpha of the lowest NLL on validation of those that lose no more than that, of several
+        the smallest; and of each alpha, as training.json has it, "accuracy" and "nll" (in nats, at
+        the temperature that suits validation), and the accuracy on the "retention" task or None.
 
     Raises:
         ValueError: as `interpolate`.
     """
     labels, groups = np.array(validation["label"]), np.array(validation["group_id"])
     start, end, model = base.state_dict(), tuned.state_dict(), copy.deepcopy(base).float().eval()
-    table, losses = [], []
+    table = []
     for alpha in tqdm(alphas, desc="WiSE-FT", unit="alpha", leave=False):
         model.load_state_dict(interpolate(start, end, alpha))
         images = (row["image"] for row in validation)
@@ -103,33 +105,27 @@ def choose_alpha(
             rows, prompts = retention
             images, asked = (row["image"] for row in rows), np.array(rows["label"])
             kept = retention_accuracy(model, processor, images, asked, prompts, progress=False)
-        losses.append(best_losses(logits, labels))
-        row = {"alpha": alpha, "accuracy": accuracy.to_dict(), "nll": float(losses[-1].mean())}
+        row = {"alpha": alpha, "accuracy": accuracy.to_dict(), "nll": best_nll(logits, labels)}
         table.append(row | {"retention": kept and kept.to_dict()})
-    return nearest_to_base(alphas, np.stack(losses)), table
-
-
-def nearest_to_base(alphas: Sequence[float], losses: np.ndarray) -> float:
-    """The smallest alpha whose mean loss is within one standard error of the lowest.
-
-    The error is that of the difference, paired by image (the one-standard-error rule of Breiman et
-    al. 1984): what the images can't tell apart, the base's knowledge of other things decides.
-
-    Args:
-        losses: (A, N) of each alpha on each image.
-    """
-    more = losses - losses[losses.mean(axis=1).argmin()]  # (A, N)
-    error = more.std(axis=1) / np.sqrt(more.shape[1])
-    return min(np.asarray(alphas)[more.mean(axis=1) <= error + 1e-6].tolist())
+    allowed = table
+    if retention is not None:
+        of_base = min(table, key=lambda row: row["alpha"])["retention"]["value"]
+        allowed = [row for row in table if row["retention"]["value"] >= of_base - retention_drop]
+    best = min(allowed, key=lambda row: (round(row["nll"], 4), row["alpha"]))
+    return best["alpha"], table
 
 
 def mix_with_base(
-    domain: Domain, tuned: CLIPModel, asked: str, validation: datasets.Dataset, run: Path
+    domain: Domain,
+    tuned: CLIPModel,
+    args: StagedTrainingArguments,
+    validation: datasets.Dataset,
+    run: Path,
 ) -> dict[str, Any]:
     """Mixes the domain's base into `tuned`, in place.
 
     Args:
-        asked: the alpha, or "auto" for the one that validation chooses.
+        args: whose `wise_ft` is the alpha, or "auto" for the one that `choose_alpha` chooses.
         run: whose retention task is asked, if there is one.
 
     Returns:
@@ -137,11 +133,20 @@ def mix_with_base(
         two ends.
     """
     base, processor = load_clip(domain.base)
-    alphas = ALPHAS if asked == "auto" else sorted({0.0, float(asked), 1.0})
+    auto = args.wise_ft == "auto"
+    alphas = ALPHAS if auto else sorted({0.0, float(args.wise_ft), 1.0})
     rows, task = load_retention(run), domain.retention
     retention = (rows, task.canonical_prompts) if rows and task else None
-    prompts = domain.canonical_prompts
-    best, table = choose_alpha(base, tuned, processor, validation, prompts, retention, alphas)
-    alpha = best if asked == "auto" else float(asked)
+    best, table = choose_alpha(
+        base,
+        tuned,
+        processor,
+        validation,
+        domain.canonical_prompts,
+        retention,
+        alphas,
+        args.retention_drop,
+    )
+    alpha = best if auto else float(args.wise_ft)
     tuned.load_state_dict(interpolate(base.state_dict(), tuned.state_dict(), alpha))
-    return {"alpha": alpha, "asked": asked, "mixtures": table}
+    return {"alpha": alpha, "asked": args.wise_ft, "mixtures": table}
