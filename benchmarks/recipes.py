@@ -85,7 +85,7 @@ def recipes(domain: Domain) -> dict[str, Recipe]:
         "lp_plus_plus": Recipe("LP++", run=partial(on_features, rival=lp_plus_plus)),
         "tip_adapter_f": Recipe("Tip-Adapter-F", run=partial(on_features, rival=tip_adapter_f)),
         "clip_lora": Recipe("CLIP-LoRA", run=clip_lora),
-        "projection": Recipe("projection (ProLIP)", stages({"name": "map", **projection}, **plain)),
+        "projection": Recipe("projection alone", stages({"name": "map", **projection}, **plain)),
         "full": Recipe("all weights at once", stages(everything, **plain)),
         "flyp": Recipe("FLYP + WiSE-FT", stages(everything | {"loss": "info_nce"}, wise_ft="auto")),
         "lp_ft": Recipe("LP-FT + WiSE-FT", stages(head | alone, prototypes, text)),
