@@ -251,6 +251,18 @@ def test_the_strong_probe_is_chosen_on_validation_and_kept(tmp_path):
     )
 
 
+def test_validation_and_not_train_chooses_the_strong_probe():
+    rng = np.random.default_rng(0)
+    labels = np.arange(460) % 2
+    features = rng.normal(size=(460, 40)) + 0.4 * labels[:, None] * (np.arange(40) < 4)
+    train, validation = (features[:60], labels[:60]), (features[60:], labels[60:])
+    of_validation, of_train = (
+        correct(fit_strong_probe(train, judge, 2).logits(features[60:]), labels[60:]).mean()
+        for judge in (validation, train)
+    )
+    assert of_validation > of_train
+
+
 def test_generic_texts_are_words_of_the_vocabulary_and_none_of_the_prompts():
     processor = load_clip(FACADES / "base")[1]
     prompts = ["a drawing of a gothic building"]
