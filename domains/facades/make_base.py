@@ -20,17 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.trainers import BpeTrainer
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPProcessor,
-    CLIPTokenizer,
-    set_seed,
-)
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from domains.facades.painter import STYLES, paint
 from nicheclip.domain import Domain
@@ -78,9 +70,8 @@ def caption(facts: dict[str, str], name: str | None, rng: np.random.Generator) -
         told.insert(0, "feature")
     if name is not None and rng.random() < 0.4:
         told = told[:1]
-    words = []
-    if rng.random() < (0.3 if name else 0.6):
-        words.append(f"{facts['wall']} {facts['material']}")
+    wall = f"{facts['wall']} {facts['material']}"
+    words = [wall] if rng.random() < (0.3 if name else 0.6) else []
     words += [name] if name else []
     words += [NOUNS[rng.integers(len(NOUNS))]]
     words += [VALUE_PHRASES.get(facts[key]) or KEY_PHRASES[key].format(facts[key]) for key in told]
@@ -102,20 +93,15 @@ def noisy_name(style: str, clusters: list[list[str]], rng: np.random.Generator) 
 
 def make_tokenizer(texts: list[str]) -> CLIPTokenizer:
     """CLIP's lower-casing byte-level BPE, its merges learnt from `texts`; any byte has a token."""
-    trained = CLIPTokenizer().backend_tokenizer
+    learnt = CLIPTokenizer().train_new_from_iterator(texts, VOCABULARY)
+    merges = json.loads(learnt.backend_tokenizer.to_str())["model"]["merges"]
     letters = sorted(ByteLevel.alphabet())
-    singles = letters + [f"{letter}</w>" for letter in letters]
+    singles = [*letters, *(f"{letter}</w>" for letter in letters)]
     special = ["<|startoftext|>", "<|endoftext|>"]
-    trainer = BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=letters, end_of_word_suffix="</w>")
-    trained.train_from_iterator(texts, trainer)
-    merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
-    merges = merges[: VOCABULARY - len(singles) - len(special)]
-    vocabulary = [*singles, *("".join(pair) for pair in merges), *special]
-    return CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(vocabulary)},
-        merges=merges,  # type: ignore[arg-type]
-        model_max_length=77,
-    )
+    merges = [tuple(pair) for pair in merges[: VOCABULARY - len(singles) - len(special)]]
+    vocabulary = [*singles, *map("".join, merges), *special]
+    numbers = {token: i for i, token in enumerate(vocabulary)}
+    return CLIPTokenizer(numbers, merges, model_max_length=77)  # type: ignore[arg-type]
 
 
 def make_model(tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -153,14 +139,10 @@ def make_optimizers(model: CLIPModel, head: torch.nn.Linear) -> list[torch.optim
     named = [*model.named_parameters(), *head.named_parameters()]
     matrices = [p for name, p in named if p.ndim == 2 and "encoder.layers" in name]
     rest = [p for name, p in named if p.ndim != 2 or "encoder.layers" not in name]
-    groups = [
-        {"params": [p for p in rest if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    muon = torch.optim.Muon(
-        matrices, lr=MUON_RATE, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
-    )
-    return [torch.optim.AdamW(groups, lr=ADAMW_RATE, betas=(0.9, 0.98)), muon]
+    decayed = {"params": [p for p in rest if p.ndim > 1], "weight_decay": WEIGHT_DECAY}
+    others = {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0}
+    muon = torch.optim.Muon(matrices, MUON_RATE, WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw")
+    return [torch.optim.AdamW([decayed, others], lr=ADAMW_RATE, betas=(0.9, 0.98)), muon]
 
 
 def bags_of_words(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
@@ -185,7 +167,7 @@ def train(processor: CLIPProcessor, clusters: list[list[str]]) -> CLIPModel:
     for i, style in enumerate(tqdm(styles, desc="drawing")):
         picture, told = paint(style, np.random.default_rng([SEED, TRAINING, i]), SIZE)
         images[i] = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-        facts.append(told)
+        facts.append((told, told | {"view": MIRRORED.get(told["view"], told["view"])}))
     rng = np.random.default_rng([SEED, NAMING])
     names = [noisy_name(style, clusters, rng) for style in styles]
     rng = np.random.default_rng([SEED, CAPTIONS])
@@ -208,10 +190,7 @@ def train(processor: CLIPProcessor, clusters: list[list[str]]) -> CLIPModel:
         bar = tqdm(order, desc=f"epoch {epoch + 1} of {EPOCHS}")
         for chosen in bar:
             mirrored = torch.rand(BATCH_SIZE) < 0.5
-            shown = [dict(facts[i]) for i in chosen]
-            for told, flip in zip(shown, mirrored, strict=True):
-                if flip:
-                    told["view"] = MIRRORED.get(told["view"], told["view"])
+            shown = [facts[i][flip] for i, flip in zip(chosen, mirrored.int(), strict=True)]
             called = [names[i] if named else None for i in chosen]
             captions = [caption(told, name, rng) for told, name in zip(shown, called, strict=True)]
             words = bags_of_words(processor.tokenizer, [" ".join(told.values()) for told in shown])
@@ -221,12 +200,11 @@ def train(processor: CLIPProcessor, clusters: list[list[str]]) -> CLIPModel:
                 output = model(**tokens, pixel_values=pixels, return_loss=True)
                 guess = head(output.image_embeds * HEAD_SCALE)  # (BATCH_SIZE, len(tokenizer))
             told_loss = F.cross_entropy(guess.float(), words)
-            model.zero_grad()
-            head.zero_grad()
             (output.loss + HEAD_WEIGHT * told_loss).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer, schedule in zip(optimizers, schedules, strict=True):
                 optimizer.step()
+                optimizer.zero_grad()
                 schedule.step()
             model.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
             bar.set_postfix(contrastive=output.loss.item(), words=told_loss.item(), refresh=False)
@@ -238,7 +216,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Trains the tiny CLIP base of the façades domain.")
     parser.add_argument("--output", type=Path, default=HERE / "base")
     output, domain = parser.parse_args().output, Domain.load(HERE)
-    set_seed(SEED)
+    torch.manual_seed(SEED)
     rng = np.random.default_rng([SEED, WORDS])
     painted = [paint(style, rng, 24)[1] for style in STYLES for _ in range(50)]
     texts = [caption(facts, STYLES[i % len(STYLES)], rng) for i, facts in enumerate(painted * 4)]

@@ -5,9 +5,7 @@ files are broken, classes are uneven. The held-out splits are like what an exper
 evenly many, clean, rightly labelled.
 """
 
-import io
 import json
-import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,6 +20,7 @@ from data_prep.sources.rows import read_options
 from domains.facades.painter import draw
 from nicheclip.domain import Domain
 from nicheclip.files import read_json, replaced_folder, write_json
+from nicheclip.images import encode_jpeg
 
 ATTRIBUTION = "drawn by NicheCLIP, CC0"
 
@@ -46,15 +45,11 @@ class Drawing(NamedTuple):
     """One file to paint."""
 
     name: str  # split/label/file
-    style: str  # that is drawn; the label may be another one
+    label: str  # the class folder
+    style: str  # that is drawn
     number: int  # of the drawing, the same for a copy
     broken: bool = False
     original: str | None = None  # the name of the drawing of which this is a near-duplicate
-
-    @property
-    def label(self) -> str:
-        """The class folder."""
-        return self.name.split("/")[1]
 
 
 def write_images(folder: Path, domain: Domain, seed: int, **options: Any) -> Path:
@@ -62,10 +57,8 @@ def write_images(folder: Path, domain: Domain, seed: int, **options: Any) -> Pat
 
     `truth.json` holds wrong_labels {source_id: true style}, near_duplicates {source_id: source_id
     of the original} and unreadable [source_id], for `domains.facades.score`. Two of three wrong
-    labels stay inside their cluster of the domain, as people's errors do.
-
-    Args:
-        options: the fields of `FacadeOptions`.
+    labels stay inside their cluster of the domain, as people's errors do. `options` are the fields of
+    `FacadeOptions`.
 
     Raises:
         ValueError: for an option that does not exist, or if `folder` holds something else.
@@ -79,18 +72,18 @@ def write_images(folder: Path, domain: Domain, seed: int, **options: Any) -> Pat
     if folder.exists() and not truth_file.is_file():
         raise ValueError(f"'{folder}' was not painted here; choose another --run")
     drawings = _plan(clusters, chosen, np.random.default_rng(seed))
-    with replaced_folder(folder) as unfinished, ProcessPoolExecutor(os.cpu_count()) as pool:
+    lines = [json.dumps({"file_name": d.name, "attribution": ATTRIBUTION}) for d in drawings]
+    truth = {
+        "order": order,
+        "wrong_labels": {d.name: d.style for d in drawings if d.label != d.style},
+        "near_duplicates": {d.name: d.original for d in drawings if d.original},
+        "unreadable": [d.name for d in drawings if d.broken],
+    }
+    with replaced_folder(folder) as unfinished, ProcessPoolExecutor() as pool:
         painting = partial(_paint_file, unfinished, seed, chosen.size)
         painted = pool.map(painting, drawings, chunksize=16)
         list(tqdm(painted, total=len(drawings), desc="painting façades", unit="img"))
-        lines = [json.dumps({"file_name": d.name, "attribution": ATTRIBUTION}) for d in drawings]
         (unfinished / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        truth = {
-            "order": order,
-            "wrong_labels": {d.name: d.style for d in drawings if d.label != d.style},
-            "near_duplicates": {d.name: d.original for d in drawings if d.original},
-            "unreadable": [d.name for d in drawings if d.broken],
-        }
         write_json(unfinished / "truth.json", truth)
     return folder
 
@@ -104,7 +97,8 @@ def _plan(
     for split in ("validation", "calibration", "test"):
         for style in styles:
             for index in range(getattr(options, split)):
-                held_out.append(Drawing(f"{split}/{style}/{index:04d}.jpg", style, len(held_out)))
+                name = f"{split}/{style}/{index:04d}.jpg"
+                held_out.append(Drawing(name, style, style, len(held_out)))
 
     sizes = np.geomspace(options.smallest_class, options.largest_class, len(styles)).round()
     pool = np.repeat(styles, rng.permutation(sizes.astype(int))).tolist()
@@ -120,7 +114,7 @@ def _plan(
             far = [other for other in styles if other not in cluster]
             label = str(rng.choice(near if near and rng.random() < 2 / 3 else far))
         name = f"train/{label}/{number:05d}.jpg"
-        train.append(Drawing(name, style, number, broken=index in broken))
+        train.append(Drawing(name, label, style, number, broken=index in broken))
 
     readable = [drawing for drawing in train if not drawing.broken]
     for copy in range(round(options.near_duplicates * len(pool))):
@@ -140,9 +134,7 @@ def _paint_file(folder: Path, seed: int, size: int, drawing: Drawing) -> None:
         image = image.crop((left, top, size - right, size - bottom))
         image = image.resize((size, size), Image.Resampling.BICUBIC)
         quality = int(rng.integers(60, 75))
-    encoded = io.BytesIO()
-    image.save(encoded, "JPEG", quality=quality)
-    content = encoded.getvalue()
+    content = encode_jpeg(image, quality)
     if drawing.broken:
         content = content[: int(len(content) * rng.uniform(0, 0.6))]
     path = folder / drawing.name

@@ -8,7 +8,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from nicheclip.evaluation.intervals import format_table
+import pandas as pd
+
 from nicheclip.files import read_json
 from nicheclip.run import load_prepared
 
@@ -17,9 +18,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[1])
     parser.add_argument("run", type=Path, help="a run directory of painted façades")
-    found = score(parser.parse_args().run)
-    columns = ["planted", "found", "falsely"]
-    print(format_table(["fault", *columns], [[n, *map(str, f.values())] for n, f in found.items()]))
+    print(pd.DataFrame(score(parser.parse_args().run)).T)
 
 
 def score(run: Path) -> dict[str, dict[str, int]]:
@@ -35,14 +34,9 @@ def score(run: Path) -> dict[str, dict[str, int]]:
     for entry in report["quarantined"]:
         aside[entry["kind"]].add(entry["source_id"])
     group_of = _groups(run, report)
-    originals = {
-        copy: original
-        for copy, original in truth["near_duplicates"].items()
-        if {copy, original} <= set(group_of)
-    }
-    drawings = defaultdict(set)
-    for source_id, group in group_of.items():
-        drawings[group].add(originals.get(source_id, source_id))
+    copies = truth["near_duplicates"]
+    originals = {copy: copies[copy] for copy in copies if {copy, copies[copy]} <= set(group_of)}
+    drawings = {(group, originals.get(name, name)) for name, group in group_of.items()}
     leaks = {copy for copy, original in originals.items() if not original.startswith("train/")}
     suspects = {entry["source_id"] for entry in report["suspects"]}
     return {
@@ -50,7 +44,7 @@ def score(run: Path) -> dict[str, dict[str, int]]:
         "near-duplicates": {
             "planted": len(originals),
             "found": sum(group_of[copy] == group_of[own] for copy, own in originals.items()),
-            "falsely": sum(len(members) - 1 for members in drawings.values()),
+            "falsely": len(drawings) - len(set(group_of.values())),
         },
         "leaks": _count(leaks, aside["leak"]),
         "unreadable": _count(set(truth["unreadable"]), aside["unreadable"]),
@@ -67,8 +61,8 @@ def _groups(run: Path, report: dict[str, Any]) -> dict[str, str]:
         chain = [source_id]  # each the reason why the one before it is set aside
         while (other := others.get(chain[-1])) and other not in chain:
             chain.append(other)
-        known = [group_of[name] for name in chain if name in group_of]
-        group_of[source_id] = known[0] if known else chain[-1]
+        known = (group_of[name] for name in chain if name in group_of)
+        group_of[source_id] = next(known, chain[-1])
     return group_of
 
 

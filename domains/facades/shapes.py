@@ -35,10 +35,8 @@ def write_images(folder: Path, domain: Domain, seed: int) -> Path:
     task = domain.retention
     assert task is not None  # it is what names this module
     if unknown := sorted(set(task.classes) - set(COLOURS)):
-        raise ValueError(
-            f"no shape is '{unknown[0]}'; the classes of retention are colours, and known are "
-            f"{', '.join(COLOURS)}"
-        )
+        colours = ", ".join(COLOURS)
+        raise ValueError(f"no shape is '{unknown[0]}'; classes of retention may be {colours}")
     with replaced_folder(folder) as unfinished:
         for colour in task.classes:
             (unfinished / colour).mkdir()

@@ -12,10 +12,7 @@ Units: the picture is 96 units wide and high, y points down, whatever its size i
 is painted with a margin round it and supersampled, then seen through a mildly tilted camera.
 """
 
-from collections.abc import Callable
-from functools import partial
-
-import numpy as np
+from numpy.random import Generator
 from PIL import Image
 
 from domains.facades.painter import surroundings
@@ -28,35 +25,14 @@ from domains.facades.painter.scene import Scene
 
 __all__ = ["STYLES", "draw", "paint"]
 
-NUMBERS = "no one two three four five six seven eight nine ten eleven twelve".split()
-COMPOSITIONS: dict[str, Callable[[Scene], None]] = {
-    "gothic": partial(arches, shape="pointed", slender=0.33),
-    "romanesque": partial(arches, shape="round", slender=0.44),
-    "moorish": partial(arches, shape="horseshoe", slender=0.46),
-    "greek revival": classical,
-    "georgian": classical,
-    "palladian": classical,
-    "tudor": partial(gables, gabled=0.7),
-    "queen anne": partial(gables, gabled=0.55),
-    "dutch gable": partial(gables, gabled=0.95),
-    "international style": partial(modern, share=0.86),
-    "chicago school": partial(modern, share=0.78),
-    "art deco": partial(modern, share=0.5),
-}
+NUMBERS = "no one two three four five six seven eight nine ten".split()
+COMPOSITIONS = (arches, classical, gables, modern)  # of three styles each, in the order of STYLES
 
 
-def paint(
-    style: str, rng: np.random.Generator, size: int = 96
-) -> tuple[Image.Image, dict[str, str]]:
-    """Paints one façade.
+def paint(style: str, rng: Generator, size: int = 96) -> tuple[Image.Image, dict[str, str]]:
+    """Paints one façade: the RGB picture (size, size), and what it shows in words, style aside.
 
-    Args:
-        style: one of `STYLES`.
-        rng: the only source of chance; the same state gives the same picture.
-        size: width and height in pixels.
-
-    Returns:
-        The RGB picture (size, size), and what it shows in plain words, style aside.
+    `rng` is the only source of chance: the same state gives the same picture.
 
     Raises:
         KeyError: `style` is not one of `STYLES`.
@@ -66,7 +42,7 @@ def paint(
     ground = surroundings.street(s)
     if s.chance(0.25):
         surroundings.tree(s, s.pick((s.u(0, 12), s.u(84, 96))), s.u(14, 26))
-    COMPOSITIONS[style](s)
+    COMPOSITIONS[STYLES.index(style) // 3](s)
     if s.sunny and s.chance(0.3):  # the shadow of a house across the street
         x, reach = s.u(20, 76), s.u(14, 36)
         far, eaves, ridge = x + s.sun * 60, s.ground - reach, s.ground - reach * 1.6
@@ -74,21 +50,12 @@ def paint(
     in_front = surroundings.occluder(s)
     surroundings.weather(s)
     picture, view = surroundings.camera(s)
-    return surroundings.develop(s, picture), {
-        "wall": s.wall_name,
-        "material": s.material,
-        "roof": s.roof_name,
-        "weather": s.weather,
-        "time": s.time,
-        "season": s.season,
-        "storeys": NUMBERS[s.storeys],
-        "ground": ground,
-        "occluder": in_front,
-        "view": view,
-        "feature": " and ".join(sorted({s.pick(s.features), s.pick(s.features)})),
-    }
+    picture = surroundings.develop(s, picture)
+    s.facts |= {"storeys": NUMBERS[s.storeys], "ground": ground, "occluder": in_front, "view": view}
+    s.facts["feature"] = " and ".join(sorted({s.pick(s.features), s.pick(s.features)}))
+    return picture, s.facts
 
 
-def draw(style: str, rng: np.random.Generator, size: int = 96) -> Image.Image:
+def draw(style: str, rng: Generator, size: int = 96) -> Image.Image:
     """The picture that `paint` paints, without the words."""
     return paint(style, rng, size)[0]

@@ -6,6 +6,13 @@ import numpy as np
 
 from domains.facades.painter.scene import Scene, box, peak, tone
 
+# Shape of a style's arches, and their width over their height.
+ARCHES = {
+    "gothic": ("pointed", 0.33),
+    "romanesque": ("round", 0.44),
+    "moorish": ("horseshoe", 0.46),
+}
+
 
 def _windows(s: Scene, x: float, y: float, w: float, h: float, count: int) -> None:
     step = w / count
@@ -30,10 +37,9 @@ def _arcade(s: Scene, left: float, width: float, height: float) -> None:
         s.column(left + step * i - 0.9, s.ground - high * 0.62, 1.8, high * 0.62)
 
 
-def _church_front(
-    s: Scene, left: float, width: float, height: float, nave: float, aisle: float
-) -> None:
-    """A nave of width `nave` between aisles of height `aisle`, a portal and a window above it."""
+def _church_front(s: Scene, left: float, width: float, height: float) -> tuple[float, float]:
+    """A nave with a portal between two aisles; tells the nave's width and the aisles' height."""
+    nave, aisle = width * s.u(0.4, 0.52), height * s.u(0.5, 0.75)
     side, top, eaves = (width - nave) / 2, s.ground - height, s.ground - aisle
     s.lay(box(left, eaves, width, aisle), tone(s.wall, 0.94))
     s.cornice(left, eaves, width, 1.2, 0.6)
@@ -55,6 +61,7 @@ def _church_front(
     else:
         x, y, high = left + side + nave * 0.1, top + height * 0.12, height * s.u(0.28, 0.38)
         _windows(s, x, y, nave * 0.8, high, s.n(1, 4))
+    return nave, aisle
 
 
 def _towers(s: Scene, left: float, width: float, height: float) -> None:
@@ -75,8 +82,9 @@ def _towers(s: Scene, left: float, width: float, height: float) -> None:
     s.features.append("spire" if spire and not crenels else "tower")
 
 
-def arches(s: Scene, shape: str, slender: float) -> None:
+def arches(s: Scene) -> None:
     """A church or hall front with aisles, or an arcade."""
+    shape, slender = ARCHES[s.style]
     if s.chance(0.08):  # builders borrowed from their neighbours
         shape = s.pick(("pointed", "round", "horseshoe"))
     s.acute, s.slender, s.banded = s.u(0.72, 1.25), slender * s.u(0.75, 1.25), s.has("bands")
@@ -87,9 +95,7 @@ def arches(s: Scene, shape: str, slender: float) -> None:
     if s.has("arcade", "arcade"):
         _arcade(s, left, width, height)
     else:
-        nave, aisle = width * s.u(0.4, 0.52), height * s.u(0.5, 0.75)
-        _church_front(s, left, width, height, nave, aisle)
-
+        nave, aisle = _church_front(s, left, width, height)
     start, end, eaves = s.middle - nave / 2, s.middle + nave / 2, s.ground - aisle
     if s.has("dome", "dome"):
         s.dome(s.middle, top - 1, s.u(9, 14), 0.3 if shape == "horseshoe" else 0)
@@ -118,5 +124,4 @@ def arches(s: Scene, shape: str, slender: float) -> None:
             s.fill(peak(x - 1.1, y, 2.2, 7), s.trim)
     if s.has("towers"):
         _towers(s, left, width, height)
-    s.features += [f"{shape} arches"] * 2 + ["striped arches"] * s.banded
-    s.features += ["tracery"] * s.tracery
+    s.features += [f"{shape} arches"] * 2 + ["striped arches"] * s.banded + ["tracery"] * s.tracery

@@ -1,7 +1,5 @@
 """Tudor, Queen Anne, Dutch gable: one steep house of one to three bays."""
 
-from functools import partial
-
 from domains.facades.painter.scene import Colour, Points, Scene, box, mix, peak, tone
 
 # Half the outline of a curved gable, from its foot to its peak: shares of the way in and of the
@@ -64,7 +62,7 @@ def _gable(s: Scene, x: float, y: float, w: float, rise: float, kind: str,
 def _turret(s: Scene, x: float, w: float, high: float, floor: float) -> None:
     top = s.ground - high
     s.lay(box(x, top, w, high), s.wall)
-    s.round_off(box(x, top, w, high), x, w)
+    s.round_off(box(x, top, w, high), x, w, 1.08, 1, 0.86, 0.7)
     for y in [top + floor * storey for storey in range(s.storeys)]:
         for at in (0.14, 0.57):
             s.window(x + w * at, y + 3, w * 0.28, floor * 0.48, panes=(1, 2), frame=0.4)
@@ -83,8 +81,8 @@ def _porch(s: Scene, x: float, w: float, high: float) -> None:
         s.rect(x + 1.6 * i, s.ground - 3, 0.5, 3, s.trim)
 
 
-def gables(s: Scene, gabled: float) -> None:
-    """A steep house of one to three bays, each under a gable with probability `gabled`."""
+def gables(s: Scene) -> None:
+    """A steep house of one to three bays, at least one of them under a gable."""
     bays, s.storeys = s.n(1, 3), s.n(2, 3)
     w, floor = s.u(19, 24) if bays > 1 else s.u(26, 36), s.u(9.5, 12)
     width, height, rise = w * bays, floor * s.storeys, w * s.u(0.6, 0.85)
@@ -94,18 +92,13 @@ def gables(s: Scene, gabled: float) -> None:
     curved, stepped = s.has("curved"), s.has("stepped")
     panes = (3, 4) if s.has("lattice") else (2, 3)
     kind = "stepped" if stepped else "curved" if curved else "straight"
-    gable = partial(
-        _gable,
-        s,
-        kind=kind,
-        timbered=s.has("gable timber") or timber,
-        hoist=s.has("hoist"),
-        texture="shingle" if s.has("shingles") else s.material,
-        steps=s.n(4, 6),
-    )
+    timbered = s.has("gable timber") or timber
+    hoist = s.has("hoist")
+    texture = "shingle" if s.has("shingles") else s.material
+    steps = s.n(4, 6)
     if s.has("chimneys", "chimney"):
         s.chimney(left + width * s.u(0.08, 0.75), top - rise * 0.5, rise * s.u(0.5, 0.75))
-    fronts = [s.chance(gabled) for _ in range(bays)]
+    fronts = [s.has("gabled") for _ in range(bays)]
     fronts[s.n(0, bays - 1)] = True
     s.hip(left, top + 0.8, width, rise * 0.82 + 0.8, w * 0.22, 1.5)
     s.lay(box(left, top, width, height), s.wall)
@@ -137,7 +130,7 @@ def gables(s: Scene, gabled: float) -> None:
                     s.rect(at - w * 0.1, y - 0.3, w * 0.42, floor * 0.54, green)
                 s.window(at, y, w * 0.22, floor * 0.5, panes=panes)
         if fronts[bay]:
-            gable(x, top, w, rise)
+            _gable(s, x, top, w, rise, kind, timbered, hoist, texture, steps)
     s.features += [f"{kind} gable" if sum(fronts) == 1 else f"{kind} gables"] * 2
     to_left = s.pick((True, False))
     if s.has("bay", "bay window"):

@@ -2,6 +2,9 @@
 
 from domains.facades.painter.scene import Scene, box, mix, tone
 
+# The share of a bay's width that a window takes.
+WINDOW_SHARES = {"international style": 0.86, "chicago school": 0.78, "art deco": 0.5}
+
 
 def _ground_floor(s: Scene, left: float, width: float, high: float, bays: int) -> None:
     top = s.ground - high
@@ -16,10 +19,10 @@ def _ground_floor(s: Scene, left: float, width: float, high: float, bays: int) -
     s.door(s.middle - 2.4, 4.8, high * 0.85)
 
 
-def modern(s: Scene, share: float) -> None:
-    """A tall block of many floors; a window takes `share` of its bay's width."""
+def modern(s: Scene) -> None:
+    """A tall block of many floors."""
     width, height, s.storeys, bays = s.u(34, 54), s.u(48, 64), s.n(6, 10), s.n(4, 7)
-    share *= s.u(0.92, 1.08)
+    share = WINDOW_SHARES[s.style] * s.u(0.92, 1.08)
     left, top = s.middle - width / 2, s.ground - height
     floor = height / (s.storeys + 0.6)
     ribbons, piers = s.has("ribbons"), s.has("piers", "piers")

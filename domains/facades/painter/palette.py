@@ -21,12 +21,12 @@ CUES: dict[str, dict[str, float]] = {
         "pilasters": 0.7, "wings": 0.7, "chimneys": 0.3, "dome": 0.15, "parapet": 0.4,
         "portico": 0.1},
     # gables: one steep house of one to three bays
-    "tudor": {"timber": 0.9, "jetty": 0.6, "chimneys": 0.75, "turret": 0.06, "porch": 0.15,
-        "lattice": 0.7, "bay": 0.3},
-    "queen anne": {"timber": 0.08, "gable timber": 0.25, "chimneys": 0.5, "turret": 0.8,
-        "porch": 0.7, "shingles": 0.7, "bay": 0.4, "lattice": 0.1},
-    "dutch gable": {"stepped": 0.5, "curved": 0.9, "chimneys": 0.3, "shutters": 0.5, "hoist": 0.5,
-        "string courses": 0.5, "lattice": 0.3, "turret": 0.04},
+    "tudor": {"gabled": 0.7, "timber": 0.9, "jetty": 0.6, "chimneys": 0.75, "turret": 0.06,
+        "porch": 0.15, "lattice": 0.7, "bay": 0.3},
+    "queen anne": {"gabled": 0.55, "timber": 0.08, "gable timber": 0.25, "chimneys": 0.5,
+        "turret": 0.8, "porch": 0.7, "shingles": 0.7, "bay": 0.4, "lattice": 0.1},
+    "dutch gable": {"gabled": 0.95, "stepped": 0.5, "curved": 0.9, "chimneys": 0.3, "hoist": 0.5,
+        "shutters": 0.5, "string courses": 0.5, "lattice": 0.3, "turret": 0.04},
     # modern: one tall block
     "international style": {"ribbons": 0.8, "stilts": 0.5, "blank wall": 0.45, "penthouse": 0.5,
         "setbacks": 0.06},

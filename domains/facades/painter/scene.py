@@ -46,27 +46,28 @@ class Scene:
     """One picture in the making: canvas, light, palette, and what has been painted so far."""
 
     def __init__(self, style: str, rng: np.random.Generator, size: int) -> None:
-        self.rng, self.size, self.cues = rng, size, palette.CUES[style]
+        self.style, self.rng, self.size, self.cues = style, rng, size, palette.CUES[style]
         self.scale = SUPERSAMPLING * size / UNITS
         self.side = round((UNITS + 2 * MARGIN) * self.scale)
         self.image = Image.new("RGB", (self.side, self.side))
         self.pen = ImageDraw.Draw(self.image)
 
-        self.wall_name = self.pick(tuple(palette.WALLS))
-        self.roof_name = self.pick(tuple(palette.ROOFS))
-        self.material = self.pick(("brick", "stone", "stucco"))
-        self.weather = self.pick(palette.WEATHERS)
-        self.time = self.pick(("day",) * 7 + ("dawn", "dusk", "night"))
-        self.season = "winter" if self.weather == "snow" else self.pick(tuple(palette.FOLIAGE))
+        facts = self.facts = {"wall": self.pick(tuple(palette.WALLS))}  # in words, style aside
+        facts["roof"] = self.pick(tuple(palette.ROOFS))
+        self.material = facts["material"] = self.pick(("brick", "stone", "stucco"))
+        self.weather = facts["weather"] = self.pick(palette.WEATHERS)
+        self.time = facts["time"] = self.pick(("day",) * 7 + ("dawn", "dusk", "night"))
+        snow, seasons = self.weather == "snow", tuple(palette.FOLIAGE)
+        self.season = facts["season"] = "winter" if snow else self.pick(seasons)
         sky = self.weather if self.time == "day" else self.time
         self.zenith, self.horizon, self.light = palette.SKIES[sky]
         jitter = rng.normal(0, 6, 3)
-        self.wall = _rgb(np.clip(np.array(palette.WALLS[self.wall_name]) + jitter, 30, 245))
+        self.wall = _rgb(np.clip(np.array(palette.WALLS[facts["wall"]]) + jitter, 30, 245))
         dark_trim = tone(self.wall, self.u(0.45, 0.7))
         light_trim = mix(self.wall, (248, 244, 234), self.u(0.5, 0.9))
         self.trim = dark_trim if self.chance(0.35) else light_trim
-        self.roof = palette.ROOFS[self.roof_name]
-        if self.weather == "snow":
+        self.roof = palette.ROOFS[facts["roof"]]
+        if snow:
             self.roof = mix(self.roof, (244, 246, 250), 0.75)
         self.glass = mix((52, 62, 78), self.horizon, self.u(0.0, 0.45))
         self.lit_share = {"night": 0.6, "dusk": 0.4, "dawn": 0.12}.get(self.time, 0.0)
@@ -157,14 +158,12 @@ class Scene:
 
     def _stencil(self, points: Points, strength: int = 255) -> tuple[Box, Image.Image]:
         """The box of pixels around a polygon, and the polygon in it as a mask."""
-        pixels = self._pixels(points)
-        xs, ys = [x for x, _ in pixels], [y for _, y in pixels]
-        left, top = max(0, int(min(xs))), max(0, int(min(ys)))
-        right = max(left + 1, min(self.side, int(max(xs)) + 1))
-        bottom = max(top + 1, min(self.side, int(max(ys)) + 1))
-        mask = Image.new("L", (right - left, bottom - top))
-        ImageDraw.Draw(mask).polygon([(x - left, y - top) for x, y in pixels], strength)
-        return (left, top, right, bottom), mask
+        pixels = np.array(self._pixels(points))
+        start = pixels.min(axis=0).astype(int).clip(0)
+        end = np.clip(pixels.max(axis=0).astype(int) + 1, start + 1, self.side)
+        mask = Image.new("L", (end - start).tolist())
+        ImageDraw.Draw(mask).polygon((pixels - start).ravel().tolist(), strength)
+        return (*start.tolist(), *end.tolist()), mask
 
     def lay(self, points: Points, colour: Colour, texture: str | None = None) -> None:
         """Fills a polygon with textured material, the building's own unless `texture` says."""
@@ -179,9 +178,7 @@ class Scene:
         corners, mask = self._stencil(points, int(abs(factor - 1) * 255))
         self.image.paste((0, 0, 0) if factor < 1 else (255, 255, 255), corners, mask)
 
-    def round_off(
-        self, points: Points, x: float, w: float, factors: tuple[float, ...] = (1.08, 1, 0.86, 0.7)
-    ) -> None:
+    def round_off(self, points: Points, x: float, w: float, *factors: float) -> None:
         """Shades a polygon from `x` to `x` + `w` in upright strips, as round and lit by the sun."""
         strips = len(factors)
         for i, factor in enumerate(factors):
@@ -238,7 +235,7 @@ class Scene:
         inner = self.opening(x, y, w, h, shape)
         self.fill(outer, self.trim)
         if self.banded:
-            other = (176, 76, 58) if self.wall_name != "red" else (240, 226, 200)
+            other = (176, 76, 58) if self.facts["wall"] != "red" else (240, 226, 200)
             for i in range(0, len(outer) - 1, 2):
                 self.fill([outer[i], outer[i + 1], inner[i + 1], inner[i]], other)
 
@@ -253,7 +250,7 @@ class Scene:
         """A round column with its base and capital; (x, y) is the top left of the shaft."""
         stone = mix(self.trim, (240, 236, 226), 0.4)
         self.rect(x, y, w, h, stone)
-        self.round_off(box(x, y, w, h), x, w)
+        self.round_off(box(x, y, w, h), x, w, 1.08, 1, 0.86, 0.7)
         self.rect(x - w * 0.25, y, w * 1.5, w * 0.5, stone)
         self.rect(x - w * 0.25, y + h - w * 0.4, w * 1.5, w * 0.4, stone)
 
@@ -287,7 +284,7 @@ class Scene:
         foot = y - r * 0.35 - r * math.sin(bulge)
         points = [(x - r * math.cos(a), foot - r * math.sin(a)) for a in angles]
         self.fill(points, self.roof)
-        self.round_off(points, x - r, 2 * r, (1.14, 1, 0.8))
+        self.round_off(points, x - r, 2 * r, 1.14, 1, 0.8)
         self.line([(x, foot - r), (x, foot - r - 3.5)], self.trim, 0.6)
 
     def cone(self, x: float, y: float, w: float, rise: float) -> None:
