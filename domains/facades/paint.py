@@ -57,8 +57,8 @@ def write_images(folder: Path, domain: Domain, seed: int, **options: Any) -> Pat
 
     `truth.json` holds wrong_labels {source_id: true style}, near_duplicates {source_id: source_id
     of the original} and unreadable [source_id], for `domains.facades.score`. Two of three wrong
-    labels stay inside their cluster of the domain, as people's errors do. `options` are the fields of
-    `FacadeOptions`.
+    labels stay inside their cluster of the domain, as people's errors do. `options` are the fields
+    of `FacadeOptions`.
 
     Raises:
         ValueError: for an option that does not exist, or if `folder` holds something else.

@@ -3,7 +3,7 @@
 How many of the painter's planted faults data_prep has found in RUN, and how often it was wrong.
 """
 
-import argparse
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,6 @@ import pandas as pd
 
 from nicheclip.files import read_json
 from nicheclip.run import load_prepared
-
-
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[1])
-    parser.add_argument("run", type=Path, help="a run directory of painted façades")
-    print(pd.DataFrame(score(parser.parse_args().run)).T)
 
 
 def score(run: Path) -> dict[str, dict[str, int]]:
@@ -71,4 +64,4 @@ def _count(planted: set[str], named: set[str]) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    main()
+    print(pd.DataFrame(score(Path(sys.argv[1]))).T)

@@ -59,10 +59,9 @@ def classical(s: Scene) -> None:
     w, h, arched = min(step * 0.45, 6), floor * s.u(0.52, 0.64), s.chance(0.15)
     ground_floor = s.storeys - 1
     for storey in range(s.storeys):
-        taken = [ground_floor, ground_floor - 1] if serliana else [ground_floor]
         for bay in range(bays):
-            if 2 * bay + 1 == bays and storey in taken:
-                continue
+            if 2 * bay + 1 == bays and storey >= ground_floor - serliana:
+                continue  # the place of the door, and of the venetian window above it
             x, y = left + step * (bay + 0.5) - w / 2, top + floor * storey + (floor - h) * 0.6
             short = h * (0.75 if s.storeys == 3 and storey == 0 else 1)
             shape = "round" if arched and storey == ground_floor else "flat"

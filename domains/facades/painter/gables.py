@@ -1,7 +1,8 @@
 """Tudor, Queen Anne, Dutch gable: one steep house of one to three bays."""
 
-from domains.facades.painter.scene import Colour, Points, Scene, box, mix, peak, tone
+from domains.facades.painter.scene import Points, Scene, box, mix, peak, tone
 
+TIMBER, PLASTER = (58, 42, 34), (250, 244, 230)
 # Half the outline of a curved gable, from its foot to its peak: shares of the way in and of the
 # way up.
 CURVED_GABLE: Points = [
@@ -10,14 +11,9 @@ CURVED_GABLE: Points = [
 ]  # fmt: skip
 
 
-def _beams(s: Scene) -> tuple[Colour, Colour]:
-    """Colours of timber and of the plaster between."""
-    return mix((58, 42, 34), s.wall, 0.12), mix(s.wall, (250, 244, 230), 0.55)
-
-
 def _half_timbering(s: Scene, x: float, y: float, w: float, h: float) -> None:
-    beams, infill = _beams(s)
-    s.lay(box(x, y, w, h), infill, "stucco")
+    beams = mix(TIMBER, s.wall, 0.12)
+    s.lay(box(x, y, w, h), mix(s.wall, PLASTER, 0.55), "stucco")
     posts = max(3, round(w / 4))
     step = w / posts
     for at in [x + step * i for i in range(posts + 1)]:
@@ -45,8 +41,8 @@ def _gable(s: Scene, x: float, y: float, w: float, rise: float, kind: str,
         edge_points = [(inner + (px - inner) * 1.06, py - 1) for px, py in outline]
         s.fill([*edge_points, (x + w, y), (x, y)], s.trim)
     if timbered:
-        beams, infill = _beams(s)
-        s.lay(outline, infill, "stucco")
+        beams = mix(TIMBER, s.wall, 0.12)
+        s.lay(outline, mix(s.wall, PLASTER, 0.55), "stucco")
         for px in [x + w * i / 6 for i in range(1, 6)]:
             s.line([(px, y), (px, y - rise * (1 - abs(px - inner) / (w / 2)) * 0.9)], beams, 0.8)
         s.line([(x, y), (x + w, y)], beams, 1.0)
@@ -109,9 +105,7 @@ def gables(s: Scene) -> None:
             _half_timbering(s, left - out, y, width + 2 * out, floor)
             if jetty:
                 s.shade(box(left, y + floor, width, 1.2), 0.65)
-        s.features.append("timber beams")
-    if shutters:
-        s.features.append("shutters")
+    s.features += ["timber beams"] * timber + ["shutters"] * shutters
     if courses:
         for i in range(s.storeys * 2):
             s.rect(left, top + floor * i / 2 + 1, width, 0.9, s.trim)

@@ -191,8 +191,7 @@ class Scene:
     def opening(self, x: float, y: float, w: float, h: float, shape: str) -> Points:
         """Outline of a window, door or arch in a box, from its left foot over the top to the right.
 
-        Args:
-            shape: flat, pointed, round or horseshoe.
+        `shape` is flat, pointed, round or horseshoe.
         """
         r, foot = w / 2, y + h
         if shape == "flat":
@@ -275,10 +274,7 @@ class Scene:
             self.rect(pot, y - h - 1.4, 1, 1.4, (150, 92, 70))
 
     def dome(self, x: float, y: float, r: float, bulge: float) -> None:
-        """A dome on a drum centred on (x, y).
-
-        `bulge` > 0 (radians) runs its circle on below the centre.
-        """
+        """A dome on a drum centred on (x, y); its circle runs on by `bulge` (radians) below."""
         self.rect(x - r * 0.85, y - r * 0.4, r * 1.7, r * 0.4 + 1, self.trim)
         angles = np.linspace(-bulge, math.pi + bulge, 21).tolist()
         foot = y - r * 0.35 - r * math.sin(bulge)

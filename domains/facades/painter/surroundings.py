@@ -2,6 +2,7 @@
 
 import numpy as np
 from PIL import Image, ImageFilter
+from PIL.Image import Resampling, Transform
 
 from domains.facades.painter.palette import FOLIAGE, LAMPLIGHT, WALLS, Colour
 from domains.facades.painter.scene import MARGIN, UNITS, Scene, mix, peak, tone
@@ -123,11 +124,10 @@ def occluder(s: Scene) -> str:
 
 def camera(s: Scene) -> tuple[Image.Image, str]:
     """The scene through a tilted camera at the final size, and the viewpoint in words."""
-    xs, ys = [x for x, _ in s.outline], [y for _, y in s.outline]
-    left, right, top, bottom = min(xs), max(xs), min(ys), max(ys)
-    half = min(max(right - left, bottom - top + 4, 46) * s.u(0.54, 0.72), 54)
-    middle = [(right + left) / 2, (bottom + top) / 2]
-    centre = np.clip(middle, half - MARGIN, UNITS + MARGIN - half)
+    low, high = np.min(s.outline, axis=0), np.max(s.outline, axis=0)
+    width, height = high - low
+    half = min(max(width, height + 4, 46) * s.u(0.54, 0.72), 54)
+    centre = np.clip((high + low) / 2, half - MARGIN, UNITS + MARGIN - half)
     centre += s.rng.normal(0, 0.05 * half, 2)
     yaw, pitch, roll = s.u(-0.11, 0.11), s.u(-0.02, 0.1), s.rng.normal(0, 0.02)
     corners = []
@@ -135,13 +135,11 @@ def camera(s: Scene) -> tuple[Image.Image, str]:
         x, y = half * cx * (1 - pitch * cy), half * cy * (1 + yaw * cx)
         x, y = centre[0] + x - roll * y, centre[1] + y + roll * x
         corners += [(min(max(v, -MARGIN), UNITS + MARGIN) + MARGIN) * s.scale for v in (x, y)]
-    view = s.image.transform(
-        (2 * s.size, 2 * s.size), Image.Transform.QUAD, corners, Image.Resampling.BILINEAR
-    )
+    size = (2 * s.size, 2 * s.size)
+    view = s.image.transform(size, Transform.QUAD, corners, Resampling.BILINEAR)
+    side = "from below" if pitch > 0.07 else "straight on"
     if abs(yaw) > 0.05:
         side = "from the left" if yaw < 0 else "from the right"
-    else:
-        side = "from below" if pitch > 0.07 else "straight on"
     return view.reduce(2), side
 
 
