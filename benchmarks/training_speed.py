@@ -9,37 +9,25 @@ the main process; evaluation and checkpoints are left out.
 """
 
 import argparse
-import hashlib
-import multiprocessing
 import resource
 import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import datasets
 import numpy as np
 import pandas as pd
 import torch
+from datasets import Dataset
 from PIL import Image
 from torch.nn.functional import cross_entropy
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPProcessor,
-    CLIPTokenizer,
-    TrainerCallback,
-    TrainerControl,
-)
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers.trainer_callback import TrainerCallback, TrainerControl
 
 from data_prep.verify import JPEG_QUALITY
 from domains.facades.painter import STYLES, draw
 from nicheclip.domain import Domain
-from nicheclip.evaluation.intervals import format_table
 from nicheclip.files import quiet_datasets, write_json
 from nicheclip.images import encode_jpeg
 from nicheclip.processes import keep_freed_memory
@@ -62,18 +50,7 @@ SIZES = {  # of the model, and the side of its images
     "small": (CLIPConfig(text_config=TINY, vision_config=TINY | {"image_size": 64}), 64),
 }
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-Rows = list[dict[str, Any]]  # of each stage: its name, samples, and seconds a sample
-
-
-@dataclass
-class Setting:
-    """What a side trains, and on what."""
-
-    domain: Domain
-    rows: datasets.Dataset
-    model: CLIPModel
-    processor: CLIPProcessor
-    args: argparse.Namespace
+Times = Iterator[tuple[str, int, float]]  # of each stage: its name, samples, milliseconds a sample
 
 
 class Clock(TrainerCallback):
@@ -82,30 +59,36 @@ class Clock(TrainerCallback):
     def __init__(self) -> None:
         self.times: list[float] = []
 
-    def on_step_end(self, args, state, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args, state, control: TrainerControl, **_) -> None:
         """Called by the Trainer."""
         control.should_save = False
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
-        self.times.append(time.perf_counter())
+        self.times.append(1000 * time.perf_counter())
 
-    def seconds(self) -> float:
+    def milliseconds(self) -> float:
         """What a step takes after the warm-up."""
-        return (self.times[-1] - self.times[WARM_UP - 1]) / (len(self.times) - WARM_UP)
+        return np.diff(self.times[WARM_UP - 1 :]).mean()
 
 
-def article(setting: Setting) -> Rows:
+def article(args, domain: Domain, rows: Dataset, model: CLIPModel, processor) -> Times:
     """The article's loop: float32, 77 places a prompt, every image from its pixels each time."""
-    model, batches, found = setting.model.train(), article_batches(setting), []
-    for stage in setting.domain.stages:
-        set_trainable(model, stage)
+    rng, side = np.random.default_rng(0), SIZES[args.size][1]
+    options = {"padding": "max_length", "max_length": 77, "return_tensors": "pt"}
+    for stage in domain.stages:
+        set_trainable(model.train(), stage)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trained, stage.learning_rate[0], betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1
-        )
+        settings = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.1}
+        optimizer = torch.optim.AdamW(trained, stage.learning_rate[0], **settings)
         clock = Clock()
-        for _ in range(WARM_UP + setting.args.steps):
-            logits = model(**next(batches)).logits_per_image  # (B, B)
+        for _ in range(WARM_UP + args.steps):
+            views, prompts = [], []
+            for index in rng.integers(len(rows), size=ARTICLE_BATCH):
+                row = rows[int(index)]
+                views.append(augment(row["image"].convert("RGB"), side, domain.augmentation, rng))
+                prompts.append(rng.choice(domain.classes[domain.class_names[row["label"]]]))
+            batch = processor(text=prompts, images=views, **options).to(DEVICE)
+            logits = model(**batch).logits_per_image  # (B, B)
             own = torch.arange(len(logits), device=DEVICE)
             both = [cross_entropy(each, own, label_smoothing=0.1) for each in (logits, logits.T)]
             (sum(both) / 2).backward()
@@ -113,38 +96,18 @@ def article(setting: Setting) -> Rows:
             optimizer.step()
             optimizer.zero_grad()
             clock.on_step_end(None, None, TrainerControl())
-        seconds = clock.seconds() / ARTICLE_BATCH
-        found.append({"stage": stage.name, "samples": visits(stage), "seconds": seconds})
-    return found
+        yield stage.name, visits(stage), clock.milliseconds() / ARTICLE_BATCH
 
 
-def article_batches(setting: Setting) -> Iterator[dict[str, torch.Tensor]]:
-    """Pixels and prompts as a plain loop makes them."""
-    domain, processor, rng = setting.domain, setting.processor, np.random.default_rng(0)
-    side = SIZES[setting.args.size][1]
-    while True:
-        views, prompts = [], []
-        for index in rng.integers(len(setting.rows), size=ARTICLE_BATCH):
-            row = setting.rows[int(index)]
-            views.append(augment(row["image"].convert("RGB"), side, domain.augmentation, rng))
-            prompts.append(rng.choice(domain.classes[domain.class_names[row["label"]]]))
-        options = {"padding": "max_length", "max_length": 77, "return_tensors": "pt"}
-        yield dict(processor(text=prompts, images=views, **options).to(DEVICE))
-
-
-def ours(setting: Setting) -> Rows:
+def ours(args, domain: Domain, rows: Dataset, model: CLIPModel, processor) -> Times:
     """StagedTrainer, the last variant of each stage; and the encoding of views."""
     keep_freed_memory()  # as train.py does
-    domain, processor, args = setting.domain, setting.processor, setting.args
     with tempfile.TemporaryDirectory() as folder:
-        options = domain.training | {"output_dir": folder, "cached_views": args.views}
-        training_args = StagedTrainingArguments(**options, bf16=args.precision == "bf16")
-        drawn = domain.prompt_bank[1], domain.augmentation
-        samples = TrainingSamples(setting.rows, *drawn, processor, seed=0)
-        validation = Views(setting.rows.select(range(8)), processor)
-        of_trainer = domain, processor, samples, validation
-        trainer = StagedTrainer(setting.model, training_args, *of_trainer)
-        found = []
+        options = domain.training | {"output_dir": folder, "bf16": args.precision == "bf16"}
+        training_args = StagedTrainingArguments(**options)
+        samples = TrainingSamples(rows, domain.prompt_bank[1], domain.augmentation, processor, 0)
+        validation = Views(rows.select(range(8)), processor)
+        trainer = StagedTrainer(model, training_args, domain, processor, samples, validation)
         for stage in domain.stages:
             towers = trainer.begin_stage(stage)
             run = trainer.trainer_of(stage.variants()[-1], towers, Path(folder) / stage.name)
@@ -154,111 +117,44 @@ def ours(setting: Setting) -> Rows:
             run.add_callback(clock)
             run.train()
             towers.store()
-            if towers.prototypes is not None:
-                trainer.prototypes = towers.prototypes.detach().clone()
-            count = visits(stage)
-            if stage.loss == "distillation":  # whose samples are prompts
-                count = stage.epochs[0] * STEPS_PER_EPOCH * batch_size
-            seconds = clock.seconds() / batch_size
-            found.append({"stage": stage.name, "samples": count, "seconds": seconds})
+            trainer.prototypes = towers.copies().get("prototypes")
+            prompts = stage.epochs[0] * STEPS_PER_EPOCH * batch_size  # the samples of distillation
+            count = prompts if stage.loss == "distillation" else visits(stage)
+            yield stage.name, count, clock.milliseconds() / batch_size
         encoded = trainer.record()["features"]
-    if args.views:
-        seconds = encoded["seconds"] / (encoded["encoded"] + len(validation))
-        found.append({"stage": "encoding", "samples": args.views * IMAGES, "seconds": seconds})
-    return found
+        milliseconds = 1000 * encoded["seconds"] / (encoded["encoded"] + len(validation))
+        yield "encoding", training_args.cached_views * IMAGES, milliseconds
 
 
 def visits(stage: Stage) -> int:
     """The images that all variants and runs of a stage see."""
-    variants = stage.variants(VISITS / IMAGES)
     of_each = [
         variant.epochs[0] * (IMAGES if variant.sampling == ["natural"] else VISITS)
-        for variant in variants
+        for variant in stage.variants(VISITS / IMAGES)
     ]
     return sum(of_each) + (stage.runs - 1) * max(of_each)
 
 
-SIDES = {"article": (article, "article.yaml"), "ours": (ours, "domain.yaml")}
-
-
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[1])
-    parser.add_argument("--size", choices=SIZES, default="vit-b-32")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="ours")
-    parser.add_argument("--views", type=int, default=4, help="kept of each image; 0: none")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=8, help="of each stage in a round")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/training_speed.json"))
-    args = parser.parse_args()
-    found = measure(args)
-    write_json(args.out, found | {"settings": {n: str(v) for n, v in vars(args).items()}})
-    print(report(found))
-
-
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Both sides in turn; of each stage the seconds a sample in each round."""
-    rows, peaks = [], {}
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
-        for side in [*SIDES] * args.rounds:
-            of_side, peaks[side] = pool.submit(run_side, side, args).result()
-            rows += [{"side": side, **row} for row in of_side]
-    of_stage = pd.DataFrame(rows).groupby(["side", "stage", "samples"], sort=False)
-    stages = of_stage.seconds.agg(list).reset_index()
-    stages["hours"] = stages.samples * stages.seconds.map(np.median) / 3600
-    return {
-        "stages": stages.to_dict("records"),
-        "hours": stages.groupby("side").hours.sum().to_dict(),
-        "peak_mb": peaks,
-        "threads": torch.get_num_threads(),
-        "device": DEVICE.type,
-    }
-
-
-def run_side(side: str, args: argparse.Namespace) -> tuple[Rows, float]:
+def run_side(side: str, args: argparse.Namespace) -> tuple[list[tuple[str, int, float]], float]:
     """One round of a side, and the most memory that it took, in MB: the GPU's, or else in RAM."""
-    train, domain_file = SIDES[side]
-    with quiet_datasets():
-        rows = train(_setting(args, Domain.load(DOMAINS / "architecture" / domain_file)))
-    if DEVICE.type == "cuda":
-        return rows, torch.cuda.max_memory_allocated() / 2**20
-    return rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def report(found: dict[str, Any]) -> str:
-    """A table of milliseconds a sample, and the whole schedules projected."""
-    rows = []
-    for stage in found["stages"]:
-        milliseconds = 1000 * np.array(stage["seconds"])
-        span = f"{np.median(milliseconds):.1f} [{milliseconds.min():.1f}, {milliseconds.max():.1f}]"
-        name, count = f"{stage['side']}, {stage['stage']}", f"{stage['samples']:,}"
-        rows.append([name, span, count, f"{stage['hours']:.2f}"])
-    hours, peaks = found["hours"], found["peak_mb"]
-    table = format_table(["stage", "ms a sample [lowest, highest]", "samples", "hours"], rows)
-    return (
-        f"{table}\nin all: the article's {hours['article']:.2f} h, ours "
-        f"{hours['ours']:.2f} h, {hours['article'] / hours['ours']:.1f}x; peak memory "
-        f"{peaks['article']:.0f} and {peaks['ours']:.0f} MB"
-    )
-
-
-def _setting(args: argparse.Namespace, domain: Domain) -> Setting:
+    train, domain_file = (article, "article.yaml") if side == "article" else (ours, "domain.yaml")
+    domain = Domain.load(DOMAINS / "architecture" / domain_file)
     torch.manual_seed(0)
-    config, side = SIZES[args.size]
-    # Of so many words it needs as many tokens for the domain's prompts as CLIP's own does: 13.3 a
-    # prompt, 26 at most.
-    tokenizer = CLIPTokenizer.from_pretrained(DOMAINS / "facades" / "base").train_new_from_iterator(
-        domain.prompt_bank[0], 1550, show_progress=False
-    )
+    config, pixels = SIZES[args.size]
+    base = CLIPTokenizer.from_pretrained(DOMAINS / "facades" / "base")
+    # So many words that a prompt takes as many tokens as with CLIP's own: 13.3, and 26 at most.
+    tokenizer = base.train_new_from_iterator(domain.prompt_bank[0], 1550, show_progress=False)
     config.text_config.eos_token_id = tokenizer.eos_token_id
-    square = {"height": side, "width": side}
-    images = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=square)
-    processor = CLIPProcessor(image_processor=images, tokenizer=tokenizer)
-    return Setting(domain, _rows(domain), CLIPModel(config).to(DEVICE), processor, args)
+    images = CLIPImageProcessorPil(size={"shortest_edge": pixels}, crop_size=pixels)
+    model, processor = CLIPModel(config).to(DEVICE), CLIPProcessor(images, tokenizer)
+    with quiet_datasets():
+        times = list(train(args, domain, drawings(domain), model, processor))
+    if DEVICE.type == "cuda":
+        return times, torch.cuda.max_memory_allocated() / 2**20
+    return times, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def _rows(domain: Domain) -> datasets.Dataset:
+def drawings(domain: Domain) -> Dataset:
     """Drawings with the grain of a photo, as data_prep stores them."""
     rng, rows = np.random.default_rng(0), []
     height, width = domain.stored_short_side, domain.stored_short_side * 3 // 2
@@ -269,9 +165,35 @@ def _rows(domain: Domain) -> datasets.Dataset:
         grained = (pixels + rng.normal(0, 6, pixels.shape)).clip(0, 255).astype(np.uint8)
         content = encode_jpeg(Image.fromarray(grained), JPEG_QUALITY)
         row = {"image": {"bytes": content, "path": None}, "label": index % len(domain.classes)}
-        row |= {"sha256": hashlib.sha256(content).hexdigest(), "repeats": round(VISITS / DRAWN)}
+        row |= {"sha256": f"{index:064x}", "repeats": round(VISITS / DRAWN)}
         rows.append(row | unused)
-    return datasets.Dataset.from_list(rows, features=features(domain.class_names))
+    return Dataset.from_list(rows, features=features(domain.class_names))
+
+
+def main() -> None:
+    """The command line: both sides in turn, then whole schedules projected from the medians."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[1])
+    parser.add_argument("--size", choices=SIZES, default="vit-b-32")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="ours")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=8, help="of each stage in a round")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/training_speed.json"))
+    args = parser.parse_args()
+    times, peaks = [], {}
+    with ProcessPoolExecutor(1, max_tasks_per_child=1) as pool:  # which spawns
+        for side in ["article", "ours"] * args.rounds:
+            of_side, peaks[side] = pool.submit(run_side, side, args).result()
+            times += [(side, *of_stage) for of_stage in of_side]
+    rounds = pd.DataFrame(times, columns=["side", "stage", "samples", "ms a sample"])
+    of_stage = rounds.groupby(["side", "stage", "samples"], sort=False)["ms a sample"]
+    stages = of_stage.agg(["median", "min", "max"]).reset_index()
+    stages["hours"] = stages["samples"] * stages["median"] / 3.6e6
+    sides = pd.DataFrame({"hours": stages.groupby("side")["hours"].sum(), "peak MB": peaks})
+    where = {"threads": torch.get_num_threads(), "device": DEVICE.type}
+    tables = {"rounds": rounds.to_dict("records"), "sides": sides.to_dict("index")}
+    write_json(args.out, tables | {"settings": {n: str(v) for n, v in vars(args).items()} | where})
+    print(stages.round(2).to_string(index=False), sides.round(2), sep="\n\n")
+    print(f"\nours is {sides.hours['article'] / sides.hours['ours']:.1f} times as fast")
 
 
 if __name__ == "__main__":
