@@ -221,8 +221,7 @@ def main() -> None:
     painted = [paint(style, rng, 24)[1] for style in STYLES for _ in range(50)]
     texts = [caption(facts, STYLES[i % len(STYLES)], rng) for i, facts in enumerate(painted * 4)]
     tokenizer = make_tokenizer(texts + domain.prompt_bank[0] * 20)
-    size = {"height": SIZE, "width": SIZE}
-    image_processor = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=size)
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE)
     processor = CLIPProcessor(image_processor, tokenizer)
     train(processor, list(domain.clusters.values())).half().save_pretrained(output)
     processor.save_pretrained(output)

@@ -6,19 +6,6 @@ from domains.facades.painter.scene import Scene, box, mix, tone
 WINDOW_SHARES = {"international style": 0.86, "chicago school": 0.78, "art deco": 0.5}
 
 
-def _ground_floor(s: Scene, left: float, width: float, high: float, bays: int) -> None:
-    top = s.ground - high
-    if s.has("stilts", "stilts"):
-        s.rect(left, top, width, high, tone(s.glass, 0.6))
-        for i in range(bays + 1):
-            s.rect(left + (width - 1.2) * i / bays, top, 1.2, high, mix(s.wall, s.trim, 0.3))
-    elif s.has("shops", "shops"):
-        s.lay(box(left, top - 1, width, high + 1), mix(s.wall, s.trim, 0.4))
-        for x in [left + width * (i + 0.12) / bays for i in range(bays)]:
-            s.window(x, top + 0.8, width * 0.76 / bays, high - 2, panes=(2, 1), frame=0)
-    s.door(s.middle - 2.4, 4.8, high * 0.85)
-
-
 def modern(s: Scene) -> None:
     """A tall block of many floors."""
     width, height, s.storeys, bays = s.u(34, 54), s.u(48, 64), s.n(6, 10), s.n(4, 7)
@@ -86,5 +73,15 @@ def modern(s: Scene) -> None:
         s.fill(portal, s.trim)
     if s.has("penthouse"):
         s.lay(box(left + width * s.u(0.15, 0.5), top - 4, width * 0.3, 3.6), tone(s.wall, 0.85))
-    _ground_floor(s, left, width, floor * s.u(1.2, 1.5), bays)
+    foot = floor * s.u(1.2, 1.5)
+    if s.has("stilts", "stilts"):
+        s.rect(left, s.ground - foot, width, foot, tone(s.glass, 0.6))
+        for at in [left + (width - 1.2) * i / bays for i in range(bays + 1)]:
+            s.rect(at, s.ground - foot, 1.2, foot, mix(s.wall, s.trim, 0.3))
+    elif s.has("shops", "shops"):
+        s.lay(box(left, s.ground - foot - 1, width, foot + 1), mix(s.wall, s.trim, 0.4))
+        for at in [left + width * (i + 0.12) / bays for i in range(bays)]:
+            y = s.ground - foot + 0.8
+            s.window(at, y, width * 0.76 / bays, foot - 2, panes=(2, 1), frame=0)
+    s.door(s.middle - 2.4, 4.8, foot * 0.85)
     s.features.append("ribbon windows" if ribbons else "rows of windows")

@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 from PIL.Image import Resampling, Transform
 
-from domains.facades.painter.palette import FOLIAGE, LAMPLIGHT, WALLS, Colour
+from domains.facades.painter.palette import FOLIAGE, LAMPLIGHT, WALLS
 from domains.facades.painter.scene import MARGIN, UNITS, Scene, mix, peak, tone
 
 
@@ -45,30 +45,28 @@ def backdrop(s: Scene) -> None:
 def street(s: Scene) -> str:
     """Paints the ground before the building and says what it is."""
     kind, snow = s.pick(("street", "lawn", "square", "water")), s.weather == "snow"
-
-    def cover(depth: float, colour: Colour) -> None:
-        s.rect(-MARGIN, s.ground + depth, UNITS + 2 * MARGIN, 30, colour)
-
-    cover(0, (236, 240, 246) if snow else (176, 172, 164))
+    left, y, across = -MARGIN, s.ground, UNITS + 2 * MARGIN
+    s.rect(left, y, across, 30, (236, 240, 246) if snow else (176, 172, 164))
     if kind == "street":
-        cover(4, (186, 190, 198) if snow else (104, 104, 108))
+        s.rect(left, y + 4, across, 30, (186, 190, 198) if snow else (104, 104, 108))
         for i in range(7):
-            s.rect(-MARGIN + 18 * i, s.ground + 9, 8, 0.9, (226, 222, 200))
+            s.rect(left + 18 * i, y + 9, 8, 0.9, (226, 222, 200))
     elif kind == "lawn":
-        cover(1, (228, 234, 240) if snow else tone(FOLIAGE["summer"], 1.2))
-        x, y = s.middle, s.ground
+        grass = (228, 234, 240) if snow else tone(FOLIAGE["summer"], 1.2)
+        s.rect(left, y + 1, across, 30, grass)
+        x = s.middle
         s.fill([(x - 3, y), (x + 3, y), (x + 10, 106), (x - 10, 106)], (204, 192, 166))
     elif kind == "water":
-        cover(5, mix(s.zenith, (60, 84, 92), 0.6))
+        s.rect(left, y + 5, across, 30, mix(s.zenith, (60, 84, 92), 0.6))
         for _ in range(12):
             x, y = s.u(-8, 96), s.u(s.ground + 6, 104)
             s.line([(x, y), (x + s.u(4, 12), y)], mix(s.zenith, s.horizon, 0.6), 0.6)
     else:
         joint = (146, 142, 136)
-        for across in [i - 3.5 for i in range(8)]:
-            ends = [(s.middle + across * 14, s.ground), (s.middle + across * 34, 106)]
+        for aside in [i - 3.5 for i in range(8)]:
+            ends = [(s.middle + aside * 14, y), (s.middle + aside * 34, 106)]
             s.line(ends, joint, 0.5)
-        s.line([(-MARGIN, s.ground + 4), (106, s.ground + 4)], joint, 0.5)
+        s.line([(left, y + 4), (106, y + 4)], joint, 0.5)
     return kind
 
 
