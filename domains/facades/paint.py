@@ -71,7 +71,7 @@ def write_images(folder: Path, domain: Domain, seed: int, **options: Any) -> Pat
         return folder
     if folder.exists() and not truth_file.is_file():
         raise ValueError(f"'{folder}' was not painted here; choose another --run")
-    drawings = _plan(clusters, chosen, np.random.default_rng(seed))
+    drawings = _plan(clusters, chosen, seed)
     lines = [json.dumps({"file_name": d.name, "attribution": ATTRIBUTION}) for d in drawings]
     truth = {
         "order": order,
@@ -88,10 +88,9 @@ def write_images(folder: Path, domain: Domain, seed: int, **options: Any) -> Pat
     return folder
 
 
-def _plan(
-    clusters: list[list[str]], options: FacadeOptions, rng: np.random.Generator
-) -> list[Drawing]:
+def _plan(clusters: list[list[str]], options: FacadeOptions, seed: int) -> list[Drawing]:
     """Every file to paint, faults included."""
+    rng = np.random.default_rng(seed)
     styles = [style for cluster in clusters for style in cluster]
     held_out: list[Drawing] = []
     for split in ("validation", "calibration", "test"):

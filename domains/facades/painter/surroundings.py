@@ -128,13 +128,12 @@ def camera(s: Scene) -> tuple[Image.Image, str]:
     centre = np.clip((high + low) / 2, half - MARGIN, UNITS + MARGIN - half)
     centre += s.rng.normal(0, 0.05 * half, 2)
     yaw, pitch, roll = s.u(-0.11, 0.11), s.u(-0.02, 0.1), s.rng.normal(0, 0.02)
-    corners = []
-    for cx, cy in ((-1, -1), (-1, 1), (1, 1), (1, -1)):
-        x, y = half * cx * (1 - pitch * cy), half * cy * (1 + yaw * cx)
-        x, y = centre[0] + x - roll * y, centre[1] + y + roll * x
-        corners += [(min(max(v, -MARGIN), UNITS + MARGIN) + MARGIN) * s.scale for v in (x, y)]
+    cx, cy = np.array([(-1, -1), (-1, 1), (1, 1), (1, -1)]).T
+    x, y = half * cx * (1 - pitch * cy), half * cy * (1 + yaw * cx)
+    seen = np.stack([centre[0] + x - roll * y, centre[1] + y + roll * x], axis=1)
+    corners = (seen.clip(-MARGIN, UNITS + MARGIN) + MARGIN) * s.scale
     size = (2 * s.size, 2 * s.size)
-    view = s.image.transform(size, Transform.QUAD, corners, Resampling.BILINEAR)
+    view = s.image.transform(size, Transform.QUAD, corners.ravel().tolist(), Resampling.BILINEAR)
     side = "from below" if pitch > 0.07 else "straight on"
     if abs(yaw) > 0.05:
         side = "from the left" if yaw < 0 else "from the right"
