@@ -3,7 +3,7 @@
 How many of the painter's planted faults data_prep has found in RUN, and how often it was wrong.
 """
 
-import sys
+import argparse
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -64,4 +64,6 @@ def _count(planted: set[str], named: set[str]) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    print(pd.DataFrame(score(Path(sys.argv[1]))).T)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[1])
+    parser.add_argument("run", type=Path, help="a run directory of painted façades")
+    print(pd.DataFrame(score(parser.parse_args().run)).T)
