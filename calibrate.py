@@ -1,9 +1,10 @@
 """python calibrate.py RUN
 
 Fits temperature, abstention threshold, prediction sets and the OOD threshold on the calibration
-split, then reads the test split once. Writes RUN/scorecard.json, calibration.json,
-predictions.parquet, figures and errors.html. Base zero-shot and two probes on the base are
-measured on the same images, each with a temperature of its own.
+split, then reads the test split once. In a cross-fitted run each image is answered by the model of
+its fold, and each fold is judged with what the answers of the others fit. Writes
+RUN/scorecard.json, calibration.json, predictions.parquet, figures and errors.html. Base zero-shot
+and two probes on the base are measured on the same images, each with a temperature of its own.
 """
 
 import argparse
@@ -20,11 +21,26 @@ from nicheclip.clip import load_clip
 from nicheclip.domain import Domain
 from nicheclip.evaluation import scorecard
 from nicheclip.evaluation.intervals import METRIC_TITLES, Verdict, judge_gate
-from nicheclip.evaluation.predictions import Outputs, run_probes, write_predictions
-from nicheclip.evaluation.probe import load_strong_probe
+from nicheclip.evaluation.predictions import (
+    Exams,
+    Outputs,
+    encoded,
+    head_of,
+    run_probes,
+    stored_encoder,
+    write_predictions,
+)
 from nicheclip.files import replaced_file, replaced_folder, write_json
 from nicheclip.processes import keep_freed_memory
-from nicheclip.run import CLASS_MEANS_FILE, check_exam, load_prepared, provenance, run_lock
+from nicheclip.run import (
+    CLASS_MEANS_FILE,
+    check_exam,
+    load_prepared,
+    provenance,
+    run_lock,
+    trainings,
+)
+from nicheclip.training.feature_cache import exam_encoder
 
 
 def main() -> None:
@@ -41,27 +57,36 @@ def main() -> None:
 
 
 def calibrate(run: Path) -> None:
-    """Calibrates RUN/model on the calibration split and judges it on test.
+    """Calibrates the models of RUN on images that they have not seen, and judges them.
 
     Raises:
-        ValueError: if the model was trained on other data, or test images were seen before.
+        ValueError: if the model was trained on other data, or images were seen before.
     """
     domain, splits = Domain.load(run), load_prepared(run)
     check_exam(run, splits)
-    strong_probe = load_strong_probe(run)
-    tuned = Outputs(*load_clip(run / "model"), domain, splits, "fine-tuned")
-    base = Outputs(*load_clip(domain.base), domain, splits, "base", reference=True)
-    probes = run_probes(strong_probe, base, splits, domain)
+    exams = Exams(*trainings(run, splits))
+    models = [load_clip(each.folder / "model") for each in exams.rounds]
+    bases = [load_clip(domain.base)] * len(models)
+    cached = exams.cross_fitted  # it is exact to the rounding of what training has kept
+    encode = exam_encoder(run, exams.rows, domain) if cached else stored_encoder(exams.rows)
+    tuned = Outputs(exams, models, encode, domain, "fine-tuned")
+    base = Outputs(exams, bases, encode, domain, "base", reference=True)
+    probes = run_probes(exams, base, domain)
 
     measures = scorecard.compare(tuned, base, probes, domain)
     gates: dict[str, Verdict] = {
         name: judge_gate(name, measures[name], target) for name, target in domain.gates.items()
     }
+    published = tuned.heads[-1]
+    if exams.cross_fitted:
+        final, trained = load_clip(run / "model"), np.flatnonzero(exams.final.repeats)
+        features = encoded(exams, encode, final, trained, "images, published model")
+        published, _ = head_of(exams, exams.final, final, features, domain)
     calibration = {
-        "split": "calibration",
-        "n": len(splits["calibration"]),
+        "split": exams.split if exams.cross_fitted else "calibration",
+        "n": len(exams.asked) if exams.cross_fitted else len(splits["calibration"]),
         **tuned.fitted,
-        "trained_logit_scale": tuned.head.trained_logit_scale,
+        "trained_logit_scale": published.trained_logit_scale,
         "ood": tuned.ood,
         "base": base.fitted,
         **{name: probe.fitted for name, probe in probes.items()},
@@ -69,13 +94,13 @@ def calibrate(run: Path) -> None:
     with replaced_folder(run / "figures") as folder:
         draw_figures(folder, domain, tuned, base, measures, gates)
     with replaced_file(run / CLASS_MEANS_FILE) as unfinished:
-        save_file(tuned.head.class_means, unfinished)
-    readings = read_errors(tuned, base, np.array(splits["train"]["label"]))
-    write_errors(run / "errors.html", domain, splits["test"], readings, splits["train"])
-    write_predictions(run / "predictions.parquet", domain, splits["test"], tuned, base)
+        save_file(published.class_means, unfinished)
+    write_errors(run / "errors.html", domain, exams, read_errors(tuned, base))
+    write_predictions(run / "predictions.parquet", domain, tuned, base)
     write_json(run / "calibration.json", calibration)
     results = {  # last, since it says that the others are there
         "domain": domain.name,
+        "evaluation": exams.told,
         "provenance": provenance(),
         "base": Path(domain.base).name if Path(domain.base).is_dir() else domain.base,
         "metrics": {name: measures[name].to_dict() for name in METRIC_TITLES if name in measures},

@@ -70,7 +70,7 @@ def measure(
     zero_shot: np.ndarray,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """What a linear probe and zero-shot confuse in train and validation, and in nothing else.
+    """What a linear probe and zero-shot confuse in train and validation, or in all folds.
 
     Args:
         kept: source_id, label, split and group_id of the images that are used; the index is their
@@ -83,8 +83,8 @@ def measure(
         of classes, the mean probability that one gets for images of the other; pairs: the highest
         ones in both directions, with the train images that the probe takes for the other class.
     """
-    used = kept[kept.split.isin(["train", "validation"])]
-    in_train = (used.split == "train").to_numpy()
+    used = kept[~kept.split.isin(["calibration", "test"])]
+    in_train = (used.split != "validation").to_numpy()
     labels, names = domain.indices(used.label), domain.class_names
     probe = out_of_fold_probabilities(
         image_embeds[used.index], labels, used.group_id.to_numpy(), len(names), seed

@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 
 from data_prep.duplicates import connected_groups
-from nicheclip.domain import Domain, Splits
+from nicheclip.domain import SPLITS, Domain, Splits
 
-HELD_OUT = ("test", "calibration", "validation")
-PRECEDENCE = (*HELD_OUT, "train")  # an image of test is worth more than its copy in train
+PRECEDENCE = SPLITS[::-1]  # an image of test is worth more than its copy in train
+HELD_OUT = PRECEDENCE[:-1]
 
 
 class Reason(NamedTuple):
@@ -22,7 +22,7 @@ class Reason(NamedTuple):
 
 
 def divide(images: pd.DataFrame, pairs: np.ndarray, domain: Domain) -> pd.DataFrame:
-    """Sets copies and contradictions aside, and deals groups of near-duplicates to the splits.
+    """Sets copies and contradictions aside, and deals groups of near-duplicates to the parts.
 
     Args:
         images: (N rows) source_id, label, sha256, given (the split that the source decides, or
@@ -30,12 +30,20 @@ def divide(images: pd.DataFrame, pairs: np.ndarray, domain: Domain) -> pd.DataFr
         pairs: (P, 2) rows of near-duplicates.
 
     Returns:
-        the images with their split ("" if set aside), group_id (which near-duplicates share), and
-        the kind, other and detail of the `Reason` for which they are set aside.
+        the images with their split (one of `domain.parts`; "" if set aside), group_id (which
+        near-duplicates share), and the kind, other and detail of the `Reason` for which they are
+        set aside.
 
     Raises:
-        ValueError: if a split would have no image of a class.
+        ValueError: if a split would have no image of a class, or all of its images lie in one fold;
+            or if the source has an exam of its own, and folds are asked for.
     """
+    cross_fit = domain.evaluation == "cross_fit"
+    if cross_fit and (own := set(images.given) & set(HELD_OUT)):
+        raise ValueError(
+            f"the source has a {min(own)} split of its own, which `evaluation: cross_fit` would "
+            "train on; write `evaluation: holdout` into the domain file"
+        )
     images = images.assign(rank=[PRECEDENCE.index(split or "train") for split in images.given])
     # A group is called after its smallest hash, which stays when most others come or go.
     connected = connected_groups(pairs, len(images))
@@ -52,24 +60,38 @@ def divide(images: pd.DataFrame, pairs: np.ndarray, domain: Domain) -> pd.DataFr
     parts[list(reasons)] = ""
     to_fill = tuple(name for name in HELD_OUT if name not in set(images.given))
     pool = images[parts == "train"]
-    if to_fill and len(pool):
+    if len(pool):
         labels, groups = domain.indices(pool.label), pool.group_id.tolist()
-        parts[pool.index] = assign_splits(labels, groups, domain.splits, to_fill)
+        if cross_fit:
+            parts[pool.index] = np.array(domain.parts)[assign_folds(labels, groups, domain.folds)]
+        elif to_fill:
+            parts[pool.index] = assign_splits(labels, groups, domain.splits, to_fill)
     owners: dict[str, int] = {}  # the first image of each group, in the split that keeps it
-    for name in PRECEDENCE:
+    for name in PRECEDENCE if not cross_fit else ():  # a fold has whole groups
         for index in np.flatnonzero(parts == name).tolist():
             owner = owners.setdefault(image[index].group_id, index)
             if parts[owner] != name:
                 reasons[index] = Reason("leak", image[owner].source_id, str(parts[owner]))
     parts[list(reasons)] = ""
+    _check_classes(images.label.to_numpy(), parts, domain)
+    told = [reasons.get(index, Reason()) for index in images.index]
+    return images.assign(split=parts).join(pd.DataFrame(told, dtype=object))
+
+
+def _check_classes(labels: np.ndarray, parts: np.ndarray, domain: Domain) -> None:
+    if domain.evaluation == "cross_fit":
+        lone = [name for name in domain.class_names if len(set(parts[labels == name]) - {""}) < 2]
+        if lone:
+            raise ValueError(
+                f"all images of one fold: {', '.join(lone)}; a model that is to be examined on "
+                "them would have seen none of the class: add images that are no near-duplicates"
+            )
+        return
     for name in PRECEDENCE:
-        present = set(images.label[parts == name])
-        if empty := [label for label in domain.class_names if label not in present]:
+        if empty := [each for each in domain.class_names if each not in labels[parts == name]]:
             raise ValueError(
                 f"the {name} split has no image of: {', '.join(empty)}; add some, or change splits"
             )
-    told = [reasons.get(index, Reason()) for index in images.index]
-    return images.assign(split=parts).join(pd.DataFrame(told, dtype=object))
 
 
 def _set_copies_aside(images: pd.DataFrame, reasons: dict[int, Reason]) -> None:
@@ -101,11 +123,10 @@ def _set_contradiction_aside(image: Any, other: Any, reasons: dict[int, Reason])
 def assign_splits(
     labels: np.ndarray, groups: list[str], splits: Splits, names: tuple[str, ...] = HELD_OUT
 ) -> list[str]:
-    """Puts each group into a split by a hash of its name: later images don't move earlier ones.
+    """Deals the groups of each class to the splits, in an order that a hash of their names makes.
 
-    A share of a class is met on average: of 100 images at 0.25, between 17 and 33 in 95 % of the
-    cases. An added image may move another to meet a count, or to give every class at least one
-    group in every split; and a near-duplicate may change the name of its group, and so its split.
+    So an added image moves few others. Shares and counts are met as well as whole groups allow; but
+    each split has at least one group of a class, and train a quarter of them.
 
     Args:
         labels: (N,) class of each image; a group counts towards the class of its first image.
@@ -116,26 +137,44 @@ def assign_splits(
     Returns:
         (N,) "train", "validation", "calibration" or "test".
     """
+    asked = splits.model_dump(include=set(names))
+    counted = sum(each for each in asked.values() if each >= 1)
+    home: dict[str, Any] = {}
+    for waiting in _by_hash(labels, groups):
+        shared, floor = sum(waiting.values()) - counted, max(1, len(waiting) // 4)
+        for number, name in enumerate(names, start=1):
+            needed = asked[name] if asked[name] >= 1 else asked[name] * shared
+            sizes = np.cumsum(list(waiting.values()))
+            nearest = int(np.abs(sizes - needed).argmin()) + 1
+            others = len(names) - number  # each of which needs a group as well
+            take = max(1, min(nearest, len(waiting) - others - floor))
+            home |= dict.fromkeys(list(waiting)[:take], name)
+            waiting = dict(list(waiting.items())[take:])
+    return [home.get(group, "train") for group in groups]
+
+
+def assign_folds(labels: np.ndarray, groups: list[str], folds: int) -> np.ndarray:
+    """The fold of each image, (N,) int: of each class as many in each as whole groups allow.
+
+    Groups in the order of a hash of their names, cut into equal parts: an added image moves few
+    others. Each class begins with a fold of its own, so that what is left over is spread.
+
+    Args: as those of `assign_splits`.
+    """
+    home: dict[str, Any] = {}
+    for number, of_class in enumerate(_by_hash(labels, groups)):
+        sizes = np.array(list(of_class.values()))
+        middle = (np.cumsum(sizes) - sizes / 2) / sizes.sum()
+        home |= dict(
+            zip(of_class, (np.floor(middle * folds).astype(int) + number) % folds, strict=True)
+        )
+    return np.array([home[group] for group in groups])
+
+
+def _by_hash(labels: np.ndarray, groups: list[str]) -> list[dict[str, int]]:
+    """Of each class the sizes of its groups, by name, in an order that depends on the names."""
     images = pd.DataFrame({"label": labels, "group": groups})
     sizes = images.groupby("group", sort=False).label.agg(["first", "size"])
-    asked = splits.model_dump(include=set(names))
-    by_count = sorted(names, key=lambda name: asked[name] < 1)  # counts first
-    home = pd.Series("train", index=sizes.index)
-    for _, waiting in sizes.groupby("first"):
-        left = 1.0
-        for number, name in enumerate(by_count, start=1):
-            # a number in [0, 1) that depends on the two names alone
-            hashes = [hashlib.sha256(f"{name} {group}".encode()) for group in waiting.index]
-            place = [int.from_bytes(each.digest()[:7]) / 2**56 for each in hashes]
-            waiting = waiting.assign(place=place).sort_values("place")
-            if asked[name] < 1:
-                fair = int((waiting.place < asked[name] / left).sum())
-                # the splits that still need a group, train among them
-                others = len(by_count) - number + 1
-                take = max(1, min(fair, len(waiting) - others))
-                left -= asked[name]
-            else:
-                take = int(waiting["size"].cumsum().searchsorted(asked[name])) + 1
-            home[waiting.index[:take]] = name
-            waiting = waiting[take:]
-    return home.loc[groups].tolist()
+    sizes["place"] = [hashlib.sha256(name.encode()).hexdigest() for name in sizes.index]
+    ordered = sizes.sort_values("place").groupby("first")["size"]
+    return [of_class.to_dict() for _, of_class in ordered]

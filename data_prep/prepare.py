@@ -26,11 +26,12 @@ from nicheclip.clip import encode_images, encode_texts, fast_dtype, load_clip, z
 from nicheclip.domain import Domain
 from nicheclip.files import quiet_datasets, replaced_folder, write_json
 from nicheclip.processes import processes
-from nicheclip.run import SPLITS, features, provenance, run_lock
+from nicheclip.run import features, provenance, run_lock
 
 # What a prepared run depends on; a change of it asks for data_prep again.
 DATA_SETTINGS = set(
-    "retention splits quality_filter samples_per_class smallest_side stored_short_side".split()
+    "retention evaluation folds splits quality_filter samples_per_class smallest_side "
+    "stored_short_side".split()
 )
 
 
@@ -149,25 +150,30 @@ def _encode(rows: datasets.Dataset, encode: Encode, settings: str, cache: Path) 
 def _kept(table: pd.DataFrame, domain: Domain, zero_shot: np.ndarray, seed: int) -> pd.DataFrame:
     """What is used, one split after the other; with what `features` adds to it."""
     used = table[table.outcome != "dropped"]
-    kept = pd.concat([used[used.split == name] for name in SPLITS])
-    train = kept.index[kept.split == "train"]
-    labels = domain.indices(kept.label[train])
-    kept = kept.assign(repeats=1, zero_shot_score=None)
-    rng = np.random.default_rng(seed)
-    kept.loc[train, "repeats"] = samples_per_epoch(labels, domain.samples_per_class, rng)
-    kept.loc[train, "zero_shot_score"] = zero_shot[train, labels]
+    kept = pd.concat([used[used.split == name] for name in domain.parts])
+    labels, cross_fit = domain.indices(kept.label), domain.evaluation == "cross_fit"
+    columns = []
+    for trains in np.stack(kept.trains).T:  # (N,) of each training
+        repeats = np.full(len(kept), 0 if cross_fit else 1)
+        rng = np.random.default_rng(seed)
+        repeats[trains] = samples_per_epoch(labels[trains], domain.samples_per_class, rng)
+        columns.append(repeats)
+    kept = kept.assign(samples=np.where(trains, repeats, 0), zero_shot_score=None)
+    kept["repeats"] = np.transpose(columns).tolist() if cross_fit else repeats
+    pool = (kept.split == "train").to_numpy() | cross_fit
+    kept.loc[pool, "zero_shot_score"] = zero_shot[kept.index[pool], labels[pool]]
     return kept
 
 
 def _splits(rows: datasets.Dataset, kept: pd.DataFrame, domain: Domain) -> datasets.DatasetDict:
-    schema = features(domain.class_names)
+    schema = features(domain.class_names, domain.evaluation == "cross_fit")
     told = datasets.Features(schema)
     del told["source_id"], told["image"]
     # With a column of each of the two tables that rows is made of: datasets can't join to one that
     # has lost all columns of a part.
     images = rows.select_columns(["source_id", "image"]).cast_column("image", schema["image"])
     splits = datasets.DatasetDict()
-    for name in SPLITS:
+    for name in domain.parts:
         own = kept[kept.split == name]
         columns = datasets.Dataset.from_dict(own[list(told)].to_dict("list"), features=told)
         joined = datasets.concatenate_datasets([images.select(own.index), columns], axis=1)
@@ -178,7 +184,7 @@ def _splits(rows: datasets.Dataset, kept: pd.DataFrame, domain: Domain) -> datas
 def fingerprint(splits: datasets.DatasetDict, domain: Domain) -> str:
     """What training and the exam see: which images, how large, which label, how often."""
     digest = hashlib.sha256(f"{domain.stored_short_side}\n".encode())
-    for name in SPLITS:
+    for name in splits:
         columns = (splits[name][column] for column in ("sha256", "label", "repeats"))
         for sha256, label, repeats in sorted(zip(*columns, strict=True)):
             digest.update(f"{name} {sha256} {label} {repeats}\n".encode())

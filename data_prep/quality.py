@@ -67,7 +67,10 @@ def out_of_fold_probabilities(
 def suspect_labels(
     images: pd.DataFrame, image_embeds: np.ndarray, zero_shot: np.ndarray, domain: Domain, seed: int
 ) -> pd.DataFrame:
-    """Judges the labels of train; those that a person has kept are trusted.
+    """Judges the labels of what trains; those that a person has kept are trusted.
+
+    With cross-fitting each fold's training is judged by itself, since what is examined has no say
+    in it; nothing is dropped: a suspect is left out of training, and stays in the exam.
 
     Args:
         images: (N rows) as `data_prep.divide` gives them.
@@ -75,19 +78,29 @@ def suspect_labels(
         zero_shot: (N, C) probabilities.
 
     Returns:
-        the images and, for those of train, the columns of `judge` and outcome: "dropped",
-        "flagged" or None.
+        the images and, for those that train, the columns of `judge` and outcome: "dropped", "left
+        out", "flagged" or None; and of all images `trains`: in which trainings they take part, (T,)
+        bool: of the model; with cross-fitting first of the models of the folds.
     """
     how, names = domain.quality_filter, np.array(domain.class_names, dtype=object)
-    train = np.flatnonzero(images.split == "train")
-    labels, probabilities = domain.indices(images.label)[train], zero_shot[train]
-    if how.mode == "linear_probe":
-        own, groups = image_embeds[train], images.group_id.to_numpy()[train]
-        probabilities = out_of_fold_probabilities(own, labels, groups, len(names), seed)
-    verdict = judge(probabilities, labels, how, (images.decision == "keep").to_numpy()[train])
+    cross_fit, drops = domain.evaluation == "cross_fit", how.action == "drop"
+    labels, groups = domain.indices(images.label), images.group_id.to_numpy()
+    trusted = (images.decision == "keep").to_numpy()
+    pool = ((images.split != "") if cross_fit else (images.split == "train")).to_numpy()
+    pools = [pool & (images.split != fold).to_numpy() for fold in domain.parts if cross_fit]
+    trains = []
+    for train in map(np.flatnonzero, [*pools, pool]):
+        probabilities = zero_shot[train]
+        if how.mode == "linear_probe":
+            of_train = image_embeds[train], labels[train], groups[train]
+            probabilities = out_of_fold_probabilities(*of_train, len(names), seed)
+        verdict = judge(probabilities, labels[train], how, trusted[train])
+        used = train[~verdict.suspect] if drops else train
+        trains.append(np.isin(np.arange(len(images)), used))
     verdict["suspected_label"] = names[verdict.suspected_label]
-    outcome = "dropped" if how.action == "drop" else "flagged"
+    outcome = "flagged" if not drops else "left out" if cross_fit else "dropped"
     verdict["outcome"] = verdict.suspect.map({True: outcome, False: None})
+    images = images.assign(trains=list(np.transpose(trains)))
     return images.join(verdict.set_index(train))
 
 

@@ -20,7 +20,6 @@ from data_prep.sources.rows import Entry
 from nicheclip.domain import Domain, QualityFilter
 from nicheclip.evaluation.intervals import detectable_difference
 from nicheclip.publishing.pages import Thumbnails, environment
-from nicheclip.run import SPLITS
 
 LEAST_LIKELY = 24  # images, and
 MOST_ALIKE = 12  # pairs, for a person to look at
@@ -59,7 +58,7 @@ def findings(
     """
     quarantined = lost + _entries(images[images.kind.notna()], "kind", "other", "detail")
     doubted = images[images.outcome.notna()].sort_values("score", kind="stable")
-    train = kept[kept.split == "train"]
+    train = kept[kept["samples"] > 0]
     unlikely = train.sort_values("score", kind="stable").head(LEAST_LIKELY)
     several = kept[kept.duplicated("group_id", keep=False)]
     members = several[["source_id", "label", "split"]].groupby(several.group_id, sort=False)
@@ -74,7 +73,8 @@ def findings(
         "read": len(images) + len(lost),
         "quarantined": dict(Counter(entry["kind"] for entry in quarantined)),
         "dropped_by_filter": sum(entry["filter"]["dropped"] for entry in classes),
-        "kept": {name: sum(entry[name] for entry in classes) for name in SPLITS},
+        "left_out_of_training": int((kept.outcome == "left out").sum()),
+        "kept": {name: sum(entry[name] for entry in classes) for name in domain.parts},
         "train_samples_per_epoch": sum(entry["samples"] for entry in classes),
     }
     gone = len(quarantined) + counts["dropped_by_filter"]
@@ -99,11 +99,14 @@ def _classes(
     domain: Domain, images: pd.DataFrame, kept: pd.DataFrame, quarantined: list[Entry]
 ) -> list[Entry]:
     """How many images of each class went which way."""
-    pool = images[images.split == "train"]
+    cross_fit = domain.evaluation == "cross_fit"
+    pool = images[(images.split != "") if cross_fit else (images.split == "train")]
     judged = pool[["wanted", "suspect"]].assign(images=1, dropped=pool.outcome == "dropped")
     filtered = judged.astype(int).groupby(pool.label).sum().to_dict("index")
-    sizes = pd.crosstab(kept.label, kept.split)[list(SPLITS)].to_dict("index")
-    samples = kept.repeats[kept.split == "train"].groupby(kept.label).sum().to_dict()
+    sizes = pd.crosstab(kept.label, kept.split)[list(domain.parts)]
+    examined = sizes.sum(axis=1) if cross_fit else sizes.test
+    sizes = sizes.assign(examined=examined).to_dict("index")
+    samples = kept["samples"].groupby(kept.label).sum().to_dict()
     aside = Counter(entry["label"] for entry in quarantined)
     return [
         {"name": name, **sizes[name], "quarantined": aside[name], "samples": samples[name]}
@@ -128,8 +131,9 @@ def warnings(
                 f"{entry['name']}: the filter wanted {wanted} of {pool} images, and the cap held "
                 f"it to {taken}; rather a class that the base model does not know than noise"
             )
-    if small := [f"{e['name']} ({e['test']})" for e in classes if e["test"] < SMALL_EXAM]:
-        told = f"fewer than {SMALL_EXAM} test images, so the class's own accuracy will say little"
+    small = [f"{e['name']} ({e['examined']})" for e in classes if e["examined"] < SMALL_EXAM]
+    if small:
+        told = f"fewer than {SMALL_EXAM} examined, so the class's own accuracy will say little"
         found.append(f"{told}: {', '.join(small)}; add images, or merge classes")
     present = set(zip(images.sha256, images.label, strict=True))
     if unused := [line.source_id for key, line in decided.items() if key not in present]:
@@ -192,9 +196,14 @@ def _funnel(counts: dict[str, Any], aside: Counter[str]) -> list[tuple]:
         left -= sum(lost.values())
         remark = ", ".join(f"{number:,} {kind}" for kind, number in lost.items())
         steps.append((step, [("before", left), ("lost", sum(lost.values()))], left, remark))
-    remark = f"{dropped:,} suspected of a wrong label"
+    suspects = dropped + counts["left_out_of_training"]
+    remark = f"{suspects:,} suspected of a wrong label"
+    if suspects > dropped:
+        remark += ", left out of training only"
     steps.append(("kept", [*kept.items(), ("lost", dropped)], left - dropped, remark))
-    train, samples = kept["train"], counts["train_samples_per_epoch"]
+    samples, train = counts["train_samples_per_epoch"], kept.get("train")
+    if train is None:
+        train = sum(kept.values()) - counts["left_out_of_training"]
     remark = f"{samples / train:.1f} of each train image on average"
     return [*steps, ("samples", [("train", train), ("again", samples - train)], samples, remark)]
 

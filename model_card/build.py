@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 
+from datasets import concatenate_datasets
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from model_card.dataset import attributions
@@ -38,7 +39,7 @@ def build(
         ValueError: if there is no split of that name to index.
     """
     remedy = f"run `python calibrate.py {run}` first"
-    scorecard = read_json(run / "scorecard.json", remedy, ["provenance", "ood"])
+    scorecard = read_json(run / "scorecard.json", remedy, ["provenance", "ood", "evaluation"])
     calibration = read_json(run / "calibration.json", remedy, ["ood"])
     training = read_json(run / "training.json", f"run `accelerate launch train.py {run}` first")
     domain, splits, counts = Domain.load(run), load_prepared(run), read_report(run)["counts"]
@@ -50,8 +51,8 @@ def build(
             task_type="image-classification",
             task_name="Image classification",
             dataset_type="nicheclip",
-            dataset_name=f"{domain.title}, held-out test split",
-            dataset_split="test",
+            dataset_name=f"{domain.title}, {scorecard['evaluation'].partition(':')[0].lower()}",
+            dataset_split="test" if "test" in splits else "train",
             metric_type=name,
             metric_name=METRIC_TITLES[name],
             metric_value=measures[name].value,
@@ -79,6 +80,8 @@ def build(
             template_path=str(Path(__file__).parent / "template.md"),
             title=title,
             domain=domain,
+            evaluation=scorecard["evaluation"],
+            cross_fitted="test" not in splits,
             repo_id=repo_id or f"YOU/{domain.name}",
             base=base,
             measures=measures,
@@ -96,12 +99,16 @@ def build(
 
 
 def save_examples(run: Path, folder: Path, count: int) -> None:
-    """The first test image of each of `count` classes, walking the clusters side by side."""
-    domain, test = Domain.load(run), load_prepared(run)["test"]
-    labels = [domain.class_names[label] for label in test["label"]]
+    """The first image of each of `count` classes, walking the clusters side by side.
+
+    Of the test split, if there is one.
+    """
+    domain, splits = Domain.load(run), load_prepared(run)
+    rows = splits["test"] if "test" in splits else concatenate_datasets([*splits.values()])
+    labels = [domain.class_names[label] for label in rows["label"]]
     side_by_side = zip_longest(*domain.clusters.values())
     for name in [name for row in side_by_side for name in row if name in labels][:count]:
         folder.mkdir(exist_ok=True)
-        picture = open_image(test[labels.index(name)]["image"])
+        picture = open_image(rows[labels.index(name)]["image"])
         file = f"{name.replace('/', DIVISION_SLASH)}.jpg"
         (folder / file).write_bytes(encode_jpeg(picture, 95))

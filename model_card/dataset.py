@@ -29,7 +29,7 @@ def write_dataset(folder: Path, splits: DatasetDict, domain: Domain, license_nam
         f"---\n{card_data.to_yaml()}\n---",
         f"# {domain.title}: images",
         f"{domain.description} Verified, without duplicates across splits, and divided by "
-        "NicheCLIP; the quality filter has touched train only.",
+        "NicheCLIP; the quality filter has touched nothing that is examined.",
         f"| split | images |\n|---|---:|\n{sizes}",
         f"Classes: {', '.join(domain.class_names)}.",
         f"## Whose the images are\n\n{attributions(splits)}",

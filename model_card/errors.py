@@ -1,4 +1,4 @@
-"""RUN/errors.html: where the model was wrong on test, with pictures, for who knows the niche.
+"""RUN/errors.html: where the model was wrong, with pictures, for who knows the niche.
 
 The page needs nothing but itself. Lines ticked on it are saved as review_errors.csv, which
 data_prep reads.
@@ -12,11 +12,10 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets
 
 from data_prep.review import Suspicion
 from nicheclip.domain import Domain
-from nicheclip.evaluation.predictions import Outputs
+from nicheclip.evaluation.predictions import Exams, Outputs
 from nicheclip.publishing.pages import Thumbnails, environment
 
 NEIGHBOURS = 10  # training images that are asked about a label
@@ -26,9 +25,9 @@ MOST_ERRORS, MOST_RIGHT = 300, 60  # shown; each has up to three pictures
 
 @dataclass(frozen=True)
 class Reading:
-    """One test image as the page shows it."""
+    """One image that was examined, as the page shows it."""
 
-    row: int  # in the test split
+    row: int  # of all prepared images
     label: int
     predicted: int
     own: float  # probability of the label
@@ -45,22 +44,30 @@ class Reading:
         return self.label != self.predicted
 
 
-def read_errors(tuned: Outputs, base: Outputs, train_labels: np.ndarray) -> list[Reading]:
-    """All test images, the most confident answers first; of train's labels (M,) int."""
-    readings = []
-    for row, label in enumerate(tuned.labels.tolist()):
-        probabilities = tuned.calibrated[row]
-        predicted, base_predicted = int(probabilities.argmax()), int(base.calibrated[row].argmax())
-        cosine = tuned.embeds["train"] @ tuned.embeds["test"][row]  # (M,)
+def read_errors(tuned: Outputs, base: Outputs) -> list[Reading]:
+    """All images that were examined, the most confident answers first.
+
+    Their neighbours are among what their own model was trained on.
+    """
+    readings, exams = [], tuned.exams
+    trained = [np.flatnonzero(each.repeats) for each in exams.rounds]
+    for index, row in enumerate(exams.asked.tolist()):
+        label = int(tuned.labels[index])
+        probabilities, number = tuned.calibrated[index], exams.round_of[index]
+        predicted, base_predicted = int(probabilities.argmax()), int(base.predicted[index])
+        cosine = tuned.embeds[number][trained[number]] @ tuned.embeds[number][row]  # (M,)
         order = np.argsort(-cosine, kind="stable")
-        ranked = train_labels[order]
+        ranked = exams.labels[trained[number][order]]
         near = ranked[:NEIGHBOURS]
         others = np.bincount(near, minlength=len(probabilities)) / len(near)  # (C,)
         others[label] = 0
         doubt, other = float(others.max()), int(others.argmax())
         asked = [each for each in (label, predicted) if each in ranked]
         found = {each: int(order[(ranked == each).argmax()]) for each in asked}
-        nearest = {each: (place, float(cosine[place])) for each, place in found.items()}
+        nearest = {
+            each: (int(trained[number][place]), float(cosine[place]))
+            for each, place in found.items()
+        }
         own, best = float(probabilities[label]), float(probabilities[predicted])
         readings.append(
             Reading(row, label, predicted, own, best, base_predicted, doubt, other, nearest)
@@ -68,20 +75,17 @@ def read_errors(tuned: Outputs, base: Outputs, train_labels: np.ndarray) -> list
     return sorted(readings, key=lambda reading: (-reading.best, reading.row))
 
 
-def write_errors(
-    path: Path, domain: Domain, test: Dataset, readings: Sequence[Reading], training_set: Dataset
-) -> None:
-    """Writes the page, from the readings of all test images."""
+def write_errors(path: Path, domain: Domain, exams: Exams, readings: Sequence[Reading]) -> None:
+    """Writes the page, from the readings of all images that were examined."""
     wrong = [reading for reading in readings if reading.wrong]
     doubted = [each for each in readings if not each.wrong and each.doubt >= DOUBTED]
     doubted.sort(key=lambda reading: -reading.doubt)
-    names, hashes = domain.class_names, test["sha256"][:]
-    sources = {"test": test["source_id"][:], "train": training_set["source_id"][:]}
-    pictures = concatenate_datasets([training_set, test])
-    place = {source_id: row for row, source_id in enumerate(pictures["source_id"])}
+    names, hashes = domain.class_names, exams.rows["sha256"][:]
+    sources = exams.rows["source_id"][:]
+    place = {source_id: row for row, source_id in enumerate(sources)}
 
     def review_line(reading: Reading) -> str:
-        image = sources["test"][reading.row], names[reading.label], hashes[reading.row]
+        image = sources[reading.row], names[reading.label], hashes[reading.row]
         found = "read in errors.html", names[reading.other], f"{reading.doubt:.2f}"
         line = io.StringIO()
         suspicion = Suspicion(*image, *found, decision="drop")
@@ -101,9 +105,10 @@ def write_errors(
         limits=(MOST_ERRORS, MOST_RIGHT),
         doubt=DOUBTED,
         neighbours=NEIGHBOURS,
+        exams=exams,
         sources=sources,
         review_line=review_line,
         header=",".join(field.name for field in fields(Suspicion)),
-        thumbnails=Thumbnails(lambda source_id: pictures[place[source_id]]["image"]),
+        thumbnails=Thumbnails(lambda source_id: exams.rows[place[source_id]]["image"]),
     )
     path.write_text(content, encoding="utf-8", newline="\n")

@@ -121,7 +121,7 @@ def _confusion(domain: Domain, tuned: Outputs) -> Figure:
     names, places = [domain.class_names[index] for index in order], range(len(order))
     axes.set_xticks(places, names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
     axes.set_yticks(places, names, fontsize=8)
-    title = f"Confusions on {len(tuned.labels)} test images (boxes: clusters)"
+    title = f"Confusions on {len(tuned.labels)} {tuned.exams.split} images (boxes: clusters)"
     if count > len(order):
         title += f"\n{len(order)} of {count} classes, the most confused"
     axes.set(xlabel="predicted", ylabel="labelled", title=title)
@@ -147,20 +147,22 @@ def _classes(domain: Domain, tuned: Outputs, base: Outputs) -> Figure:
     names = [f"{domain.class_names[index]} ({counts[index]})" for index in order]
     bars.set_yticks(heights, names, fontsize=8)
     which = "each class" if len(order) == count else f"the worst {len(order)} of {count} classes"
-    bars.set(xlim=(0, 1), title=f"F1 of {which} (test images)")
+    bars.set(xlim=(0, 1), title=f"F1 of {which} ({tuned.exams.split} images)")
     bars.legend(loc="upper center", bbox_to_anchor=(0.5, -0.05), ncols=2)
 
-    perplexity = min(30, (len(tuned.labels) - 1) / 3)
+    shown = tuned.exams.round_of == 0  # image_embeds of different folds don't compare
+    perplexity = min(30, (shown.sum() - 1) / 3)
     projection = TSNE(perplexity=perplexity, init="pca", random_state=0)
-    places = projection.fit_transform(tuned.embeds["test"])  # (N, 2)
+    places = projection.fit_transform(tuned.embeds[0][tuned.exams.asked[shown]])  # (N, 2)
     for cluster, members in enumerate(domain.clusters.values()):
         colour = CLUSTER_COLOURS[cluster % len(CLUSTER_COLOURS)]
         for position, name in enumerate(members):
-            x, y = places[tuned.labels == domain.class_names.index(name)].T
+            x, y = places[tuned.labels[shown] == domain.class_names.index(name)].T
             marker = MARKERS[position % len(MARKERS)]
             look: dict[str, Any] = {"s": 14, "alpha": 0.75, "linewidths": 0}
             scatter.scatter(x, y, color=colour, marker=marker, label=name, **look)
-    title = "Map of the fine-tuned image_embeds (t-SNE; colour: cluster)"
+    what = "the first fold's" if tuned.exams.cross_fitted else "the fine-tuned"
+    title = f"Map of {what} image_embeds (t-SNE; colour: cluster)"
     scatter.set(xticks=[], yticks=[], title=title)
     scatter.spines[:].set_visible(False)
     if count <= MOST_CLASSES:
@@ -188,7 +190,7 @@ def _reliability(tuned: Outputs, base: Outputs, measures: dict[str, Measure]) ->
         axes.errorbar(confidence, accuracy, errors, label="accuracy, 95 % interval", **points)
         axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", aspect="equal")
         axes.set_title(f"{title}: ECE {measures[name]}")
-    before.set_ylabel(f"accuracy ({len(tuned.labels)} test images)")
+    before.set_ylabel(f"accuracy ({len(tuned.labels)} {tuned.exams.split} images)")
     before.legend(loc="upper left", fontsize=8)
     told = f"a perfectly calibrated model\nwould show {measures['ece_of_perfect']}"
     after.text(0.02, 0.97, told, va="top", fontsize=8)
@@ -206,16 +208,17 @@ def _reliability(tuned: Outputs, base: Outputs, measures: dict[str, Measure]) ->
 
 
 def _outside(tuned: Outputs, measures: dict[str, Measure]) -> Figure:
-    """The score that decides, of test images and of each kind of OOD picture."""
+    """The score that decides, of the images and of each kind of OOD picture."""
     score, threshold = tuned.ood["score"], tuned.ood["threshold"]
+    accepted = dict(zip([*KINDS, "images"], [*tuned.ood_accepted, tuned.accepted], strict=True))
     of_kinds = dict(zip(KINDS[::-1], tuned.ood_scores[score][::-1], strict=True))
-    rows = of_kinds | {"test images": tuned.own_scores[score]}
+    rows = of_kinds | {"images": tuned.own_scores[score]}
     figure, axes = _figure(8, 0.42 * len(rows) + 1.3)
     for height, (name, values) in enumerate(rows.items()):
         jitter = np.random.default_rng(0).uniform(-0.3, 0.3, len(values))
-        colour = TUNED if name == "test images" else GATE
+        colour = TUNED if name == "images" else GATE
         axes.scatter(values, height + jitter, s=6, alpha=0.35, linewidths=0, color=colour)
-        told = f"{(values >= threshold).mean():.0%} accepted, n = {len(values)}"
+        told = f"{accepted[name].mean():.0%} accepted, n = {len(values)}"
         axes.text(1.02, height, told, va="center", transform=axes.get_yaxis_transform(), fontsize=9)
     axes.axvline(threshold, color=INK, linestyle="--", linewidth=1)
     axes.set_yticks(range(len(rows)), list(rows))

@@ -35,6 +35,9 @@ GATED_METRICS = (
 ).split()
 
 
+SPLITS = ("train", "validation", "calibration", "test")  # of `evaluation: holdout`
+
+
 class DomainError(ValueError):
     """A domain file that can't be used: names the file, the key, the value and the remedy."""
 
@@ -172,7 +175,9 @@ class Domain(Section):
     gates: dict[str, float]  # the target of each, see `GATED_METRICS`
     source: Source = Source()
     retention: Retention | None = None  # none: nobody looks what fine-tuning forgets
-    splits: Splits = Splits()
+    evaluation: Literal["holdout", "cross_fit"] = "holdout"  # docs/data.md tells them apart
+    folds: int = Field(5, ge=3)  # of cross_fit
+    splits: Splits = Splits()  # of holdout
     quality_filter: QualityFilter = QualityFilter()
     samples_per_class: int = Field(280, ge=1)
     smallest_side: int = Field(32, ge=1)  # pixels; smaller images are quarantined
@@ -277,6 +282,13 @@ class Domain(Section):
         """The index of each class name, (N,) int."""
         index_of = {name: index for index, name in enumerate(self.classes)}
         return np.array([index_of[name] for name in class_names])
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of the parts that the prepared images are divided into."""
+        if self.evaluation == "holdout":
+            return SPLITS
+        return tuple(f"fold_{number}" for number in range(1, self.folds + 1))
 
     @property
     def canonical_prompts(self) -> list[str]:

@@ -4,7 +4,8 @@ NumPy only.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 
@@ -17,7 +18,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return shifted / shifted.sum(axis=-1, keepdims=True)
 
 
-def prediction_sets(probabilities: np.ndarray, quantile: float) -> np.ndarray:
+def prediction_sets(probabilities: np.ndarray, quantile: float | np.ndarray) -> np.ndarray:
     """Which classes are named together, (N, C) -> (N, C) bool; never an empty row.
 
     A class belongs to the set if those above it hold at most `quantile` of the probability.
@@ -51,6 +52,10 @@ class Head:
     trained_logit_scale: float
     temperature: float = 1.0
     bias: np.ndarray | float = 0.0
+
+    def at(self, temperature: float) -> Self:
+        """The same, calibrated."""
+        return replace(self, temperature=temperature)
 
     @property
     def logit_scale(self) -> float:

@@ -9,23 +9,25 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from datasets import DatasetDict
 from filelock import FileLock, Timeout
 
-from nicheclip.domain import Domain, DomainError
+from nicheclip.domain import SPLITS, Domain, DomainError
 from nicheclip.files import read_json, write_json
 from nicheclip.processes import processes
 
 # they speak of one model
 RESULTS = ("training.json", "trained_on.json", "calibration.json", "scorecard.json")
 TRAINED_ON = "trained_on.json"
+FOLDS = "folds"  # the folder of a cross-fitted run that holds the models of the folds
 CLASS_MEANS_FILE = "class_means.safetensors"
-SPLITS = ("train", "validation", "calibration", "test")
 BEGUN = "begun.json"  # beside the checkpoints: the data and the settings that they depend on
 # filelock may empty the file that it locks, so who holds it stands in another
 LOCK, HOLDER = ".lock", ".holder"
@@ -95,7 +97,8 @@ def begin_training(run: Path, checkpoints: Path, settings: dict[str, Any], resum
                 raise ValueError(
                     f"since '{checkpoints}' was begun, {name} {change}; change it back or remove it"
                 )
-    old = [*checkpoints.glob("checkpoint-*"), *checkpoints.glob("[0-9]*-*/**/checkpoint-*")]
+    patterns = "checkpoint-*", "[0-9]*-*/**/checkpoint-*", "fold_*", "final"
+    old = [path for pattern in patterns for path in checkpoints.glob(pattern)]
     if not resume and old and not (run / "training.json").is_file():
         raise ValueError(
             f"'{checkpoints}' holds an unfinished training; go on with --resume_from_checkpoint "
@@ -111,38 +114,80 @@ def begin_training(run: Path, checkpoints: Path, settings: dict[str, Any], resum
             write_json(checkpoints / BEGUN, settings)
 
 
-def write_trained_on(run: Path, splits: DatasetDict) -> None:
-    """RUN/trained_on.json: the files that training and its choice of the epoch saw, by sha256."""
-    seen = {name: sorted(set(splits[name]["sha256"][:])) for name in ("train", "validation")}
-    write_json(run / TRAINED_ON, seen)
+@dataclass(frozen=True)
+class Training:
+    """What one model of a run is trained on and asked; row numbers of `trainings`.
+
+    Attributes:
+        folder: holds its model.
+        repeats: (R,) how often a balanced epoch has each row; 0: never.
+        validation: what chooses; `judged`: by which.
+        calibration: what its answers are calibrated on.
+        exam: what it is examined on; none for the final model of a cross-fitted run.
+    """
+
+    folder: Path
+    repeats: np.ndarray
+    validation: np.ndarray
+    calibration: np.ndarray
+    exam: np.ndarray
+
+
+def trainings(run: Path, splits: DatasetDict) -> tuple[datasets.Dataset, list[Training]]:
+    """The rows of all splits, one after the other, and the models of the run, the published last.
+
+    Of a cross-fitted run those of the folds, which validate on the fold after their own, are
+    calibrated on all others', and examined on their own; and the final one.
+    """
+    rows = datasets.concatenate_datasets(list(splits.values()))
+    ends = np.cumsum([len(each) for each in splits.values()])
+    places = np.split(np.arange(len(rows)), ends[:-1])
+    repeats = np.array(rows["repeats"])
+    if "train" in splits:
+        train, validation, calibration, test = (places[list(splits).index(name)] for name in SPLITS)
+        repeats[len(train) :] = 0
+        return rows, [Training(run, repeats, validation, calibration, test)]
+    found, everything = [], np.arange(len(rows))
+    for number, (name, own) in enumerate(zip(splits, places, strict=True)):
+        validation, others = places[(number + 1) % len(places)], np.setdiff1d(everything, own)
+        own_folder = run / FOLDS / name
+        found.append(Training(own_folder, repeats[:, number], validation, others, own))
+    final = Training(run, repeats[:, -1], places[0], everything, everything[:0])
+    return rows, [*found, final]
 
 
 def check_exam(run: Path, splits: DatasetDict) -> None:
-    """Refuses to judge a model on images that it, or the choice of its epoch, may have seen.
+    """Refuses to judge a model on images that it, or a choice made for it, may have seen.
 
     Raises:
         ValueError: if near-duplicates of the exam were seen, or the data is another than then.
     """
     remedy = f"run `accelerate launch train.py {run}` again"
-    seen = {
-        sha256: f"the {name} images of the training"
-        for name, images in read_json(run / TRAINED_ON, remedy).items()
-        for sha256 in images
-    }
-    leaks = []
-    for name in SPLITS:
-        columns = [splits[name][column][:] for column in ("source_id", "sha256", "group_id")]
-        if name in ("calibration", "test"):
-            for source_id, sha256, group in zip(*columns, strict=True):
-                if where := seen.get(sha256) or seen.get(group):
-                    leaks.append(f"{source_id} ({name}; it or a near-duplicate is among {where})")
-        seen = dict.fromkeys([*columns[1], *columns[2]], f"the {name} split") | seen
+    rows, models = trainings(run, splits)
+    names = np.repeat(list(splits), [len(each) for each in splits.values()])
+    columns = "source_id", "sha256", "group_id"
+    source_ids, hashes, groups = (np.array(rows[column]) for column in columns)
+    leaks = {}
+    for model in models:
+        files = read_json(model.folder / TRAINED_ON, remedy)
+        trained = np.union1d(np.flatnonzero(model.repeats), model.validation)
+        asked = [(model.exam, np.setdiff1d(np.arange(len(rows)), model.exam))]
+        if len(models) == 1:
+            asked.append((model.calibration, trained))
+        for images, others in asked:
+            known = zip(names[others].tolist() * 2, [*hashes[others], *groups[others]], strict=True)
+            seen = {key: f"the {name} split" for name, key in known}
+            for name, own in files.items():
+                seen |= dict.fromkeys(own, f"the {name} images of the training")
+            for row in images.tolist():
+                if where := seen.get(hashes[row]) or seen.get(groups[row]):
+                    told = f"({names[row]}; it or a near-duplicate is among {where})"
+                    leaks[row] = f"{source_ids[row]} {told}"
     if leaks:
-        told = ", ".join([*leaks[:5], "…"] if len(leaks) > 5 else leaks)
+        first = ", ".join([*list(leaks.values())[:5], *(["…"] if len(leaks) > 5 else [])])
         raise ValueError(
-            f"{len(leaks)} images of the calibration and test splits of '{run}' have been seen "
-            f"before, so the scorecard would flatter: {told}; run `python -m data_prep` again, "
-            f"then {remedy}"
+            f"{len(leaks)} images that '{run}' is examined on have been seen before, so the "
+            f"scorecard would flatter: {first}; run `python -m data_prep` again, then {remedy}"
         )
     trained_on = read_json(run / "training.json", remedy, ["data_fingerprint"])
     if trained_on["data_fingerprint"] != read_report(run)["fingerprint"]:
@@ -177,8 +222,9 @@ def check_unchanged(domain: Domain, report: dict, class_names: list[str]) -> Non
         )
 
 
-def features(class_names: list[str]) -> datasets.Features:
+def features(class_names: list[str], cross_fit: bool = False) -> datasets.Features:
     """The columns of a prepared dataset."""
+    visits: Any = datasets.Value("int32")
     return datasets.Features(
         {
             "image": datasets.Image(),
@@ -186,9 +232,11 @@ def features(class_names: list[str]) -> datasets.Features:
             "source_id": datasets.Value("string"),
             "group_id": datasets.Value("string"),
             "sha256": datasets.Value("string"),
-            # the base's probability of the own label; null outside of train, which is filtered
+            # the base's probability of the own label; null for what never trains
             "zero_shot_score": datasets.Value("float32"),
-            "repeats": datasets.Value("int32"),  # visits in an epoch: oversampling without copies
+            # visits in an epoch: oversampling without copies; with cross-fitting those of the model
+            # of each fold (none of its own images), and of the final model
+            "repeats": datasets.List(visits) if cross_fit else visits,
             "attribution": datasets.Value("string"),
         }
     )

@@ -82,7 +82,7 @@ def build_app(source: str | Path) -> gr.Blocks:
     classifier = NicheClassifier.from_pretrained(folder)
     settings = classifier.settings
     index = ImageIndex(folder / INDEX_FILE) if (folder / INDEX_FILE).is_file() else None
-    measures, gates = read_scorecard(folder)
+    measures, gates, told = read_scorecard(folder)
     unnoticed = measures["ood_accepted"]
     hour = (600, 3600)  # visitors' photos are deleted after one
     with gr.Blocks(title=settings["title"], analytics_enabled=False, delete_cache=hour) as app:
@@ -97,7 +97,7 @@ def build_app(source: str | Path) -> gr.Blocks:
             with gr.Tab("Search"):
                 search_tab(classifier, index)
         with gr.Tab("Scorecard"):
-            scorecard_tab(folder, measures, gates)
+            scorecard_tab(folder, measures, gates, told)
         with gr.Tab("API"):
             gr.Markdown(USAGE.format(folder if Path(source).is_dir() else source))
     return app.queue(max_size=MOST_WAITING)
@@ -149,7 +149,7 @@ def _classify_tab(classifier: NicheClassifier, index: ImageIndex | None, folder:
     on_photo(photo, classify, EMPTY, [sentence, bars, alike], "classify")
     named = [(path, path.stem) for path in sorted((folder / "examples").glob("*.jpg"))]
     if named:
-        gr.Markdown("Or try a test picture, not trained on; its true class stands below it.")
+        gr.Markdown("Or try one of these; the true class stands below it.")
         gallery = pictures(named, "examples", show_label=False, allow_preview=False)
 
         # By its place in our own list: the event's path is the visitor's, who could name any file.

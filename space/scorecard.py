@@ -13,32 +13,33 @@ SIGNS = {"pass": "✓", "fail": "✗", "undecided": "?"}
 # In this order; for those who can't see them.
 FIGURES = {
     "scorecard": "Each metric with a gate, base zero-shot and fine-tuned; see the table",
-    "classes": "F1 of each class, and a map of the test pictures: similar ones lie together",
+    "classes": "F1 of each class, and a map of pictures: similar ones lie together",
     "confusion": "Confusion matrix: which class is taken for which, side by side by cluster",
-    "outside": "How much test pictures, noise, textures and other OOD pictures look alike",
+    "outside": "How much pictures of the domain, noise, textures and other OOD pictures look alike",
     "reliability": "Accuracy against confidence before and after calibration; selective errors",
 }
 Gates = dict[str, dict[str, Any]]
 
 
-def read_scorecard(folder: Path) -> tuple[dict[str, Measure], Gates]:
-    """The metrics of a published folder, and the gates that some of them have, by name."""
+def read_scorecard(folder: Path) -> tuple[dict[str, Measure], Gates, str]:
+    """The metrics of a published folder, the gates that some have, and what was examined."""
     remedy = "build the folder again with `python -m model_card RUN`"
-    scorecard = read_json(folder / "scorecard.json", remedy, ["metrics", "gates", "ood"])
+    scorecard = read_json(
+        folder / "scorecard.json", remedy, ["metrics", "gates", "ood", "evaluation"]
+    )
     measures = {name: Measure(**each) for name, each in scorecard["metrics"].items()}
-    return measures, scorecard["gates"]
+    return measures, scorecard["gates"], scorecard["evaluation"]
 
 
-def scorecard_tab(folder: Path, measures: dict[str, Measure], gates: Gates) -> None:
+def scorecard_tab(folder: Path, measures: dict[str, Measure], gates: Gates, told: str) -> None:
     """Lays out the tab of a published folder, inside of a `gr.Tab`."""
     verdicts = [gate["verdict"] for gate in gates.values()]
-    accuracy, coverage = measures["accuracy"], measures["coverage"]
+    coverage = measures["coverage"]
     answers = measures.get("selective_accuracy")
     right = f", and {percent(answers.value)} of its answers were right" if answers else ""
     gr.Markdown(
         f"**{verdicts.count('pass')} of {len(gates)} gates passed, "
-        f"{verdicts.count('undecided')} undecided.** On {accuracy.n} {accuracy.split} pictures "
-        "that took no part in training, choice of the epoch, or calibration. The model answered "
+        f"{verdicts.count('undecided')} undecided.** {told} It answered "
         f"{percent(coverage.value)} of them{right}; for the others it said “not sure”."
     )
     for name, text in FIGURES.items():

@@ -16,7 +16,8 @@ from data_prep.prepare import prepare
 from data_prep.review import read_decisions
 from model_card.errors import DOUBTED, read_errors, write_errors
 from nicheclip.domain import Domain
-from nicheclip.run import load_prepared
+from nicheclip.evaluation.predictions import Exams
+from nicheclip.run import load_prepared, trainings
 from tests.conftest import CHROMIUM, needs_chromium
 
 
@@ -47,9 +48,20 @@ def test_every_error_is_on_the_page_in_its_cell_the_most_confident_first(run: Pa
         assert sum(shown_cell == count for shown_cell, _ in shown) == int(cell)
 
 
-def outputs(calibrated, labels, embeds, train_embeds) -> SimpleNamespace:
-    embeds = {"test": embeds, "train": train_embeds}
-    return SimpleNamespace(calibrated=calibrated, labels=labels, embeds=embeds)
+def outputs(calibrated, labels, embeds, train_labels, train_embeds) -> SimpleNamespace:
+    """What a model says of images that come before those that it was trained on."""
+    asked, rows = np.arange(len(labels)), len(labels) + len(train_labels)
+    trained = SimpleNamespace(repeats=(np.arange(rows) >= len(labels)).astype(int))
+    exams = SimpleNamespace(
+        rounds=[trained], asked=asked, round_of=0 * asked, labels=np.append(labels, train_labels)
+    )
+    return SimpleNamespace(
+        exams=exams,
+        calibrated=calibrated,
+        predicted=calibrated.argmax(axis=1),
+        labels=labels,
+        embeds=[np.concatenate([embeds, train_embeds])],
+    )
 
 
 def clustered(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
@@ -65,23 +77,23 @@ def test_the_nearest_are_the_nearest_and_a_wrong_label_is_doubted():
     labels = truth.copy()
     labels[:20] = (truth[:20] + 1) % 3  # wrong labels
     calibrated = rng.dirichlet(np.ones(3), 700)
-    tuned = outputs(calibrated, labels, embeds, train_embeds)
-    readings = read_errors(tuned, tuned, train_labels)
+    tuned = outputs(calibrated, labels, embeds, train_labels, train_embeds)
+    readings = read_errors(tuned, tuned)
     assert [each.best for each in readings] == sorted(map(max, calibrated), reverse=True)
     for reading in readings:
         cosines = train_embeds @ embeds[reading.row]
         for label in {reading.label, reading.predicted}:
             row, cosine = reading.nearest[label]
             assert cosine == pytest.approx(cosines[train_labels == label].max())
-            assert train_labels[row] == label
+            assert train_labels[row - len(labels)] == label
         assert (reading.doubt >= DOUBTED) == (reading.row < 20)
         assert reading.row >= 20 or reading.other == truth[reading.row]
 
 
 def test_a_class_without_training_images_has_no_nearest():
     certain = np.array([[0.0, 1.0]])
-    tuned = outputs(certain, np.array([1]), np.eye(1, 4), np.eye(2, 4))
-    (reading,) = read_errors(tuned, tuned, np.array([0, 0]))
+    tuned = outputs(certain, np.array([1]), np.eye(1, 4), np.array([0, 0]), np.eye(2, 4))
+    (reading,) = read_errors(tuned, tuned)
     assert reading.nearest == {}
     assert (reading.doubt, reading.other) == (1, 0)
 
@@ -99,12 +111,17 @@ def test_names_are_escaped_and_nothing_is_loaded_from_elsewhere(run, page, tmp_p
         for key, names in domain.clusters.items()
     }
     domain = domain.model_copy(update={"classes": renamed, "clusters": clusters})
-    count, test = len(renamed), splits["test"]
-    calibrated = np.eye(count)[(np.array(test["label"]) + 1) % count]
-    labels, train = np.array(test["label"]), splits["train"]
-    tuned = outputs(calibrated, labels, np.eye(len(test), 4), np.eye(len(train), 4))
-    readings = read_errors(tuned, tuned, np.array(train["label"]))
-    write_errors(tmp_path / "errors.html", domain, test, readings, train)
+    count, test, exams = len(renamed), splits["test"], Exams(*trainings(run, splits))
+    labels = np.array(test["label"])
+    calibrated = np.eye(count)[(labels + 1) % count]
+    tuned = SimpleNamespace(
+        exams=exams,
+        calibrated=calibrated,
+        predicted=calibrated.argmax(axis=1),
+        labels=labels,
+        embeds=[np.eye(len(exams.rows), 4)],
+    )
+    write_errors(tmp_path / "errors.html", domain, exams, read_errors(tuned, tuned))
     written = (tmp_path / "errors.html").read_text(encoding="utf-8")
     assert rogue not in written and f"{len(test)} of {len(test)} test images got" in written
     assert written.count("<script") == page.count("<script")

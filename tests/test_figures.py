@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -25,7 +26,10 @@ class Tuned:
     def __init__(self, count: int):
         self.labels, self.predicted = np.arange(count), np.append(np.arange(count - 1), 0)
         self.calibrated = np.eye(count)[self.predicted]
-        self.embeds = {"test": np.random.default_rng(0).normal(size=(count, 4)).astype(np.float32)}
+        self.embeds = [np.random.default_rng(0).normal(size=(count, 4)).astype(np.float32)]
+        self.exams = SimpleNamespace(
+            asked=np.arange(count), round_of=np.zeros(count, int), split="test", cross_fitted=False
+        )
 
 
 def test_a_domain_without_gates_has_a_scorecard_figure(domain, tmp_path):

@@ -65,19 +65,20 @@ def report() -> dict[str, Any]:
         set_aside("train/tudor/d.jpg", "conflict", other="train/gothic/c.jpg"),
     ]
     suspects = [suspect(AWKWARD, 0.00004), suspect("train/tudor/1.jpg", 0.04, "kept by hand")]
-    sizes = {"train": 20, "validation": 5, "calibration": 5, "test": 12}
+    sizes = {"train": 20, "validation": 5, "calibration": 5, "test": 12, "examined": 12}
     judged = {"images": 21, "wanted": 1, "suspect": 1, "dropped": 0}
     classes = [
         {"name": name, **sizes, "quarantined": 0, "samples": 120, "filter": judged}
         for name in DOMAIN.class_names
     ]
-    kept = {split: size * len(classes) for split, size in sizes.items()}
+    kept = {split: size * len(classes) for split, size in sizes.items() if split != "examined"}
     return {
         "domain": "facades", "base": "some/base", "images": "/pictures", "seed": 3,
         "fingerprint": "0123456789abcdef",
         "counts": {
             "read": sum(kept.values()) + len(quarantined) + 1,
-            "dropped_by_filter": 1, "kept": kept, "train_samples_per_epoch": 120 * len(classes),
+            "dropped_by_filter": 1, "left_out_of_training": 0, "kept": kept,
+            "train_samples_per_epoch": 120 * len(classes),
         },
         "filter": {"mode": "linear_probe", "threshold": None, "max_drop_share": 0.3,
         "action": "drop"},
@@ -231,7 +232,7 @@ def test_warnings_come_first(report, tmp_path):
 
 def test_the_funnel_adds_up_and_classes_in_trouble_are_marked(report, tmp_path):
     few, capped, *_ = report["classes"]
-    few["test"] = 9
+    few["examined"] = few["test"] = 9
     capped["filter"] = {"images": 21, "wanted": 9, "suspect": 6, "dropped": 6}
     page = page_of(report, tmp_path)
     numbers = re.findall(r'"n">([\d,]+)<', section(page, "funnel"))

@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 
 from data_prep.sources.rows import SOURCE_FEATURES, Listing, check_classes, unusable
-from nicheclip.run import SPLITS
+from nicheclip.domain import SPLITS
 
 METADATA = frozenset({"metadata.jsonl", "metadata.csv"})
 SIDECARS = METADATA | {"skipped.jsonl", "truth.json"}

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import datasets
 
 from data_prep.sources.rows import SOURCE_FEATURES, Listing, check_classes, read_options, unusable
-from nicheclip.run import SPLITS
+from nicheclip.domain import SPLITS
 
 SPLIT_NAMES = {name: name for name in SPLITS} | dict.fromkeys(("val", "valid", "dev"), "validation")
 Split = Literal["train", "validation", "calibration", "test"]

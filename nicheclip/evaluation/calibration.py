@@ -5,7 +5,6 @@ seen: N images, `logits` or calibrated `probabilities` (N, C) float, `labels` (N
 near-duplicate `groups` (N,).
 """
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from scipy.special import log_softmax
 
 from nicheclip.domain import Domain
 from nicheclip.evaluation.intervals import resample_groups
-from nicheclip.head import Head, mass_above
+from nicheclip.head import mass_above, softmax
 
 TEMPERATURE_BOUNDS = (0.02, 50.0)
 FEW_ERRORS = 20  # with fewer, the temperature is hardly known
@@ -147,26 +146,22 @@ def fit_conformal(probabilities: np.ndarray, labels: np.ndarray, coverage: float
 
 
 def fit(
-    head: Head,
-    image_embeds: np.ndarray,
+    logits: np.ndarray,
     labels: np.ndarray,
     groups: np.ndarray,
     domain: Domain,
     reference: bool = False,
-) -> tuple[Head, dict[str, Any]]:
-    """The head with its temperature, and what calibration.json says of it.
+) -> dict[str, Any]:
+    """What calibration.json says of a model.
 
     Args:
-        head: not calibrated.
-        image_embeds: (N, D) of the calibration split.
+        logits: (N, C) not calibrated, of images that it has not seen.
         reference: as in `calibrate_temperature`.
     """
-    logits = head.logits(image_embeds)
     temperature = calibrate_temperature(logits, labels, groups, reference=reference)
-    head = replace(head, temperature=temperature["value"])
-    probabilities, coverage = head.probabilities(image_embeds), domain.conformal_coverage
+    probabilities, coverage = softmax(logits / temperature["value"]), domain.conformal_coverage
     aims = domain.selective_accuracy, domain.answered_share
-    return head, {
+    return {
         "temperature": temperature["value"],
         "temperature_fit": temperature,
         "abstention": fit_abstention(probabilities, labels, *aims),

@@ -1,7 +1,6 @@
-"""What a model says: its head fitted on the calibration split, and run on the test split."""
+"""What models say of the images that they are examined on, calibrated on others."""
 
-from collections.abc import Iterable
-from itertools import chain
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +14,83 @@ from nicheclip.clip import VisualTower, encode_images, encode_texts, image_side
 from nicheclip.domain import Domain
 from nicheclip.evaluation import ood
 from nicheclip.evaluation.calibration import fit
-from nicheclip.evaluation.probe import fit_probe
+from nicheclip.evaluation.probe import fit_probe, load_strong_probe
 from nicheclip.evaluation.robustness import CHANGES
 from nicheclip.files import quiet_datasets, replaced_file
 from nicheclip.head import Head, prediction_sets, softmax
+from nicheclip.run import Training
 
-CHANGED_IMAGES = 300  # of a split, on which stability is measured
+CHANGED_IMAGES = 300  # on which stability is measured
+Model = tuple[CLIPModel, CLIPProcessor]
+# Pooled features (N, F) of these rows, in the words of a progress bar.
+Encode = Callable[[Model, np.ndarray, str], np.ndarray]
+
+
+class Exams:
+    """Which images are examined, each once.
+
+    Args:
+        rows: all prepared images, R of them.
+        models: as `nicheclip.run.trainings` gives them.
+
+    Attributes:
+        rounds: one for each model that is examined: one, or one a fold.
+        asked: (N,) the rows that are examined, rising.
+        round_of: (N,) in which of the rounds.
+        split: how the images are called in the scorecard; told: what that means.
+    """
+
+    def __init__(self, rows: Dataset, models: Sequence[Training]):
+        self.rows, self.rounds = rows, models[:-1] or models
+        self.cross_fitted, self.final = len(models) > 1, models[-1]
+        self.labels, self.groups = np.array(rows["label"]), np.array(rows["group_id"])
+        round_of = np.full(len(rows), -1)
+        for number, each in enumerate(self.rounds):
+            round_of[each.exam] = number
+        self.asked = np.flatnonzero(round_of >= 0)
+        self.round_of = round_of[self.asked]
+        self.split = "out of fold" if self.cross_fitted else "test"
+        n = f"n = {len(self.asked):,}"
+        self.told = (
+            f"Test split, {n}: images that took no part in training, choice of settings, or "
+            "calibration."
+        )
+        if self.cross_fitted:
+            more = f"{1 / (len(self.rounds) - 1):.0%}"
+            self.told = (
+                f"Cross-fitted, {len(self.rounds)} folds, {n}: each image is answered by a model "
+                "that has not seen it, and calibrated on other folds' answers. The published model "
+                f"was trained on all of them, which is {more} more than those had seen."
+            )
+
+    def told_by(self, each: Training) -> np.ndarray:
+        """The rows whose answers are those of this model."""
+        return each.exam if self.cross_fitted else np.union1d(each.calibration, each.exam)
+
+    def out_of_fold(self, of_rounds: Sequence[np.ndarray]) -> np.ndarray:
+        """(R, ...) of each row what its own model says, from (R, ...) of each model."""
+        found = np.full_like(of_rounds[0], np.nan)
+        for each, values in zip(self.rounds, of_rounds, strict=True):
+            found[self.told_by(each)] = values[self.told_by(each)]
+        return found
 
 
 class Predictions:
-    """What a head says about the N images of test, once it is fitted on calibration.
+    """What is said about the N images that are examined.
+
+    Each round is calibrated on images that are not its exam: no figure judges itself.
 
     Args:
-        head: not calibrated.
-        embeds: image_embeds of each split, (N, D).
+        of_rounds: of each round its uncalibrated logits (R, C).
         reference: as in `calibrate_temperature`.
 
     Attributes:
-        head, fitted: what `fit` gave.
+        fits: of each round what `fit` gave; `fitted`: on all that calibrate, as it is published.
         labels, groups: (N,) int, and the near-duplicate groups.
         logits, calibrated, raw: (N, C), the logits and probabilities; raw: before calibration.
         predicted, confidence, right: (N,) the most probable class, its probability, and whether it
             is the label.
+        answered: (N,) bool, whether the confidence is above the threshold.
         sets: (N, C) bool, the prediction sets.
 
     Raises:
@@ -45,125 +99,266 @@ class Predictions:
 
     def __init__(
         self,
-        head: Head,
-        embeds: dict[str, np.ndarray],
-        splits: dict[str, Dataset],
+        exams: Exams,
+        of_rounds: Sequence[np.ndarray],
         domain: Domain,
         reference: bool = False,
     ):
-        calibration, test = splits["calibration"], splits["test"]
-        known = np.array(calibration["label"]), np.array(calibration["group_id"])
-        self.head, self.fitted = fit(head, embeds["calibration"], *known, domain, reference)
-        self.embeds = embeds
-        self.labels, self.groups = np.array(test["label"]), np.array(test["group_id"])
-        self.raw = head.probabilities(embeds["test"])
-        self.logits = self.head.logits(embeds["test"])
+        found = exams.out_of_fold(of_rounds)
+
+        def fitted_on(chosen: np.ndarray) -> dict[str, Any]:
+            known = exams.labels[chosen], exams.groups[chosen]
+            return fit(found[chosen], *known, domain, reference)
+
+        self.exams = exams
+        self.fits = [fitted_on(each.calibration) for each in exams.rounds]
+        self.fitted = fitted_on(exams.asked) if exams.cross_fitted else self.fits[0]
+        self.labels, self.groups = exams.labels[exams.asked], exams.groups[exams.asked]
+        uncalibrated = found[exams.asked]
+        self.raw = softmax(uncalibrated)
+        self.logits = uncalibrated / self._fitted("temperature")[:, None]
         self.calibrated = softmax(self.logits)
         self.predicted = self.calibrated.argmax(axis=1)
         self.confidence = self.calibrated.max(axis=1)
         self.right = self.predicted == self.labels
-        self.sets = prediction_sets(self.calibrated, self.fitted["conformal"]["quantile"])
+        self.answered = self.confidence >= self._fitted("abstention", "threshold")
+        quantiles = self._fitted("conformal", "quantile")[:, None]
+        self.sets = prediction_sets(self.calibrated, quantiles)
+
+    def _fitted(self, *keys: str) -> np.ndarray:
+        """(N,) of each image what its round was fitted."""
+        values = list(self.fits)
+        for key in keys:
+            values = [each[key] for each in values]
+        return np.array(values)[self.exams.round_of]
 
 
 class Outputs(Predictions):
-    """What a CLIPModel says of the images of test, of OOD pictures, and after mild changes.
+    """What CLIPModels say of the images, of OOD pictures, and after mild changes.
 
     Args:
-        title: names the model beside the progress bars.
-        reference: as in `calibrate_temperature`; its validation split is encoded too, which
-            chooses its probe.
+        models: one for each round.
+        encode: gives pooled features.
+        title: names the models beside the progress bars.
+        reference: as in `calibrate_temperature`; the images that validate are encoded too, which
+            choose its probe.
 
     Attributes:
-        features: pooled, of each split, (N, F).
+        features: of each round, pooled, (R, F); embeds: image_embeds (R, D); 0 for what no one
+            asks for.
+        heads: of each round, not calibrated.
         similarity: (N, P) cosine with every prompt of the bank, of the classes `prompt_classes`.
-        ood: the score and threshold that decide.
-        own_scores: of the images (N,), by score.
-        ood_scores: of OOD pictures, (kinds, M), by score.
+        ood: the score and threshold that decide, fitted on all that calibrate.
+        own_scores: of the images (N,), by score; accepted: (N,) whether they pass.
+        ood_scores: of OOD pictures, (kinds, M), by score; ood_accepted: (kinds, M).
         cosine, same: (K, N) after each of `CHANGES`, the cosine to the picture's own image_embeds,
             and whether the answer stays; NaN where it was not tried.
     """
 
     def __init__(
         self,
-        model: CLIPModel,
-        processor: CLIPProcessor,
+        exams: Exams,
+        models: Sequence[Model],
+        encode: Encode,
         domain: Domain,
-        splits: dict[str, Dataset],
         title: str,
         reference: bool = False,
     ):
-        def embed(images: Iterable[Image.Image], total: int, what: str, **more: Any) -> np.ndarray:
-            about = f"{what}, {title}"
-            return encode_images(model, processor, images, total, description=about, **more)
-
-        def scores_of_ood(name: str, seed: int) -> dict[str, np.ndarray]:
-            given = image_side(processor), seed, splits[name][: ood.PER_KIND]["image"]
-            drawn = chain.from_iterable(ood.ood_pictures(kind, *given) for kind in ood.KINDS)
-            total = ood.PER_KIND * len(ood.KINDS)
-            return self.head.ood_scores(embed(drawn, total, "OOD pictures"))
-
-        embeds, self.features, tower = {}, {}, VisualTower(model)
-        for name, rows in splits.items():
-            if not reference and name == "validation":
-                continue
-            images = (row["image"] for row in rows)
-            self.features[name] = embed(images, len(rows), f"{name} split", pooled=True)
-            with torch.inference_mode():
-                projected = tower.project(torch.from_numpy(self.features[name]).to(model.device))
-            embeds[name] = projected.cpu().numpy()
+        self.models, self.title = models, title
         prompts, prompt_classes = domain.prompt_bank
-        prototypes, bank = (
-            encode_texts(model, processor, texts).cpu().numpy()
-            for texts in (domain.canonical_prompts, prompts)
-        )
-        class_means = ood.fit_class_means(embeds["train"], np.array(splits["train"]["label"]))
-        head = Head(prototypes, class_means, model.logit_scale.item())
-        super().__init__(head, embeds, splits, domain, reference)
-        self.similarity, self.prompt_classes = embeds["test"] @ bank.T, np.array(prompt_classes)
-        # Other OOD pictures choose the score than those that the scorecard is made of.
-        own, choosing = self.head.ood_scores(embeds["calibration"]), scores_of_ood("calibration", 1)
-        self.ood = ood.fit_ood_threshold(own, choosing)
-        self.own_scores, others = self.head.ood_scores(embeds["test"]), scores_of_ood("test", 0)
-        self.ood_scores = {name: each.reshape(len(ood.KINDS), -1) for name, each in others.items()}
+        self.prompt_classes = np.array(prompt_classes)
+        self.features: list[np.ndarray] = []
+        self.embeds: list[np.ndarray] = []
+        self.heads: list[Head] = []
+        banks = []
+        for number, (each, model) in enumerate(zip(exams.rounds, models, strict=True), 1):
+            if number > 1 and model is models[0]:
+                features = self.features[0]
+            else:
+                needed = np.union1d(np.flatnonzero(each.repeats), exams.told_by(each))
+                needed = np.union1d(needed, each.validation) if reference else needed
+                fold = f", fold {number}" if exams.cross_fitted else ""
+                features = encoded(exams, encode, model, needed, f"images, {title}{fold}")
+            head, embeds = head_of(exams, each, model, features, domain)
+            self.features.append(features)
+            self.embeds.append(embeds)
+            self.heads.append(head)
+            banks.append(encode_texts(*model, prompts).cpu().numpy())
+        logits = [head.logits(embeds) for head, embeds in zip(self.heads, self.embeds, strict=True)]
+        super().__init__(exams, logits, domain, reference)
+        said = zip(self.embeds, banks, strict=True)
+        self.similarity = exams.out_of_fold([e @ bank.T for e, bank in said])[exams.asked]
+        self._judge_ood()
+        self._change_mildly()
 
-        count, kinds = len(self.labels), len(CHANGES)
-        tried = np.unique(np.linspace(0, count - 1, CHANGED_IMAGES).astype(int))  # (T,)
-        test = splits["test"].select(tried)
-        changed = (change(row["image"]) for change in CHANGES.values() for row in test)
-        after = embed(changed, kinds * len(test), "mild changes").reshape(kinds, len(test), -1)
+    def _embed(self, number: int, images: Iterable[Image.Image], total: int, what: str) -> Any:
+        model, processor = self.models[number]
+        about = f"{what}, {self.title}"
+        return encode_images(model, processor, images, total, description=about)
+
+    def _judge_ood(self) -> None:
+        """Other OOD pictures choose the score than those that the scorecard is made of."""
+        exams = self.exams
+        choosing, judging = self._ood_pictures(1), self._ood_pictures(0)
+        turn = np.arange(ood.PER_KIND) % len(exams.rounds)
+        shape = len(ood.KINDS), ood.PER_KIND
+        self.own_scores: dict[str, np.ndarray] = {}
+        self.ood_scores: dict[str, np.ndarray] = {}
+        self.accepted, self.ood_accepted = np.zeros(len(exams.asked), bool), np.zeros(shape, bool)
+        for number, (each, fitted) in enumerate(zip(exams.rounds, self.fits, strict=True)):
+            heads = [head.at(fitted["temperature"]) for head in self.heads]
+            own, rule = self._fit_ood(heads, choosing, each.calibration, number)
+            mine, asked = exams.round_of == number, turn == number
+            of_pictures = _scores(heads, judging)
+            for name, values in own.items():
+                self.own_scores.setdefault(name, np.zeros(len(mine)))[mine] = values[each.exam]
+                told = self.ood_scores.setdefault(name, np.zeros(shape))
+                told[:, asked] = of_pictures[name][:, asked]
+            score, threshold = rule["score"], rule["threshold"]
+            self.accepted[mine] = self.own_scores[score][mine] >= threshold
+            self.ood_accepted[:, asked] = self.ood_scores[score][:, asked] >= threshold
+        self.ood = rule
+        if exams.cross_fitted:
+            heads = [head.at(self.fitted["temperature"]) for head in self.heads]
+            _, self.ood = self._fit_ood(heads, choosing, exams.asked, None)
+
+    def _fit_ood(
+        self,
+        heads: list[Head],
+        choosing: list[np.ndarray],
+        fitted_on: np.ndarray,
+        left_out: int | None,
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Scores (R,) of the images, and the rule that they and the choosing pictures give.
+
+        Args:
+            left_out: the round whose pictures don't choose, if there are others.
+        """
+        exams = self.exams
+        of_rounds = [
+            head.ood_scores(embeds) for head, embeds in zip(heads, self.embeds, strict=True)
+        ]
+        own = {name: exams.out_of_fold([each[name] for each in of_rounds]) for name in of_rounds[0]}
+        turn = np.arange(ood.PER_KIND) % len(heads)
+        chooses = (turn != left_out) | (len(heads) == 1)
+        known = {name: values[fitted_on] for name, values in own.items()}
+        drawn = _scores(heads, choosing).items()
+        pictures = {name: each[:, chooses].ravel() for name, each in drawn}
+        return own, ood.fit_ood_threshold(known, pictures)
+
+    def _ood_pictures(self, seed: int) -> list[np.ndarray]:
+        """image_embeds (kinds, m, D) of each round's share of them; spoilt ones are its own."""
+        exams, found = self.exams, []
+        for number, each in enumerate(exams.rounds):
+            side = image_side(self.models[number][1])
+            own = each.exam if exams.cross_fitted or not seed else each.calibration
+            if exams.cross_fitted:  # others judge than choose
+                own = own[seed::2]
+            own = own[: ood.PER_KIND]
+            given = side, seed, exams.rows[own]["image"]
+            drawn = (
+                picture
+                for kind in ood.KINDS
+                for turn, picture in enumerate(ood.ood_pictures(kind, *given))
+                if turn % len(exams.rounds) == number
+            )
+            count = len(range(number, ood.PER_KIND, len(exams.rounds)))
+            embeds = self._embed(number, drawn, count * len(ood.KINDS), "OOD pictures")
+            found.append(embeds.reshape(len(ood.KINDS), count, -1))
+        return found
+
+    def _change_mildly(self) -> None:
+        exams, kinds, count = self.exams, len(CHANGES), len(self.labels)
+        chosen = np.unique(np.linspace(0, count - 1, CHANGED_IMAGES).astype(int))  # (T,)
         self.cosine, self.same = np.full((2, kinds, count), np.nan)
-        self.cosine[:, tried] = (after * embeds["test"][tried]).sum(axis=2)
-        self.same[:, tried] = self.head.logits(after).argmax(axis=2) == self.predicted[tried]
+        for number, head in enumerate(self.heads):
+            tried = chosen[exams.round_of[chosen] == number]
+            rows = exams.rows.select(exams.asked[tried])
+            changed = (change(row["image"]) for change in CHANGES.values() for row in rows)
+            after = self._embed(number, changed, kinds * len(rows), "mild changes")
+            after = after.reshape(kinds, len(rows), -1)
+            before = self.embeds[number][exams.asked[tried]]
+            self.cosine[:, tried] = (after * before).sum(axis=2)
+            self.same[:, tried] = head.logits(after).argmax(axis=2) == self.predicted[tried]
+
+
+def stored_encoder(rows: Dataset) -> Encode:
+    """Of prepared images as any model sees them."""
+
+    def encode(model: Model, chosen: np.ndarray, title: str) -> np.ndarray:
+        images = (row["image"] for row in rows.select(chosen))
+        return encode_images(*model, images, len(chosen), description=title, pooled=True)
+
+    return encode
+
+
+def encoded(
+    exams: Exams, encode: Encode, model: Model, needed: np.ndarray, title: str
+) -> np.ndarray:
+    """Pooled features (R, F) of the rows that are needed, 0 elsewhere."""
+    found = encode(model, needed, title)
+    features = np.zeros((len(exams.rows), found.shape[1]), found.dtype)
+    features[needed] = found
+    return features
+
+
+def head_of(
+    exams: Exams, training: Training, model: Model, features: np.ndarray, domain: Domain
+) -> tuple[Head, np.ndarray]:
+    """The head of a model, not calibrated, and image_embeds (R, D) of pooled features (R, F)."""
+    clip, trained = model[0], np.flatnonzero(training.repeats)
+    with torch.inference_mode():
+        embeds = VisualTower(clip).project(torch.from_numpy(features).to(clip.device)).cpu().numpy()
+    prototypes = encode_texts(*model, domain.canonical_prompts).cpu().numpy()
+    class_means = ood.fit_class_means(embeds[trained], exams.labels[trained])
+    return Head(prototypes, class_means, clip.logit_scale.item()), embeds
+
+
+def _scores(heads: list[Head], pictures: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """(kinds, M) by score of OOD pictures, which the rounds have shared out in turn."""
+    found: dict[str, np.ndarray] = {}
+    for number, (head, embeds) in enumerate(zip(heads, pictures, strict=True)):
+        kinds, count, width = embeds.shape
+        for name, each in head.ood_scores(embeds.reshape(-1, width)).items():
+            shape = kinds, sum(len(some[0]) for some in pictures)
+            told = found.setdefault(name, np.zeros(shape))
+            told[:, number :: len(heads)] = each.reshape(kinds, count)
+    return found
 
 
 Probes = dict[str, Predictions]  # by the name that they have in a `Measure`
 
 
-def run_probes(strong: Head, base: Outputs, splits: dict[str, Dataset], domain: Domain) -> Probes:
+def run_probes(exams: Exams, base: Outputs, domain: Domain) -> Probes:
     """The linear and the strong probe of the base, calibrated and run as the others are."""
-    train, validation = (
-        (base.embeds[name], np.array(splits[name]["label"])) for name in ("train", "validation")
-    )
-    linear = fit_probe(train, validation, len(domain.classes))
+    linear, strong = [], []
+    for each, embeds, features in zip(exams.rounds, base.embeds, base.features, strict=True):
+        trained = np.setdiff1d(np.flatnonzero(each.repeats), each.validation)
+        train, validation = (
+            (embeds[some], exams.labels[some]) for some in (trained, each.validation)
+        )
+        probe = fit_probe(train, validation, len(domain.classes), refit=exams.cross_fitted)
+        linear.append(probe.logits(embeds))
+        strong.append(load_strong_probe(each.folder).logits(features))
     return {
-        "probe": Predictions(linear, base.embeds, splits, domain, reference=True),
-        "strong_probe": Predictions(strong, base.features, splits, domain, reference=True),
+        "probe": Predictions(exams, linear, domain, reference=True),
+        "strong_probe": Predictions(exams, strong, domain, reference=True),
     }
 
 
-def write_predictions(
-    path: Path, domain: Domain, test: Dataset, tuned: Outputs, base: Outputs
-) -> None:
-    """A Parquet file of each test image with its label and what is said of it."""
-    names = np.array(domain.class_names)
+def write_predictions(path: Path, domain: Domain, tuned: Outputs, base: Outputs) -> None:
+    """A Parquet file of each image that was examined, with its label and what is said of it."""
+    names, rows = np.array(domain.class_names), tuned.exams.rows.select(tuned.exams.asked)
     columns = {
-        "source_id": test["source_id"][:],
-        "sha256": test["sha256"][:],
-        "label": names[test["label"]].tolist(),
+        "source_id": rows["source_id"][:],
+        "sha256": rows["sha256"][:],
+        "label": names[tuned.labels].tolist(),
         "probabilities": tuned.calibrated.tolist(),
         "base_probabilities": base.calibrated.tolist(),
         "prediction_set": [names[row].tolist() for row in tuned.sets],
         "domain_score": tuned.own_scores[tuned.ood["score"]].tolist(),
     }
+    if tuned.exams.cross_fitted:
+        columns["fold"] = (tuned.exams.round_of + 1).tolist()
     with quiet_datasets(), replaced_file(path) as unfinished:
         Dataset.from_dict(columns).to_parquet(unfinished)

@@ -24,23 +24,26 @@ STRONG_PROBE_FILE = "strong_probe.safetensors"  # of a run directory
 Part = tuple[np.ndarray, np.ndarray]  # features (N, F) and labels (N,)
 
 
-def fit_probe(train: Part, validation: Part, num_classes: int) -> Head:
+def fit_probe(train: Part, validation: Part, num_classes: int, refit: bool = False) -> Head:
     """Logistic regression on image_embeds, of the strength and class weights best on validation.
 
     Ties are decided by the NLL.
+
+    Args:
+        refit: whether the best is fitted anew on both parts.
     """
     models = (
         LogisticRegression(C=strength, class_weight=weights, tol=1e-3, max_iter=1000)
         for strength, weights in product(STRENGTHS, (None, "balanced"))
     )
-    return _best(models, train, validation, num_classes)
+    return _best(models, train, validation, num_classes, refit)
 
 
-def fit_strong_probe(train: Part, validation: Part, num_classes: int) -> Head:
+def fit_strong_probe(train: Part, validation: Part, num_classes: int, refit: bool = False) -> Head:
     """The best on validation of shrinkage LDA and logistic regression, on pooled features.
 
     Those lie before the visual projection, which throws away much that tells classes apart. The
-    training features may be of several augmented views.
+    training features may be of several augmented views. `refit`: as in `fit_probe`.
     """
     scale, several = train[0].std(), len(train[1]) > len(np.unique(train[1]))
     shrinkages = SHRINKAGES if several else ()  # LDA needs two images of a class
@@ -49,11 +52,13 @@ def fit_strong_probe(train: Part, validation: Part, num_classes: int) -> Head:
         *(LogisticRegression(C=each, tol=1e-3, max_iter=300) for each in (1e-3, 1e-2, 1e-1)),
     )
     scaled, judged = ((features / scale, labels) for features, labels in (train, validation))
-    head = _best(models, scaled, judged, num_classes)
+    head = _best(models, scaled, judged, num_classes, refit)
     return Head(head.prototypes / scale, {}, trained_logit_scale=0.0, bias=head.bias)
 
 
-def _best(models: Iterable[Any], train: Part, validation: Part, num_classes: int) -> Head:
+def _best(
+    models: Iterable[Any], train: Part, validation: Part, num_classes: int, refit: bool
+) -> Head:
     features, labels = validation
     tried = []
     with threadpool_limits(1), warnings.catch_warnings():
@@ -62,8 +67,12 @@ def _best(models: Iterable[Any], train: Part, validation: Part, num_classes: int
         for model in models:
             head = _head(model.fit(*train), num_classes)
             logits = head.logits(features)
-            tried.append((correct(logits, labels).mean(), -nll(logits, labels), head))
-    return max(tried, key=lambda entry: entry[:2])[2]
+            tried.append((correct(logits, labels).mean(), -nll(logits, labels), head, model))
+        *_, head, model = max(tried, key=lambda entry: entry[:2])
+        if refit:
+            both = (np.concatenate(parts) for parts in zip(train, validation, strict=True))
+            head = _head(model.fit(*both), num_classes)
+    return head
 
 
 def save_strong_probe(head: Head, run: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a model is worth on the test split, beside the base model and a linear probe."""
+"""What a model is worth on images that it has not seen, beside the base model and probes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -57,12 +57,11 @@ def statistics(found: Predictions, domain: Domain) -> dict[str, Statistic]:
     """Those that any classifier has."""
     labels, right, confidence = found.labels, found.right, found.confidence
     own, answers = (np.arange(len(labels)), labels), (found.predicted, labels)
-    answered = confidence >= found.fitted["abstention"]["threshold"]
     ece = metrics.expected_calibration_error
     class_scores = partial(metrics.class_scores, num_classes=len(domain.classes))
 
     def of(*columns: np.ndarray, **options: Any) -> Statistic:
-        return Statistic(columns, found.groups, **options)
+        return Statistic(columns, found.groups, split=found.exams.split, **options)
 
     def by_class(score: int, reduce: Callable[[np.ndarray], float]) -> Callable[..., float]:
         return lambda *both: reduce(class_scores(*both)[score])
@@ -79,8 +78,8 @@ def statistics(found: Predictions, domain: Domain) -> dict[str, Statistic]:
         "nll": of(-log_softmax(found.logits, axis=1)[own]),  # finite where p underflows
         "brier": of(metrics.brier(found.calibrated, labels)),
         "aurc": of(confidence, right, metric=metrics.aurc),
-        "coverage": of(answered, share=True),
-        "selective_accuracy": of(np.where(answered, right, np.nan), share=True),
+        "coverage": of(found.answered, share=True),
+        "selective_accuracy": of(np.where(found.answered, right, np.nan), share=True),
         "conformal_coverage": of(found.sets[own], share=True),
         "conformal_worst_class": of(
             found.sets[own], labels, metric=metrics.worst_share, biased=True
@@ -95,27 +94,28 @@ def clip_statistics(outputs: Outputs, domain: Domain) -> dict[str, Statistic]:
     prompts = outputs.similarity, outputs.prompt_classes
     margin = metrics.hard_negative_margin(*prompts, labels, np.array(domain.class_clusters))
     rank = metrics.semantic_rank(*prompts, labels)
-    found_at, precision = metrics.image_retrieval(outputs.embeds["test"], labels, groups)
+    found_at, precision = _image_retrieval(outputs)
     first, *others = prompt_answers(*prompts).T
     consistent = np.mean([each == first for each in others] or [np.full(len(labels), np.nan)], 0)
     noise = outputs.ood_scores["confidence"][KINDS.index("noise")]
-    score, threshold = outputs.ood["score"], outputs.ood["threshold"]
+    score, split = outputs.ood["score"], outputs.exams.split
     own, outside = outputs.own_scores[score], outputs.ood_scores[score].ravel()
     alone = np.arange(len(outside))
     both = np.append(own, outside), np.repeat([True, False], [len(own), len(outside)])
     groups_of_both = np.append(np.unique(groups, return_inverse=True)[1], len(own) + alone)
 
     def mean(values: np.ndarray) -> Statistic:
-        return Statistic((values,), groups)
+        return Statistic((values,), groups, split=split)
 
     def share(hits: np.ndarray, of: np.ndarray) -> Statistic:
-        return Statistic((np.where(np.isnan(of), np.nan, hits),), groups, share=True)
+        columns = (np.where(np.isnan(of), np.nan, hits),)
+        return Statistic(columns, groups, split=split, share=True)
 
     def told_apart(metric: Callable[[np.ndarray, np.ndarray], float]) -> Statistic:
         def told(scores: np.ndarray, is_own: np.ndarray) -> float:
             return metric(scores[is_own], scores[~is_own])
 
-        return Statistic(both, groups_of_both, told, split="test and OOD")
+        return Statistic(both, groups_of_both, told, split=f"{split} and OOD")
 
     found = statistics(outputs, domain) | {
         "hard_negative_pass_rate": share(margin > 0, of=margin),
@@ -132,14 +132,24 @@ def clip_statistics(outputs: Outputs, domain: Domain) -> dict[str, Statistic]:
         ),
         "ood_auroc": told_apart(metrics.auroc),
         "ood_fpr95": told_apart(metrics.fpr95),
-        "ood_accepted": Statistic((outside >= threshold,), alone, split="OOD", share=True),
-        "in_domain_accepted": share(own >= threshold, of=own),
+        "ood_accepted": Statistic((outputs.ood_accepted.ravel(),), alone, split="OOD", share=True),
+        "in_domain_accepted": share(outputs.accepted, of=own),
         "same_answer": mean(outputs.same.mean(axis=0)),
         "embedding_stability": mean(outputs.cosine.mean(axis=0)),
         "prompt_consistency": mean(consistent),
     }
     # What no image can be judged by is left out.
     return {name: each for name, each in found.items() if not np.isnan(each.columns[0]).all()}
+
+
+def _image_retrieval(outputs: Outputs) -> tuple[np.ndarray, np.ndarray]:
+    """As `metrics.image_retrieval`, (N,) each; an image asks those of its own fold."""
+    exams, found = outputs.exams, np.full((2, len(outputs.labels)), np.nan)
+    for number, embeds in enumerate(outputs.embeds):
+        own = exams.round_of == number
+        known = embeds[exams.asked[own]], outputs.labels[own], outputs.groups[own]
+        found[:, own] = metrics.image_retrieval(*known)
+    return found[0], found[1]
 
 
 def compare(tuned: Outputs, base: Outputs, probes: Probes, domain: Domain) -> dict[str, Measure]:
@@ -164,7 +174,8 @@ def compare(tuned: Outputs, base: Outputs, probes: Probes, domain: Domain) -> di
         measures[name] = replace(statistic.measure(), **others)
     draws = metrics.ece_of_perfect(tuned.confidence)
     low, high = np.percentile(draws, [2.5, 97.5]).tolist()
-    measures["ece_of_perfect"] = Measure(float(draws.mean()), low, high, len(tuned.labels), "test")
+    known = len(tuned.labels), tuned.exams.split
+    measures["ece_of_perfect"] = Measure(float(draws.mean()), low, high, *known)
     return measures
 
 
@@ -186,7 +197,7 @@ def tables(tuned: Outputs, base: Outputs, domain: Domain) -> dict[str, Any]:
     kinds: dict[str, Any] = {}
     for index, kind in enumerate(KINDS):
         scores = {name: each[index] for name, each in tuned.ood_scores.items()}
-        accepted = scores[tuned.ood["score"]] >= tuned.ood["threshold"]
+        accepted = tuned.ood_accepted[index]
         kinds[kind] = {
             "n": len(accepted),
             "confidence_mean": float(scores["confidence"].mean()),

@@ -40,9 +40,11 @@ def add_onnx(run: Path, folder: Path) -> dict[str, Any]:
     """
     paths = {"fp32": folder / ONNX_FILES["onnx"], "int8": folder / ONNX_FILES["onnx-int8"]}
     _export(folder, paths["fp32"], paths["int8"])
-    rows = load_prepared(run)["calibration"]
+    splits = load_prepared(run)
+    split = "calibration" if "calibration" in splits else next(iter(splits))
+    rows = splits[split]
     rows = rows.select(np.unique(np.linspace(0, len(rows) - 1, MAX_IMAGES).astype(int)))
-    report: dict[str, Any] = {"split": "calibration", "n": len(rows)}
+    report: dict[str, Any] = {"split": split, "n": len(rows)}
     exact = None
     for name, backend in (("torch", "torch"), ("fp32", "onnx"), ("int8", "onnx-int8")):
         classifier = NicheClassifier.from_pretrained(folder, backend=backend)

@@ -66,7 +66,8 @@ class StageEpochs(TrainerCallback):
     def on_epoch_end(self, args, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """An epoch that a signal has cut off has been saved already."""
         due = self._looked_at(state)
-        control.should_log = control.should_evaluate = control.should_save = due
+        control.should_log = control.should_save = due
+        control.should_evaluate = due and args.eval_strategy != "no"
 
     def _looked_at(self, state: TrainerState) -> bool:
         epoch = float(state.epoch)

@@ -70,16 +70,23 @@ Features = Callable[[int, int], torch.Tensor]  # the states of (row, view)
 
 
 class Views(torch.utils.data.Dataset):
-    """What the model is shown of each image of a prepared split: of row r, views (r, 0), (r, 1), …
+    """What the model is shown of each prepared image: of row r, views (r, 0), (r, 1), …
+
+    Args:
+        chosen: the rows that are items; default: all. The others are encoded as well, so that what
+            one choice has kept serves another one.
 
     Attributes:
         features: gives pixels, or the kept states that take their place.
     """
 
-    def __init__(self, rows: datasets.Dataset, processor: CLIPProcessor):
-        self.rows = rows
-        self.processor = processor
-        self.labels = np.asarray(rows["label"])
+    def __init__(
+        self, rows: datasets.Dataset, processor: CLIPProcessor, chosen: np.ndarray | None = None
+    ):
+        self.rows, self.processor = rows, processor
+        self.chosen = np.arange(len(rows)) if chosen is None else chosen
+        self.labels_of_rows = np.asarray(rows["label"])
+        self.labels = self.labels_of_rows[self.chosen]
         self.features: Features = self.view
 
     def view(self, row: int, view: int) -> torch.Tensor:
@@ -91,10 +98,11 @@ class Views(torch.utils.data.Dataset):
         return {"processor": self.processor.image_processor.to_json_string()}
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.chosen)
 
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        return {"images": self.features(row, 0), "labels": int(self.labels[row])}
+    def __getitem__(self, item: int) -> dict[str, Any]:
+        row = int(self.chosen[item])
+        return {"images": self.features(row, 0), "labels": int(self.labels[item])}
 
 
 class TrainingSamples(Views):
@@ -105,6 +113,7 @@ class TrainingSamples(Views):
 
     Args:
         prompt_classes: class index of each prompt of the bank, (P,) int.
+        repeats: (R,) how often a balanced epoch has each row, 0: never; default: their own.
 
     Attributes:
         views: how many augmented views there are of each image; its samples take them in turn. 0:
@@ -121,8 +130,10 @@ class TrainingSamples(Views):
         augmentation: Augmentation,
         processor: CLIPProcessor,
         seed: int,
+        repeats: np.ndarray | None = None,
     ):
-        super().__init__(rows, processor)
+        self.balanced = np.asarray(rows["repeats"] if repeats is None else repeats)
+        super().__init__(rows, processor, np.flatnonzero(self.balanced))
         of_class = np.asarray(prompt_classes)
         self.prompts_of_class = [np.flatnonzero(of_class == c) for c in np.unique(of_class)]
         self.augmentation = augmentation
@@ -130,15 +141,13 @@ class TrainingSamples(Views):
         self.seed = seed
         self.views = self.epoch = self.epochs_before = 0
         self.patch_dropout, self.with_prompts = 0.0, True
-        self.labels_of_rows = self.labels
         self.sample("balanced")
 
     def sample(self, sampling: str) -> None:
         """Each image as often as its `repeats` ("balanced"), or once ("natural")."""
-        count = len(self.rows)
-        balanced = sampling == "balanced"
-        self.repeats = np.asarray(self.rows["repeats"]) if balanced else np.ones(count, int)
-        self.row_of_sample = np.repeat(np.arange(count), self.repeats)
+        once = np.minimum(self.balanced, 1)
+        self.repeats = self.balanced if sampling == "balanced" else once
+        self.row_of_sample = np.repeat(np.arange(len(self.rows)), self.repeats)
         first = np.cumsum(self.repeats) - self.repeats  # (rows,) the first sample of each
         self.visit_of_sample = np.arange(len(self)) - first[self.row_of_sample]
         self.labels = self.labels_of_rows[self.row_of_sample]

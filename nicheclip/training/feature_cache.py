@@ -17,15 +17,20 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import torch
-from transformers import CLIPModel, CLIPVisionModel
+from tqdm.auto import tqdm
+from transformers import CLIPModel, CLIPProcessor, CLIPVisionModel
 
 from nicheclip.cached_map import map_shards, stored_digests, weights_digest
-from nicheclip.clip import prefetched
+from nicheclip.clip import load_clip, prefetched
+from nicheclip.domain import Domain
+from nicheclip.evaluation.predictions import Encode
 from nicheclip.evaluation.probe import Part
+from nicheclip.files import read_json
 from nicheclip.training.arguments import StagedTrainingArguments
 from nicheclip.training.data import Features, TrainingSamples, Views
 from nicheclip.training.lda import discriminants
-from nicheclip.training.towers import PIXELS, between, depth, weights_before
+from nicheclip.training.stages import trainable_names
+from nicheclip.training.towers import PIXELS, between, cut_before, depth, weights_before
 
 AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 ENOUGH = 20_000  # views of images for a discriminant analysis
@@ -54,56 +59,65 @@ class StageFeatures:
     ):
         self.model, self.train, self.validation = model, train, validation
         self.first_cut, self.views = first_cut, args.cached_views
-        self.folder = Path(args.feature_cache or Path(args.output_dir) / "features")
+        self.later: Path | None = None  # where states lie that depend on what has been trained
+        self.own_folder = Path(args.output_dir) / "features"
+        self.folder = Path(args.feature_cache or self.own_folder)
         self.autocast = AUTOCAST[args.precision]
         self.num_classes = train.rows.features["label"].num_classes
         self.seconds = 0.0
         self.projection = model.visual_projection.weight.detach().cpu().numpy().copy()
 
-    def show(self, cut: int, with_train: bool = True) -> None:
-        """Encodes both sets of images up to a cut; those of train on demand."""
+    def show(self, cut: int, with_train: bool = True, with_validation: bool = True) -> None:
+        """Encodes the images that are asked for up to a cut."""
         cuts = sorted({self.first_cut, cut} - {PIXELS}) if self.views else []
         self.train.views = self.views if cuts else 0
         if with_train:
             self._encode("train", self.train, self.train.views, cuts)
-        self._encode("validation", self.validation, 1, cuts)
+        if with_validation:
+            self._encode("validation", self.validation, 1, cuts)
 
     def _encode(self, name: str, images: Views, count: int, cuts: list[int]) -> None:
         started = time.perf_counter()
         self.model.eval()  # what is kept must not depend on a draw of dropout
         tower, cache = self.model.vision_model, self.folder / name
-        images.features = encode_views(tower, images, count, cuts, cache, self.autocast)
+        later = self.later and self.later / name
+        images.features = encode_views(tower, images, count, cuts, cache, self.autocast, later)
         self.seconds += time.perf_counter() - started
 
     @cached_property
     def of_base(self) -> tuple[Part, Part]:
         """Pooled features and labels of the base: of the views of train, and of validation.
 
-        To be asked for before anything is trained.
+        Without validation's rows in train, where it trains on them as well. To be asked for before
+        anything is trained.
         """
         end, count = depth(self.model.vision_model), max(1, self.views)
         cuts = sorted({self.first_cut, end} - {PIXELS})
+        of_train = self.train.chosen
+        if self.train.rows is self.validation.rows:
+            of_train = np.setdiff1d(of_train, self.validation.chosen)
         parts = []
-        for name, images, views in (
-            ("train", self.train, count),
-            ("validation", self.validation, 1),
+        for name, images, chosen, views in (
+            ("train", self.train, of_train, count),
+            ("validation", self.validation, self.validation.chosen, 1),
         ):
             self._encode(name, images, views, cuts)
-            of_views = [self._pooled(images, view) for view in range(views)]
-            parts.append((np.concatenate(of_views), np.tile(images.rows["label"], views)))
+            of_views = [self._pooled(images, chosen, view) for view in range(views)]
+            labels = np.tile(images.labels_of_rows[chosen], views)
+            parts.append((np.concatenate(of_views), labels))
         return parts[0], parts[1]
 
     @torch.inference_mode()
-    def _pooled(self, images: Views, view: int) -> np.ndarray:
+    def _pooled(self, images: Views, rows: np.ndarray, view: int) -> np.ndarray:
         norm = self.model.vision_model.post_layernorm
-        states = torch.stack([images.features(row, view) for row in range(len(images.rows))])
+        states = torch.stack([images.features(row, view) for row in rows.tolist()])
         return norm(states.to(norm.weight)).cpu().numpy()
 
     @cached_property
     def discriminants(self) -> dict[str, np.ndarray]:
         """The analysis of the base's features that `start: lda` begins with."""
         (features, labels), validation = self.of_base
-        images = len(self.train.rows)
+        images = len(labels) // max(1, self.views)
         enough = images * max(1, ENOUGH // images)  # whole views
         features, labels = features[:enough], labels[:enough]
         embeds = features @ self.projection.T
@@ -122,6 +136,34 @@ class StageFeatures:
         }
 
 
+def exam_encoder(run: Path, rows: datasets.Dataset, domain: Domain) -> Encode:
+    """For calibrate.py: pooled features of any model of a cross-fitted run.
+
+    What no stage trains is the base's in all of them, and is read from what training has kept.
+    """
+    remedy = f"run `accelerate launch train.py {run}` first"
+    settings = read_json(run / "training.json", remedy, ["settings"])["settings"]
+    base, processor = load_clip(domain.base)
+    names = [name for name, _ in base.named_parameters()]
+    trained = [name for stage in domain.stages for name in trainable_names(names, stage)]
+    cut, views = cut_before(base.vision_model, trained), Views(rows, processor)
+    cuts, cache = [cut] if cut > PIXELS else [], run / "cache" / "features" / "validation"
+    autocast = AUTOCAST[settings["precision"]]
+    states = encode_views(base.vision_model, views, 1, cuts, cache, autocast)
+
+    @torch.inference_mode()
+    def encode(of: tuple[CLIPModel, CLIPProcessor], chosen: np.ndarray, title: str) -> np.ndarray:
+        tower, found = of[0].vision_model, []
+        batches = np.array_split(chosen, max(1, len(chosen) // BATCH))
+        for batch in tqdm(batches, title, unit="batch", leave=False):
+            begun = torch.stack([states(row, 0) for row in batch.tolist()])
+            ended = between(tower, begun.to(of[0].device).float(), cut, depth(tower))
+            found.append(tower.post_layernorm(ended).cpu().numpy())
+        return np.concatenate(found)
+
+    return encode
+
+
 def encode_views(
     tower: CLIPVisionModel,
     views: Views,
@@ -129,6 +171,7 @@ def encode_views(
     cuts: Sequence[int],
     cache: Path,
     autocast: torch.dtype | None = None,
+    later: Path | None = None,
 ) -> Features:
     """The states at the last of `cuts`, each worked out from those at the cut before it.
 
@@ -137,6 +180,7 @@ def encode_views(
         cuts: rising; the states at each of them are kept.
         cache: a folder of their own for these views; what lies there of others is removed.
         autocast: of the arithmetic; None: float32.
+        later: a folder for the states after the first of the cuts, if it is another one.
 
     Returns:
         features(row, view) of every row of `views.rows` and every view below `count`, (T, D), or
@@ -166,7 +210,7 @@ def encode_views(
             ),
             identity,
             hashlib.sha256("\n".join(made_of).encode()).hexdigest(),
-            cache / f"after-block-{cut}",
+            (later if later and cut != cuts[0] else cache) / f"after-block-{cut}",
             f"encoding views (--cached_views {count})" if count > 1 else "encoding",
             bytes_per_row=int(np.prod(shape)) * np.dtype(KEPT_AS).itemsize,
         )

@@ -23,7 +23,8 @@ def training_text(training: dict[str, Any]) -> str:
     ]
     features = training["features"]
     header = ["stage", "epoch", "loss", "val accuracy", "val macro F1", "val NLL"]
-    lines = [format_table(header, rows), "* kept; NLL at the temperature that suits validation"]
+    note = "* kept; NLL at the temperature that suits validation"
+    lines = [format_table(header, rows), note] if rows else []
     lines += [stage_text(stage) for stage in training["stages"]]
     if features["views"]:
         lines.append(
@@ -34,13 +35,13 @@ def training_text(training: dict[str, Any]) -> str:
     mixtures = {row["alpha"]: row for row in training["wise_ft"]["mixtures"]}
     for alpha in sorted({0.0, kept, 1.0}):
         mixture = mixtures[alpha]
-        accuracy, retention = mixture["accuracy"]["value"], mixture["retention"]
-        told = (
-            f"weights {alpha:.0%} fine-tuned: validation {accuracy:.1%}, NLL {mixture['nll']:.3f}"
-        )
+        accuracy, retention = mixture["accuracy"], mixture["retention"]
+        told = [f"weights {alpha:.0%} fine-tuned"]
+        if accuracy:
+            told.append(f"validation {accuracy['value']:.1%}, NLL {mixture['nll']:.3f}")
         if retention:
-            told += f", retention task {retention['value']:.1%} (n = {retention['n']})"
-        lines.append(told + (", kept" if alpha == kept else ""))
+            told.append(f"retention task {retention['value']:.1%} (n = {retention['n']})")
+        lines.append(", ".join(told + (["kept"] if alpha == kept else [])))
     return "\n".join(lines)
 
 

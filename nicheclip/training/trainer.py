@@ -48,7 +48,7 @@ from nicheclip.training.distillation import (
 from nicheclip.training.feature_cache import StageFeatures
 from nicheclip.training.sampler import ClusterBatchSampler
 from nicheclip.training.stages import set_trainable, trainable_names
-from nicheclip.training.towers import StageTowers, cut_before
+from nicheclip.training.towers import StageTowers, cut_before, depth
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,8 @@ class StagedTrainer:
     Args:
         model: is trained in place.
         domain: whose stages, prompts and clusters are trained.
+        judged: whether runs are judged by `eval_dataset`; without, stages must be free of grids,
+            and only what they begin with is chosen by it.
 
     Raises:
         ValueError: if a stage names parameters that the model does not have, or one process sees
@@ -77,6 +79,7 @@ class StagedTrainer:
         processor: CLIPProcessor,
         train_dataset: TrainingSamples,
         eval_dataset: Views,
+        judged: bool = True,
     ):
         if args.n_gpu > 1:
             raise ValueError(
@@ -85,7 +88,7 @@ class StagedTrainer:
             )
         model.to(args.device)  # type: ignore[arg-type]  # a wrapper of transformers' hides self
         self.model, self.args, self.domain, self.processor = model, args, domain, processor
-        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.train_dataset, self.judged_by = train_dataset, eval_dataset if judged else None
         if args.bf16 and args.device.type == "cpu":
             model.set_attn_implementation("eager")  # torch's own has a slow backward pass there
         if args.gradient_checkpointing:
@@ -99,7 +102,7 @@ class StagedTrainer:
             for number, stage in enumerate(domain.stages, 1)
         ]
         self.sampling: Sampling = "balanced"  # of the stage before
-        self.repeats = float(np.mean(train_dataset.rows["repeats"]))
+        self.repeats = float(train_dataset.balanced[train_dataset.chosen].mean())
         possible: list[Sampling] = [self.sampling]
         for stage in domain.stages:  # what can't be sampled is told before anything is trained
             possible = stage.sampling or possible
@@ -139,10 +142,21 @@ class StagedTrainer:
             raise TrainingInterrupted(signal.SIGINT, self.best) from interrupt
 
     def _train_stage(self, stage: Stage, folder: Path) -> None:
+        """Trains a stage, and gives the model what it came to."""
+        towers = self.begin_stage(stage)
+        if stage.mix == [0.0]:  # it is known to gain nothing
+            self.stages.append({"name": stage.name, "tried": [], "chosen": 0, "mixes": []})
+        else:
+            self._try(stage, towers, folder)
+            if towers.cut < depth(self.model.vision_model):
+                self.features.later = self.features.own_folder
+        towers.store()
+        self.prototypes = towers.copies().get("prototypes")
+
+    def _try(self, stage: Stage, towers: StageTowers, folder: Path) -> None:
         """Trains the variants and the runs of the chosen one; averages and mixes these."""
         variants = stage.variants(self.repeats)
         several = len(variants) > 1 or stage.runs > 1
-        towers = self.begin_stage(stage)
         before = towers.copies()
 
         def run(variant: Stage, number: int, draw: int = 0) -> tuple[TrainerState, Path | None]:
@@ -161,8 +175,6 @@ class StagedTrainer:
             if more:
                 mixes = self._mix(variant, towers, before, [kept, *(path for _, path in more)])
         self._note(stage, variant, state, tried, chosen, mixes)
-        towers.store()
-        self.prototypes = towers.copies().get("prototypes")
 
     def begin_stage(self, stage: Stage) -> StageTowers:
         """The model as the stage trains it, and what it sees, encoded."""
@@ -177,7 +189,8 @@ class StagedTrainer:
             canonical = self.domain.canonical_prompts
             prototypes = encode_texts(self.model.eval(), self.processor, canonical)
         towers = StageTowers(self.model, prompts, prototypes, stage.patch_dropout)
-        self.features.show(towers.cut, with_train=stage.loss != "distillation")
+        with_images = stage.loss != "distillation", self.judged_by is not None
+        self.features.show(towers.cut, *with_images)
         return towers
 
     def _begin(self, stage: Stage, towers: StageTowers, before: Weights) -> None:
@@ -234,6 +247,8 @@ class StagedTrainer:
         (args.learning_rate,), (args.num_train_epochs,) = stage.learning_rate, stage.epochs
         if stage.weight_decay is not None:
             args.weight_decay = stage.weight_decay
+        if self.judged_by is None:
+            args.eval_strategy = "no"
         args.gradient_checkpointing = args.activation_checkpointing = False  # it is on already
         epochs_before = self.epochs_done + draw * stage.epochs[0]
         kind, options = ContrastiveTrainer, dict[str, Any]()
@@ -257,7 +272,7 @@ class StagedTrainer:
             average,
             model=copy.copy(towers),  # accelerate marks and wraps what it is given
             args=args,
-            eval_dataset=self.eval_dataset,
+            eval_dataset=self.judged_by,
             processing_class=self.processor,
             callbacks=[self.signals, StageEpochs(stage, self.best_metric)],
             **options,

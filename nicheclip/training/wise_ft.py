@@ -69,7 +69,7 @@ def choose_alpha(
     base: CLIPModel,
     tuned: CLIPModel,
     processor: CLIPProcessor,
-    validation: datasets.Dataset,
+    validation: datasets.Dataset | None,
     canonical_prompts: list[str],
     retention: tuple[datasets.Dataset, list[str]] | None = None,
     alphas: Sequence[float] = ALPHAS,
@@ -78,54 +78,65 @@ def choose_alpha(
     """Tries each alpha as the zero-shot classifier of the domain; neither model is changed.
 
     Args:
-        validation: the prepared split: image, label, group_id.
+        validation: prepared rows: image, label, group_id; None: only the retention task is asked.
         canonical_prompts: one of each class (C,).
         retention: rows of image and label, and the canonical prompts, of the retention task.
         retention_drop: what the accuracy on it may lose, from the smallest alpha on.
 
     Returns:
-        the alpha of the lowest NLL on validation of those that lose no more than that, of several
-        the smallest; and of each alpha, as training.json has it, "accuracy" and "nll" (in nats, at
-        the temperature that suits validation), and the accuracy on the "retention" task or None.
+        the alpha that `best_alpha` takes; and of each, as training.json has it, "accuracy" and
+        "nll" (in nats, at the temperature that suits validation), and the accuracy on the
+        "retention" task, or None.
 
     Raises:
         ValueError: as `interpolate`.
     """
-    labels, groups = np.array(validation["label"]), np.array(validation["group_id"])
     start, end, model = base.state_dict(), tuned.state_dict(), copy.deepcopy(base).float().eval()
     table = []
     for alpha in tqdm(alphas, desc="WiSE-FT", unit="alpha", leave=False):
         model.load_state_dict(interpolate(start, end, alpha))
-        images = (row["image"] for row in validation)
-        embeds = encode_images(model, processor, images, len(labels), progress=False)
-        prototypes = encode_texts(model, processor, canonical_prompts)
-        logits = zero_shot_logits(model, embeds, prototypes)  # (N, C)
-        accuracy, kept = proportion(correct(logits, labels), groups, "validation"), None
+        row: dict[str, Any] = {"alpha": alpha, "accuracy": None, "nll": None, "retention": None}
+        if validation is not None:
+            labels, groups = np.array(validation["label"]), np.array(validation["group_id"])
+            images = (row["image"] for row in validation)
+            embeds = encode_images(model, processor, images, len(labels), progress=False)
+            prototypes = encode_texts(model, processor, canonical_prompts)
+            logits = zero_shot_logits(model, embeds, prototypes)  # (N, C)
+            accuracy = proportion(correct(logits, labels), groups, "validation")
+            row |= {"accuracy": accuracy.to_dict(), "nll": best_nll(logits, labels)}
         if retention is not None:
             rows, prompts = retention
             images, asked = (row["image"] for row in rows), np.array(rows["label"])
             kept = retention_accuracy(model, processor, images, asked, prompts, progress=False)
-        row = {"alpha": alpha, "accuracy": accuracy.to_dict(), "nll": best_nll(logits, labels)}
-        table.append(row | {"retention": kept and kept.to_dict()})
+            row["retention"] = kept.to_dict()
+        table.append(row)
+    return best_alpha(table, retention_drop), table
+
+
+def best_alpha(table: list[dict[str, Any]], retention_drop: float) -> float:
+    """That of the lowest NLL of those that lose no more on the retention task than this.
+
+    Of several the smallest. The rows are those of `choose_alpha`.
+    """
     allowed = table
-    if retention is not None:
+    if table[0]["retention"] is not None:
         of_base = min(table, key=lambda row: row["alpha"])["retention"]["value"]
         allowed = [row for row in table if row["retention"]["value"] >= of_base - retention_drop]
-    best = min(allowed, key=lambda row: (round(row["nll"], 4), row["alpha"]))
-    return best["alpha"], table
+    return min(allowed, key=lambda row: (round(row["nll"] or 0.0, 4), row["alpha"]))["alpha"]
 
 
 def mix_with_base(
     domain: Domain,
     tuned: CLIPModel,
     args: StagedTrainingArguments,
-    validation: datasets.Dataset,
+    validation: datasets.Dataset | None,
     run: Path,
 ) -> dict[str, Any]:
     """Mixes the domain's base into `tuned`, in place.
 
     Args:
         args: whose `wise_ft` is the alpha, or "auto" for the one that `choose_alpha` chooses.
+        validation: as in `choose_alpha`.
         run: whose retention task is asked, if there is one.
 
     Returns:
