@@ -1,7 +1,7 @@
 """python -m data_prep DOMAIN [--images FOLDER_OR_DATASET] [--base MODEL] [--run RUN]
 
 Reads class folders, a dataset or Wikimedia Commons (or lets a module draw), verifies each
-image, groups near-duplicates, makes the four splits, suspects wrong labels in train, and writes
+image, groups near-duplicates, makes the four splits or the folds, suspects wrong labels, and writes
 RUN/data with report.html, and RUN/review.csv for a person to decide on the suspects. A killed run
 goes on where it was. On several GPUs: accelerate launch -m data_prep DOMAIN; in two processes on a
 CPU: torchrun --nproc_per_node 2 -m -- data_prep DOMAIN.
@@ -50,15 +50,16 @@ def summary(report: dict[str, Any]) -> str:
     kept = ", ".join(f"{number} {split}" for split, number in counts["kept"].items())
     lines = [
         f"{counts['read']} images read; quarantined: {', '.join(aside) or 'none'}; dropped by the "
-        f"filter: {counts['dropped_by_filter']}",
+        f"filter: {counts['dropped_by_filter']}, left out of training only: "
+        f"{counts['left_out_of_training']}",
         f"kept: {kept}; an epoch visits {counts['train_samples_per_epoch']} training views",
         *report["warnings"],
     ]
     rows = [
-        [entry["name"], *(str(entry[split]) for split in splits), str(entry["filter"]["dropped"])]
+        [entry["name"], *(str(entry[split]) for split in splits), str(entry["filter"]["suspect"])]
         for entry in report["classes"]
     ]
-    return "\n".join([*lines, "", format_table(["class", *splits, "dropped"], rows)])
+    return "\n".join([*lines, "", format_table(["class", *splits, "suspects"], rows)])
 
 
 if __name__ == "__main__":

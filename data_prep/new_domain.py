@@ -44,6 +44,7 @@ TEMPLATES = (
 )
 SMALL_CLASS = 20  # below it a test split of a quarter holds 5 images or fewer
 LEAST = 4  # one image for each split
+MOST_CROSS_FITTED = 20_000  # images; so many can spare an exam, and trainings take long
 FEW_CLASSES = 4  # which make one cluster
 
 
@@ -167,10 +168,17 @@ def domain_file(survey: Survey, name: str, base: str, noun: str) -> str:
         origin=origin,
         middle=middle,
         samples=min(280, max(24, middle)),
+        cross_fit=_cross_fit(survey),
         hard_negatives=not clusters or any(len(members) > 1 for members in clusters.values()),
         side=max(32, config.vision_config.image_size * 9 // 7),
         small=SMALL_CLASS,
     )
+
+
+def _cross_fit(survey: Survey) -> bool:
+    """Whether there are too few images to hold some of them back, and no exam of their own."""
+    own_exam = survey.splits - {"train"}
+    return not own_exam and sum(survey.images.values()) < MOST_CROSS_FITTED
 
 
 def _prompts(names: list[str], noun: str, kind: str) -> dict[str, list[str]]:
@@ -254,6 +262,11 @@ def summary(survey: Survey, domain: Domain) -> str:
     if survey.splits:
         splits = ", ".join(sorted(survey.splits))
         lines.append(f"splits given by folders: {splits}; data_prep fills the others")
+    if domain.evaluation == "cross_fit":
+        lines.append(
+            f"fewer than {MOST_CROSS_FITTED:,} images, so evaluation: cross_fit: each is examined "
+            "once by a model that has not seen it, and the published model is trained on all"
+        )
     lines += [f"warning: {warning}" for warning in survey.warnings]
     return "\n".join([*lines, "", format_table(["folder", "images", "cluster"], rows)])
 

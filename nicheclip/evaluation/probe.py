@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
-from nicheclip.evaluation.calibration import nll
+from nicheclip.evaluation.calibration import best_temperature, nll
 from nicheclip.evaluation.metrics import correct
 from nicheclip.files import replaced_file
 from nicheclip.head import Head
@@ -30,7 +31,8 @@ def fit_probe(train: Part, validation: Part, num_classes: int, refit: bool = Fal
     Ties are decided by the NLL.
 
     Args:
-        refit: whether the best is fitted anew on both parts.
+        refit: whether the best is fitted anew on both parts, its logits divided by the temperature
+            that suits validation, so that those of different kinds can be calibrated together.
     """
     models = (
         LogisticRegression(C=strength, class_weight=weights, tol=1e-3, max_iter=1000)
@@ -70,8 +72,10 @@ def _best(
             tried.append((correct(logits, labels).mean(), -nll(logits, labels), head, model))
         *_, head, model = max(tried, key=lambda entry: entry[:2])
         if refit:
+            scale = best_temperature(head.logits(features), labels)
             both = (np.concatenate(parts) for parts in zip(train, validation, strict=True))
             head = _head(model.fit(*both), num_classes)
+            head = replace(head, prototypes=head.prototypes / scale, bias=head.bias / scale)
     return head
 
 

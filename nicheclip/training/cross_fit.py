@@ -47,6 +47,9 @@ def settled(
     """
     stages = []
     for stage, *noted in zip(domain.stages, *(each["stages"] for each in choices), strict=True):
+        if stage.mix == [0.0]:
+            stages.append(stage)
+            continue
         variants = stage.variants(repeats)
         losses = [
             np.mean([each["tried"][index].get("eval_nll", np.inf) for each in noted])
