@@ -92,9 +92,8 @@ def compare(domain: Domain, args: argparse.Namespace) -> list[dict[str, Any]]:
                 own = {key: card[metric][key] for key in ("value", "low", "high", "n")}
                 rows.append({"part": name, "way": way, "metric": metric, "outside": found[metric]})
                 rows[-1] |= own | {"outer": found["n"], "seconds": found["seconds"]}
-            print(
-                f"{name}, {way}: card {card['accuracy']['value']:.3f}, outside {found['accuracy']:.3f}"
-            )
+            said, true = card["accuracy"]["value"], found["accuracy"]
+            print(f"{name}, {way}: accuracy by the card {said:.3f}, outside {true:.3f}", flush=True)
     return rows
 
 

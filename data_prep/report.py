@@ -141,7 +141,7 @@ def warnings(
     # The search asks the hash first, and a crop changes that soon.
     if any(pair[0]["cosine"] >= fingerprints.cosines[-1] for pair in alike):
         found.append(
-            "pictures across splits are as alike as copies: see “most alike across splits”"
+            "pictures in different splits or folds are as alike as copies: see “most alike”"
         )
     return found
 

@@ -56,21 +56,19 @@ def read_errors(tuned: Outputs, base: Outputs) -> list[Reading]:
         probabilities, number = tuned.calibrated[index], exams.round_of[index]
         predicted, base_predicted = int(probabilities.argmax()), int(base.predicted[index])
         cosine = tuned.embeds[number][trained[number]] @ tuned.embeds[number][row]  # (M,)
-        order = np.argsort(-cosine, kind="stable")
-        ranked = exams.labels[trained[number][order]]
-        near = ranked[:NEIGHBOURS]
+        known = exams.labels[trained[number]]
+        near = known[np.argpartition(-cosine, min(NEIGHBOURS, len(known)) - 1)[:NEIGHBOURS]]
         others = np.bincount(near, minlength=len(probabilities)) / len(near)  # (C,)
         others[label] = 0
         doubt, other = float(others.max()), int(others.argmax())
-        asked = [each for each in (label, predicted) if each in ranked]
-        found = {each: int(order[(ranked == each).argmax()]) for each in asked}
-        nearest = {
-            each: (int(trained[number][place]), float(cosine[place]))
-            for each, place in found.items()
-        }
-        own, best = float(probabilities[label]), float(probabilities[predicted])
+        nearest = {}
+        for each in (label, predicted):
+            if len(own := np.flatnonzero(known == each)):
+                place = own[cosine[own].argmax()]
+                nearest[each] = int(trained[number][place]), float(cosine[place])
+        of_label, best = float(probabilities[label]), float(probabilities[predicted])
         readings.append(
-            Reading(row, label, predicted, own, best, base_predicted, doubt, other, nearest)
+            Reading(row, label, predicted, of_label, best, base_predicted, doubt, other, nearest)
         )
     return sorted(readings, key=lambda reading: (-reading.best, reading.row))
 

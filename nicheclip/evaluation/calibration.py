@@ -69,6 +69,7 @@ def calibrate_temperature(
     Where all images are right there is nothing to fit: T stays 1, with a warning.
 
     Args:
+        resamples: for the interval; 0: none is worked out.
         reference: only measured beside another model: T stays 1 as well where all are wrong.
 
     Returns:
@@ -94,7 +95,7 @@ def calibrate_temperature(
         for chosen in resample_groups(groups, resamples)
         if 0 < wrong[chosen].sum() < len(chosen)
     ]
-    low, high = np.percentile(found, [2.5, 97.5]).tolist()
+    low, high = np.percentile(found or [value], [2.5, 97.5]).tolist()
     return {"value": value, "low": low, "high": high, "warning": warning}
 
 
@@ -154,14 +155,15 @@ def fit(
     groups: np.ndarray,
     domain: Domain,
     reference: bool = False,
+    resamples: int = 200,
 ) -> dict[str, Any]:
     """What calibration.json says of a model.
 
     Args:
         logits: (N, C) not calibrated, of images that it has not seen.
-        reference: as in `calibrate_temperature`.
+        reference, resamples: as in `calibrate_temperature`.
     """
-    temperature = calibrate_temperature(logits, labels, groups, reference=reference)
+    temperature = calibrate_temperature(logits, labels, groups, resamples, reference)
     probabilities, coverage = softmax(logits / temperature["value"]), domain.conformal_coverage
     aims = domain.selective_accuracy, domain.answered_share
     return {

@@ -106,13 +106,14 @@ class Predictions:
     ):
         found = exams.out_of_fold(of_rounds)
 
-        def fitted_on(chosen: np.ndarray) -> dict[str, Any]:
+        def fitted_on(chosen: np.ndarray, published: bool) -> dict[str, Any]:
             known = exams.labels[chosen], exams.groups[chosen]
-            return fit(found[chosen], *known, domain, reference)
+            resamples = 200 if published else 0  # no one asks for the intervals of the others
+            return fit(found[chosen], *known, domain, reference, resamples)
 
-        self.exams = exams
-        self.fits = [fitted_on(each.calibration) for each in exams.rounds]
-        self.fitted = fitted_on(exams.asked) if exams.cross_fitted else self.fits[0]
+        self.exams, alone = exams, not exams.cross_fitted
+        self.fits = [fitted_on(each.calibration, alone) for each in exams.rounds]
+        self.fitted = self.fits[0] if alone else fitted_on(exams.asked, published=True)
         self.labels, self.groups = exams.labels[exams.asked], exams.groups[exams.asked]
         uncalibrated = found[exams.asked]
         self.raw = softmax(uncalibrated)
