@@ -34,7 +34,7 @@ def main() -> None:
     add("--onnx", action="store_true", help="add the visual tower as ONNX, in 32 and in 8 bits")
     examples = "publish N test images for the demo (only if you may)"
     add("--examples", type=int, default=0, metavar="N", help=examples)
-    index = "publish the images of these splits, to be searched (only if you may)"
+    index = "publish the images of these splits, or all, to be searched (only if you may)"
     add("--index", nargs="+", default=[], metavar="SPLIT", help=index)
     add("--license", default="other", help="the licence of the model, as the Hub names it")
     args = parser.parse_args()

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from domains.facades.painter import STYLES, draw
 from model_card.build import build
 from nicheclip.domain import Domain, QualityFilter
 from nicheclip.evaluation.calibration import fit
+from nicheclip.evaluation.intervals import proportion
 from nicheclip.evaluation.predictions import Exams, Predictions
 from nicheclip.files import read_json
 from nicheclip.recipe import Stage
@@ -250,6 +252,19 @@ def test_each_fold_is_judged_by_what_the_others_fit(niche: Domain):
         fit(logits, labels, groups, niche)["temperature"]
     )
     assert found.fits[1]["temperature"] < 0.6 * found.fits[0]["temperature"]
+
+
+def test_intervals_of_folds_are_as_wide_as_those_of_fewer_images():
+    hits, alone = np.arange(200) % 4 > 0, np.arange(200)
+    found = proportion(hits, alone, "out of fold")
+    base = replace(found, value=0.5, low=0.4, high=0.6)
+    wide = replace(found, base=base).widened(5)
+    fewer = proportion(hits[:160], alone[:160], "out of fold")
+    assert wide.value == found.value
+    assert wide.high - wide.low == pytest.approx(fewer.high - fewer.low, rel=0.02)
+    assert wide.base.high - wide.base.low == pytest.approx(0.2 * np.sqrt(5 / 4))
+    certain = proportion(hits[hits], alone[hits], "out of fold").widened(5)
+    assert certain.high == 1 and certain.low < proportion(hits[hits], alone[hits], "test").low
 
 
 def choice(nlls: list[float], mixes: dict[float, float], alphas: dict[float, float]) -> dict:

@@ -176,6 +176,8 @@ def compare(tuned: Outputs, base: Outputs, probes: Probes, domain: Domain) -> di
     low, high = np.percentile(draws, [2.5, 97.5]).tolist()
     known = len(tuned.labels), tuned.exams.split
     measures["ece_of_perfect"] = Measure(float(draws.mean()), low, high, *known)
+    if (folds := len(tuned.exams.rounds)) > 1:
+        measures = {name: measure.widened(folds) for name, measure in measures.items()}
     return measures
 
 

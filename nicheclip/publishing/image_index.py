@@ -28,13 +28,16 @@ TEXTS = ("label", "split", "source_id", "attribution")
 def write_index(
     classifier: NicheClassifier, splits: DatasetDict, names: Sequence[str], path: Path
 ) -> None:
-    """Writes the images of the splits of these names, shrunk, with their image_embeds.
+    """Writes the images of the splits of these names ("all": of all), with their image_embeds.
 
     Raises:
         ValueError: if there is no such split.
     """
+    names = list(splits) if list(names) == ["all"] else names
     if unknown := [name for name in names if name not in splits]:
-        raise ValueError(f"no split '{unknown[0]}' to index; expected some of {', '.join(splits)}")
+        raise ValueError(
+            f"no split '{unknown[0]}' to index; expected all, or some of {', '.join(splits)}"
+        )
     rows = []
     for name in names:
         classes = splits[name].features["label"].names
