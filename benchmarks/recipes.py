@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these recipes only")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where ablations.md lies")
     args = parser.parse_args()
-    domain = Domain.load(args.domain, base=args.base)
+    domain = Domain.load(args.domain, base=args.base).model_copy(update={"evaluation": "holdout"})
     args.out = args.out or Path("runs/benchmarks") / f"recipes-{domain.name}"
     listed = recipes(domain)
     images = args.images or [None]

@@ -171,7 +171,15 @@ def test_the_article_is_a_variant_of_architecture():
     own, theirs = ours.model_dump(), article.model_dump()
     changed = {key for key in own if own[key] != theirs[key]}
     assert {"name", "title", "quality_filter", "training"} <= changed
-    assert changed <= {"name", "title", "quality_filter", "training", "stages", "recipe"}
+    assert changed <= {
+        "name",
+        "title",
+        "quality_filter",
+        "training",
+        "stages",
+        "recipe",
+        "evaluation",
+    }
     stages = [(each.epochs, each.learning_rate, each.loss) for each in article.stages]
     assert stages == [([5], [5e-6], "info_nce"), ([10], [5e-7], "info_nce")]
     assert article.stages[0].logit_scale == pytest.approx(1 / 0.07, abs=1e-4)
