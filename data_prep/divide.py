@@ -26,7 +26,8 @@ def divide(images: pd.DataFrame, pairs: np.ndarray, domain: Domain) -> pd.DataFr
 
     Args:
         images: (N rows) source_id, label, sha256, given (the split that the source decides, or
-            None) and decision ("keep", "drop" or "", of a person who has looked at it).
+            None), decision ("keep", "drop" or "", of a person who has looked at it), and group (of
+            what must stay together for another reason, or None).
         pairs: (P, 2) rows of near-duplicates.
 
     Returns:
@@ -46,7 +47,7 @@ def divide(images: pd.DataFrame, pairs: np.ndarray, domain: Domain) -> pd.DataFr
         )
     images = images.assign(rank=[PRECEDENCE.index(split or "train") for split in images.given])
     # A group is called after its smallest hash, which stays when most others come or go.
-    connected = connected_groups(pairs, len(images))
+    connected = connected_groups(np.concatenate([pairs, _of_one_group(images)]), len(images))
     images["group_id"] = images.sha256.str[:16].groupby(connected).transform("min")
     dropped = images.index[images.decision == "drop"]
     reasons = {index: Reason("dropped by hand") for index in dropped}
@@ -76,6 +77,13 @@ def divide(images: pd.DataFrame, pairs: np.ndarray, domain: Domain) -> pd.DataFr
     _check_classes(images.label.to_numpy(), parts, domain)
     told = [reasons.get(index, Reason()) for index in images.index]
     return images.assign(split=parts).join(pd.DataFrame(told, dtype=object))
+
+
+def _of_one_group(images: pd.DataFrame) -> np.ndarray:
+    """Pairs (P, 2) that connect the images of each group that the source gives."""
+    rows = images.groupby("group").indices.values()
+    chains = [np.column_stack([own[:-1], own[1:]]) for own in rows]
+    return np.concatenate([np.empty((0, 2), np.int64), *chains])
 
 
 def _check_classes(labels: np.ndarray, parts: np.ndarray, domain: Domain) -> None:

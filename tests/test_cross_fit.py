@@ -293,16 +293,34 @@ def test_choices_are_settled_by_the_mean_of_what_validation_said(niche: Domain):
 def test_a_source_with_an_exam_of_its_own_is_refused(niche: Domain):
     images = pd.DataFrame(
         {"source_id": ["a", "b"], "label": STYLES[:2], "sha256": ["0" * 16, "1" * 16]}
-        | {"given": ["test", None], "decision": ""}
+        | {"given": ["test", None], "decision": "", "group": None}
     )
     with pytest.raises(ValueError, match="a test split of its own.*evaluation: holdout"):
         divide(images, np.empty((0, 2), int), niche)
 
 
+def test_images_of_one_group_of_the_user_stay_together(niche: Domain, photos: Path, tmp_path):
+    shutil.copytree(photos, tmp_path / "photos")
+    for style in STYLES[:4]:
+        lines = [{"file_name": f"{n}.png", "group": f"house {n % 5}"} for n in range(15)]
+        text = "\n".join(json.dumps(line) for line in lines)
+        (tmp_path / "photos" / style / "metadata.jsonl").write_text(text)
+    prepare(niche, tmp_path / "run", images=tmp_path / "photos")
+    home = {}
+    for fold, rows in load_prepared(tmp_path / "run").items():
+        for source_id in rows["source_id"]:
+            number = Path(source_id).stem
+            if number.isdigit():
+                assert home.setdefault(int(number) % 5, fold) == fold
+    assert len(set(home.values())) > 1
+
+
 def test_a_class_in_one_fold_only_is_refused(niche: Domain):
     labels = [*np.repeat(STYLES[:3], 5), STYLES[3]]
     images = pd.DataFrame({"source_id": [f"{n}" for n in range(16)], "label": labels})
-    images = images.assign(sha256=[f"{n:016d}" for n in range(16)], given=None, decision="")
+    images = images.assign(
+        sha256=[f"{n:016d}" for n in range(16)], given=None, decision="", group=None
+    )
     with pytest.raises(ValueError, match=f"all images of one fold: {STYLES[3]}"):
         divide(images, np.empty((0, 2), int), niche)
 

@@ -23,6 +23,7 @@ class World:
         self.rng = np.random.default_rng(0)
         self.rows: list[tuple[str, str, str, str | None]] = []
         self.bits: list[np.ndarray] = []
+        self.groups: list[str | None] = []
         for split in SPLITS:
             for name in names:
                 for _ in range(per_split):
@@ -48,6 +49,7 @@ class World:
 
     def divide(self, decisions=None):
         images = pd.DataFrame(self.rows, columns=["source_id", "label", "sha256", "given"])
+        images["group"] = self.groups or None
         images = images.astype(object).where(images.notna(), None)
         keys = zip(images.sha256, images.label, strict=True)
         images["decision"] = [(decisions or {}).get(key, "") for key in keys]

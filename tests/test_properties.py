@@ -231,8 +231,8 @@ def test_a_group_is_in_one_split_and_every_class_in_every_one(images, shares):
         assert own == {"train", *HELD_OUT} or not enough, "of four groups, one goes to each split"
 
 
-@given(st.tuples(*[st.integers(1, 12)] * 3), st.integers(40, 90), st.integers(0, 20))
-def test_counts_are_met_and_shares_do_not_move_earlier_images(counts, per_class, added):
+@given(st.tuples(*[st.integers(1, 12)] * 3), st.integers(50, 90), st.integers(0, 20))
+def test_counts_are_met_and_shares_move_few_earlier_images(counts, per_class, added):
     groups = [f"image {number}" for number in range(2 * (per_class + added))]
     labels = np.arange(len(groups)) % 2
     splits = Splits(**dict(zip(HELD_OUT, counts, strict=True)))
@@ -242,7 +242,9 @@ def test_counts_are_met_and_shares_do_not_move_earlier_images(counts, per_class,
             assert (by_count[labels == label] == name).sum() == count
     earlier = slice(2 * per_class)
     by_share = assign_splits(labels, groups, Splits())
-    assert assign_splits(labels[earlier], groups[earlier], Splits()) == by_share[earlier]
+    alone = assign_splits(labels[earlier], groups[earlier], Splits())
+    moved = sum(before != after for before, after in zip(alone, by_share[earlier], strict=True))
+    assert moved <= 6 * (added + 1) * (added > 0), "over three bounds of two classes"
 
 
 @st.composite

@@ -162,12 +162,13 @@ def test_attributions_come_from_metadata(tmp_path):
     for name in ("a.png", "b.png", "c.png"):
         draw("gothic", np.random.default_rng(0)).save(tmp_path / "photos" / "gothic" / name)
     ben = {"author": "Ben", "license": "CC0", "source_url": "https://example.org/b"}
-    lines = [{"file_name": "gothic/a.png", "attribution": "A, Ann, CC BY 4.0"}]
+    lines = [{"file_name": "gothic/a.png", "attribution": "A, Ann, CC BY 4.0", "group": 7}]
     lines.append({"file_name": "gothic/b.png"} | ben)
     (tmp_path / "photos" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     rows, outside = read_folders(tmp_path / "photos", ["gothic"])
     credits = ["A, Ann, CC BY 4.0", "Ben, CC0, https://example.org/b", None]
     assert rows["attribution"][:] == credits
+    assert rows["group"][:] == ["7", None, None]
     assert outside == []
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "train").symlink_to(tmp_path / "photos")

@@ -1,7 +1,8 @@
 """Where images come from. Each source gives the same: rows, and what it could not take.
 
 Rows are a `datasets.Dataset` of image (not decoded), source_id (its name inside the source),
-version (changes when the content does), class_name, split (None: to be decided) and attribution
+version (changes when the content does), class_name, split (None: to be decided), group (images of
+one building, specimen or patient, which stay together; None: of its own) and attribution
 (None: not known). What it could not take are entries of report.json, see `rows.unusable`.
 """
 

@@ -1,7 +1,7 @@
 """Class folders: FOLDER/<class>/<image>, or FOLDER/<split>/<class>/<image>.
 
 A `metadata.jsonl` or `metadata.csv` beside the images, as `datasets`' imagefolder knows it, may
-give each file_name an attribution, or its author, license and source_url.
+give each file_name an attribution, or its author, license and source_url; and a group.
 """
 
 import csv
@@ -36,7 +36,7 @@ def read_folders(folder: str | Path, class_names: list[str]) -> Listing:
     names = {name.casefold() for name in class_names}
     paths = list_files(folder)
     metadata = [path for path in paths if path.name in METADATA]
-    attributions = {path: text for sidecar in metadata for path, text in _attributions(sidecar)}
+    known = {path: told for sidecar in metadata for path, told in _read_sidecar(sidecar)}
     rows: list[dict[str, Any]] = []
     aside = []
     for path in paths:
@@ -56,7 +56,7 @@ def read_folders(folder: str | Path, class_names: list[str]) -> Listing:
                 "version": f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}",
                 "class_name": folders[0],
                 "split": split,
-                "attribution": attributions.get(path),
+                **known.get(path, {"group": None, "attribution": None}),
             }
         )
     canonical = check_classes({row["class_name"] for row in rows}, class_names, f"'{folder}'")
@@ -88,8 +88,8 @@ def list_files(folder: Path) -> list[Path]:
     return sorted(files)
 
 
-def _attributions(sidecar: Path) -> Iterator[tuple[Path, str]]:
-    """What a metadata file says of the images beside it."""
+def _read_sidecar(sidecar: Path) -> Iterator[tuple[Path, dict[str, str | None]]]:
+    """Group and attribution that a metadata file gives the images beside it."""
     with sidecar.open(encoding="utf-8", newline="") as file:
         if sidecar.suffix == ".csv":
             entries = list(csv.DictReader(file))
@@ -100,5 +100,9 @@ def _attributions(sidecar: Path) -> Iterator[tuple[Path, str]]:
             raise ValueError(f"'{sidecar}': an entry has no file_name; expected one in each")
         parts = [entry.get(key) for key in ("author", "license", "source_url")]
         text = entry.get("attribution") or ", ".join(part for part in parts if part)
-        if text:
-            yield sidecar.parent / entry["file_name"], text
+        group = entry.get("group")
+        told = {
+            "group": str(group) if group not in (None, "") else None,
+            "attribution": text or None,
+        }
+        yield sidecar.parent / entry["file_name"], told

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from nicheclip.domain import class_key
 
-TEXTS = ("source_id", "version", "class_name", "split", "attribution")
+TEXTS = ("source_id", "version", "class_name", "split", "group", "attribution")
 SOURCE_FEATURES = datasets.Features(
     {"image": datasets.Image(decode=False), **dict.fromkeys(TEXTS, datasets.Value("string"))}
 )

@@ -21,6 +21,7 @@ class TableOptions:
     image_column: str = "image"
     label_column: str = "label"
     attribution_column: str | None = None
+    group_column: str | None = None  # whose images stay in one split or fold
     config: str | None = None  # of a Hub dataset
     revision: str | None = None
     # e.g. {valid: validation, full: null}; others by name
@@ -62,7 +63,8 @@ def read_table(location: str | Path, class_names: list[str], **options: Any) -> 
     labels = _labels(table, chosen, location)
     found = sorted({label for label in labels if label is not None})
     canonical = {None: None} | check_classes(found, class_names, f"'{location}'")
-    column, credit = chosen.image_column, chosen.attribution_column
+    column, credit, group = chosen.image_column, chosen.attribution_column, chosen.group_column
+    nothing = [None] * len(table)
     images = table.select_columns(column).rename_columns({column: "image"})
     images = images.cast_column("image", datasets.Image(decode=False))
     columns = {
@@ -70,7 +72,8 @@ def read_table(location: str | Path, class_names: list[str], **options: Any) -> 
         "version": _versions(table, images),
         "class_name": [canonical[label] for label in labels],
         "split": [split_of.get(name) for name, part in tables.items() for _ in range(len(part))],
-        "attribution": table[credit][:] if credit else [None] * len(table),
+        "group": [each and str(each) for each in table[group][:]] if group else nothing,
+        "attribution": table[credit][:] if credit else nothing,
     }
     kinds = datasets.Features({name: SOURCE_FEATURES[name] for name in columns})
     texts = datasets.Dataset.from_dict(columns, features=kinds)
@@ -118,7 +121,7 @@ def _load(location: str | Path, options: TableOptions) -> dict[str, datasets.Dat
 def _labels(
     table: datasets.Dataset, options: TableOptions, location: str | Path
 ) -> list[str | None]:
-    for key in ("image_column", "label_column", "attribution_column"):
+    for key in ("image_column", "label_column", "attribution_column", "group_column"):
         column = getattr(options, key)
         if column is not None and column not in table.column_names:
             raise ValueError(
