@@ -22,12 +22,12 @@ from nicheclip.domain import Domain
 from nicheclip.evaluation import scorecard
 from nicheclip.evaluation.intervals import METRIC_TITLES, Verdict, judge_gate
 from nicheclip.evaluation.predictions import (
+    Encoder,
     Exams,
     Outputs,
     encoded,
     head_of,
     run_probes,
-    stored_encoder,
     write_predictions,
 )
 from nicheclip.files import replaced_file, replaced_folder, write_json
@@ -40,7 +40,7 @@ from nicheclip.run import (
     run_lock,
     trainings,
 )
-from nicheclip.training.feature_cache import exam_encoder
+from nicheclip.training.exam_encoder import ExamEncoder
 
 
 def main() -> None:
@@ -67,10 +67,11 @@ def calibrate(run: Path) -> None:
     exams = Exams(*trainings(run, splits))
     models = [load_clip(each.folder / "model") for each in exams.rounds]
     bases = [load_clip(domain.base)] * len(models)
-    cached = exams.cross_fitted  # it is exact to the rounding of what training has kept
-    encode = exam_encoder(run, exams.rows, domain) if cached else stored_encoder(exams.rows)
-    tuned = Outputs(exams, models, encode, domain, "fine-tuned")
-    base = Outputs(exams, bases, encode, domain, "base", reference=True)
+    encoder = Encoder(exams.rows)
+    if exams.cross_fitted:  # so many models: exact to the rounding of what training has kept
+        encoder = ExamEncoder(run, exams.rows, domain)
+    tuned = Outputs(exams, models, encoder, domain, "fine-tuned")
+    base = Outputs(exams, bases, encoder, domain, "base", reference=True)
     probes = run_probes(exams, base, domain)
 
     measures = scorecard.compare(tuned, base, probes, domain)
@@ -80,7 +81,7 @@ def calibrate(run: Path) -> None:
     published = tuned.heads[-1]
     if exams.cross_fitted:
         final, trained = load_clip(run / "model"), np.flatnonzero(exams.final.repeats)
-        features = encoded(exams, encode, final, trained, "images, published model")
+        features = encoded(exams, encoder, final, trained, "images, published model")
         published, _ = head_of(exams, exams.final, final, features, domain)
     calibration = {
         "split": exams.split if exams.cross_fitted else "calibration",

@@ -1,6 +1,6 @@
 """What models say of the images that they are examined on, calibrated on others."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,24 @@ from nicheclip.run import Training
 
 CHANGED_IMAGES = 300  # on which stability is measured
 Model = tuple[CLIPModel, CLIPProcessor]
-# Pooled features (N, F) of these rows, in the words of a progress bar.
-Encode = Callable[[Model, np.ndarray, str], np.ndarray]
+
+
+class Encoder:
+    """What models make of prepared images and of other pictures; titles are of progress bars."""
+
+    def __init__(self, rows: Dataset):
+        self.rows = rows
+
+    def images(self, model: Model, chosen: np.ndarray, title: str) -> np.ndarray:
+        """Pooled features (N, F) of the rows chosen."""
+        images = (row["image"] for row in self.rows.select(chosen))
+        return encode_images(*model, images, len(chosen), description=title, pooled=True)
+
+    def pictures(
+        self, model: Model, pictures: Iterable[Image.Image], total: int, title: str, key: str
+    ) -> np.ndarray:
+        """image_embeds (N, D); pictures of one key are the same for all models."""
+        return encode_images(*model, pictures, total, description=title)
 
 
 class Exams:
@@ -139,7 +155,7 @@ class Outputs(Predictions):
 
     Args:
         models: one for each round.
-        encode: gives pooled features.
+        encoder: of the images and of other pictures.
         title: names the models beside the progress bars.
         reference: as in `calibrate_temperature`; the images that validate are encoded too, which
             choose its probe.
@@ -160,12 +176,12 @@ class Outputs(Predictions):
         self,
         exams: Exams,
         models: Sequence[Model],
-        encode: Encode,
+        encoder: Encoder,
         domain: Domain,
         title: str,
         reference: bool = False,
     ):
-        self.models, self.title = models, title
+        self.models, self.encoder, self.title = models, encoder, title
         prompts, prompt_classes = domain.prompt_bank
         self.prompt_classes = np.array(prompt_classes)
         self.features: list[np.ndarray] = []
@@ -179,7 +195,7 @@ class Outputs(Predictions):
                 needed = np.union1d(np.flatnonzero(each.repeats), exams.told_by(each))
                 needed = np.union1d(needed, each.validation) if reference else needed
                 fold = f", fold {number}" if exams.cross_fitted else ""
-                features = encoded(exams, encode, model, needed, f"images, {title}{fold}")
+                features = encoded(exams, encoder, model, needed, f"images, {title}{fold}")
             head, embeds = head_of(exams, each, model, features, domain)
             self.features.append(features)
             self.embeds.append(embeds)
@@ -192,10 +208,11 @@ class Outputs(Predictions):
         self._judge_ood()
         self._change_mildly()
 
-    def _embed(self, number: int, images: Iterable[Image.Image], total: int, what: str) -> Any:
-        model, processor = self.models[number]
-        about = f"{what}, {self.title}"
-        return encode_images(model, processor, images, total, description=about)
+    def _embed(
+        self, number: int, pictures: Iterable[Image.Image], total: int, what: str, seed: int = 0
+    ) -> np.ndarray:
+        title, key = f"{what}, {self.title}", f"{what} {number} {seed}"
+        return self.encoder.pictures(self.models[number], pictures, total, title, key)
 
     def _judge_ood(self) -> None:
         """Other OOD pictures choose the score than those that the scorecard is made of."""
@@ -264,7 +281,7 @@ class Outputs(Predictions):
                 if turn % len(exams.rounds) == number
             )
             count = len(range(number, ood.PER_KIND, len(exams.rounds)))
-            embeds = self._embed(number, drawn, count * len(ood.KINDS), "OOD pictures")
+            embeds = self._embed(number, drawn, count * len(ood.KINDS), "OOD pictures", seed)
             found.append(embeds.reshape(len(ood.KINDS), count, -1))
         return found
 
@@ -283,21 +300,11 @@ class Outputs(Predictions):
             self.same[:, tried] = head.logits(after).argmax(axis=2) == self.predicted[tried]
 
 
-def stored_encoder(rows: Dataset) -> Encode:
-    """Of prepared images as any model sees them."""
-
-    def encode(model: Model, chosen: np.ndarray, title: str) -> np.ndarray:
-        images = (row["image"] for row in rows.select(chosen))
-        return encode_images(*model, images, len(chosen), description=title, pooled=True)
-
-    return encode
-
-
 def encoded(
-    exams: Exams, encode: Encode, model: Model, needed: np.ndarray, title: str
+    exams: Exams, encoder: Encoder, model: Model, needed: np.ndarray, title: str
 ) -> np.ndarray:
     """Pooled features (R, F) of the rows that are needed, 0 elsewhere."""
-    found = encode(model, needed, title)
+    found = encoder.images(model, needed, title)
     features = np.zeros((len(exams.rows), found.shape[1]), found.dtype)
     features[needed] = found
     return features

@@ -17,20 +17,15 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import torch
-from tqdm.auto import tqdm
-from transformers import CLIPModel, CLIPProcessor, CLIPVisionModel
+from transformers import CLIPModel, CLIPVisionModel
 
 from nicheclip.cached_map import map_shards, stored_digests, weights_digest
-from nicheclip.clip import load_clip, prefetched
-from nicheclip.domain import Domain
-from nicheclip.evaluation.predictions import Encode
+from nicheclip.clip import prefetched
 from nicheclip.evaluation.probe import Part
-from nicheclip.files import read_json
 from nicheclip.training.arguments import StagedTrainingArguments
 from nicheclip.training.data import Features, TrainingSamples, Views
 from nicheclip.training.lda import discriminants
-from nicheclip.training.stages import trainable_names
-from nicheclip.training.towers import PIXELS, between, cut_before, depth, weights_before
+from nicheclip.training.towers import PIXELS, between, depth, weights_before
 
 AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 ENOUGH = 20_000  # views of images for a discriminant analysis
@@ -134,34 +129,6 @@ class StageFeatures:
             "bytes": sum(kept),
             "seconds": round(self.seconds, 1),
         }
-
-
-def exam_encoder(run: Path, rows: datasets.Dataset, domain: Domain) -> Encode:
-    """For calibrate.py: pooled features of any model of a cross-fitted run.
-
-    What no stage trains is the base's in all of them, and is read from what training has kept.
-    """
-    remedy = f"run `accelerate launch train.py {run}` first"
-    settings = read_json(run / "training.json", remedy, ["settings"])["settings"]
-    base, processor = load_clip(domain.base)
-    names = [name for name, _ in base.named_parameters()]
-    trained = [name for stage in domain.stages for name in trainable_names(names, stage)]
-    cut, views = cut_before(base.vision_model, trained), Views(rows, processor)
-    cuts, cache = [cut] if cut > PIXELS else [], run / "cache" / "features" / "validation"
-    autocast = AUTOCAST[settings["precision"]]
-    states = encode_views(base.vision_model, views, 1, cuts, cache, autocast)
-
-    @torch.inference_mode()
-    def encode(of: tuple[CLIPModel, CLIPProcessor], chosen: np.ndarray, title: str) -> np.ndarray:
-        tower, found = of[0].vision_model, []
-        batches = np.array_split(chosen, max(1, len(chosen) // BATCH))
-        for batch in tqdm(batches, title, unit="batch", leave=False):
-            begun = torch.stack([states(row, 0) for row in batch.tolist()])
-            ended = between(tower, begun.to(of[0].device).float(), cut, depth(tower))
-            found.append(tower.post_layernorm(ended).cpu().numpy())
-        return np.concatenate(found)
-
-    return encode
 
 
 def encode_views(
