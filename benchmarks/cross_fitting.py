@@ -35,10 +35,12 @@ def publish(domain: Domain, images: Path, run: Path, seed: int, processes: int) 
     if not (run / "data").is_dir():
         prepare(domain, run, images, seed)
     if not (run / "training.json").is_file():
-        launcher = ["torch.distributed.run", "--nproc_per_node", str(processes), "--master_port=0"]
-        command = [*launcher, "--", "train.py", str(run), "--disable_tqdm", "True"]
+        command = ["train.py", str(run), "--disable_tqdm", "True"]
+        if processes > 1:
+            shared = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+            command = ["-m", *shared, "--", *command]
         with (run / "log.txt").open("w") as log:
-            subprocess.run([sys.executable, "-m", *command], check=True, stdout=log, stderr=log)
+            subprocess.run([sys.executable, *command], check=True, stdout=log, stderr=log)
     calibrate.calibrate(run)
     build(run)
     return time.perf_counter() - started

@@ -363,8 +363,8 @@ def test_killed_in_any_fold_and_resumed_it_ends_with_the_same_weights(
 def test_two_processes_share_the_folds(dealt, fitted, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(dealt, run)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command = [*launcher, "--master_port", "0", "--", "train.py", str(run)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launcher, "--nproc_per_node", "2", "--", "train.py", str(run)]
     ended = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     for number in (1, 2, 3):
         assert ended.stdout.count(f"fold {number} of 3: training") == 1
