@@ -18,7 +18,7 @@ from nicheclip.publishing.hub import save_published_model
 from nicheclip.publishing.image_index import INDEX_FILE, write_index
 from nicheclip.publishing.onnx import add_onnx
 from nicheclip.run import load_prepared, read_report, run_lock
-from nicheclip.training.record import stage_text
+from nicheclip.training.record import settled_text, stage_text
 
 DIVISION_SLASH = "\N{DIVISION SLASH}"  # a file's name may hold this one
 
@@ -43,6 +43,9 @@ def build(
     calibration = read_json(run / "calibration.json", remedy, ["ood"])
     training = read_json(run / "training.json", f"run `accelerate launch train.py {run}` first")
     domain, splits, counts = Domain.load(run), load_prepared(run), read_report(run)["counts"]
+    choices = [stage_text(stage) for stage in training["stages"]]
+    if "settled" in training:
+        choices = settled_text(training)
     measures = {name: Measure(**fields) for name, fields in scorecard["metrics"].items()}
     title = f"CLIP for {domain.title[0].lower()}{domain.title[1:]}"
     base = None if Path(domain.base).is_dir() else domain.base
@@ -90,7 +93,7 @@ def build(
             never_right=[name for name, of in scorecard["classes"].items() if of["f1"] == 0],
             calibration=calibration,
             training=training,
-            stage_text=stage_text,
+            choices=choices,
             counts=counts,
             attributions=attributions(splits),
             onnx=add_onnx(run, folder) if onnx else None,

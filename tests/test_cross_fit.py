@@ -207,6 +207,9 @@ def test_the_scorecard_the_card_and_the_page_say_what_was_examined(fitted: Path)
     assert sum(of["n"] for of in scorecard["classes"].values()) == 64
     card = (fitted / "hub" / "README.md").read_text(encoding="utf-8")
     assert scorecard["evaluation"] in card and "fold_1" in card
+    training = read_json(fitted / "training.json", "")
+    rate = training["settled"][0]["learning_rate"][0]
+    assert rate in (1e-3, 1e-2) and f"learning_rate {rate}" in card
     page = (fitted / "errors.html").read_text(encoding="utf-8")
     assert "of 64 images, each examined by a model that has not seen it" in page
     published = read_json(fitted / "hub" / "nicheclip.json", "")

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from nicheclip.domain import Domain
 from nicheclip.files import read_json, write_json
-from nicheclip.recipe import Stage
+from nicheclip.recipe import GRIDS, Stage
 from nicheclip.run import FOLDS, Training
 from nicheclip.training.arguments import StagedTrainingArguments
 from nicheclip.training.fit import begin, fit
@@ -186,7 +186,11 @@ class CrossFit:
         trainer = begin(
             domain, args, self.rows, self.rows, repeats, validation, judged=alpha is None
         )
-        record = fit(trainer, self.run, folder, self.data_fingerprint, self.resume)
+        told = {}
+        if alpha is not None:
+            fields = {"name", *GRIDS, "mix"}
+            told["settled"] = [stage.model_dump(include=fields) for stage in domain.stages]
+        record = fit(trainer, self.run, folder, self.data_fingerprint, self.resume, **told)
         shutil.rmtree(own / "checkpoints", ignore_errors=True)
         return record
 

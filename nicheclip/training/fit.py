@@ -46,13 +46,19 @@ def begin(
 
 
 def fit(
-    trainer: StagedTrainer, run: Path, folder: Path, data_fingerprint: str, resume: str | bool
+    trainer: StagedTrainer,
+    run: Path,
+    folder: Path,
+    data_fingerprint: str,
+    resume: str | bool,
+    **told: Any,
 ) -> dict[str, Any]:
     """Trains, and writes FOLDER/model, training.json, trained_on.json and the strong probe.
 
     Args:
         run: whose retention task is asked.
         resume: as in `StagedTrainer.train`.
+        told: more for training.json.
 
     Returns:
         training.json; of the main process.
@@ -83,6 +89,7 @@ def fit(
         "resumed": bool(resume),
         "wise_ft": mixed,
         **trainer.record(),
+        **told,
         "provenance": run_directory.provenance(),
     }
     write_json(folder / "training.json", training)  # last, since it says that the others are there

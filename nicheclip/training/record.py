@@ -26,6 +26,8 @@ def training_text(training: dict[str, Any]) -> str:
     note = "* kept; NLL at the temperature that suits validation"
     lines = [format_table(header, rows), note] if rows else []
     lines += [stage_text(stage) for stage in training["stages"]]
+    if "settled" in training:
+        lines += ["settled by the folds:", *settled_text(training)]
     if features["views"]:
         lines.append(
             f"{features['encoded']:,} views passed the frozen part of the visual tower once, in "
@@ -43,6 +45,16 @@ def training_text(training: dict[str, Any]) -> str:
             told.append(f"retention task {retention['value']:.1%} (n = {retention['n']})")
         lines.append(", ".join(told + (["kept"] if alpha == kept else [])))
     return "\n".join(lines)
+
+
+def settled_text(training: dict[str, Any]) -> list[str]:
+    """Of each stage what a cross-fitted model was trained with: what the folds have chosen."""
+    lines = []
+    for stage in training["settled"]:
+        values = {name: value[0] for name, value in stage.items() if name != "name" and value}
+        told = ", ".join(f"{name} {value}" for name, value in values.items())
+        lines.append(f"{stage['name']}: {told if values['mix'] else 'left out'}")
+    return lines
 
 
 def stage_text(stage: dict[str, Any]) -> str:
