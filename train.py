@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from data_prep.prepare import prepare
 from nicheclip import run as run_directory
 from nicheclip.domain import Domain
-from nicheclip.processes import keep_freed_memory, processes
+from nicheclip.processes import check_launch, keep_freed_memory, processes
 from nicheclip.training.arguments import StagedTrainingArguments, parse_arguments
 from nicheclip.training.cross_fit import CrossFit, leave_launch, wait_for_first
 from nicheclip.training.fit import begin, fit
@@ -46,6 +46,7 @@ def train(argv: list[str]) -> StagedTrainer | CrossFit:
     """Prepares the data where there is none, and fine-tunes; `main` but for the errors."""
     named = bool(argv) and not argv[0].startswith("--")
     target, options = (Path(argv[0]), argv[1:]) if named else (DEFAULT_DOMAIN, argv)
+    check_launch()
     domain, run = locate(target)
     cross_fit = domain.evaluation == "cross_fit"
     rank = leave_launch() if cross_fit else 0

@@ -26,16 +26,23 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 2**30)
 
 
-def processes() -> PartialState:
-    """This process among those of `accelerate launch` or torchrun. They may wait long.
-
-    Raises:
-        ValueError: if `accelerate launch` was asked for several processes on a CPU.
-    """
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-    if on_cpu and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+def check_launch() -> None:
+    """Raises: ValueError if `accelerate launch` was asked for several processes on a CPU."""
+    if _on_cpu() and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
         raise ValueError(
             "on a CPU `accelerate launch` starts a single process, whatever --num_processes says; "
             "use `torchrun --nproc_per_node 2 -- train.py`"
         )
-    return PartialState(cpu=on_cpu or not torch.cuda.is_available(), timeout=timedelta(days=1))
+
+
+def processes() -> PartialState:
+    """This process among those of `accelerate launch` or torchrun. They may wait long.
+
+    Raises: as `check_launch`.
+    """
+    check_launch()
+    return PartialState(cpu=_on_cpu() or not torch.cuda.is_available(), timeout=timedelta(days=1))
+
+
+def _on_cpu() -> bool:
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"

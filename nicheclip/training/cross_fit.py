@@ -121,7 +121,7 @@ class CrossFit:
     def train(self) -> dict[str, Any]:
         """All folds, and then the model that is published; its training.json."""
         self._encode()
-        write_json(self.run / FOLDS / LAUNCH, {"launch": _launch()})  # the others may begin
+        write_json(self.run / FOLDS / LAUNCH, {"launcher": os.getppid()})  # the others may begin
         self.train_folds()
         self.train_folds(waits=True)
         choices = [read_json(fold.folder / "choice" / RECORD, "") for fold in self.folds]
@@ -204,17 +204,13 @@ def leave_launch() -> int:
         return 0
     local, visible = int(os.environ["LOCAL_RANK"]), os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local] if visible else str(local)
-    del os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]
+    for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        del os.environ[name]
     return int(os.environ.pop("RANK"))
 
 
 def wait_for_first(run: Path) -> None:
     """Until the first process of the launch has prepared all; the launcher ends us if it fails."""
     path = run / FOLDS / LAUNCH
-    while not (path.is_file() and read_json(path, "")["launch"] == _launch()):
+    while not (path.is_file() and read_json(path, "")["launcher"] == os.getppid()):
         time.sleep(0.5)
-
-
-def _launch() -> str:
-    """The same in all processes of a launch on one machine."""
-    return f"{os.getppid()} {os.environ.get('MASTER_PORT', '')}"
