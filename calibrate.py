@@ -20,10 +20,9 @@ from model_card.figures import draw_figures
 from nicheclip.clip import load_clip
 from nicheclip.domain import Domain
 from nicheclip.evaluation import scorecard
+from nicheclip.evaluation.exams import Encoder, Exams
 from nicheclip.evaluation.intervals import METRIC_TITLES, Verdict, judge_gate
 from nicheclip.evaluation.predictions import (
-    Encoder,
-    Exams,
     Outputs,
     encoded,
     head_of,

@@ -15,7 +15,8 @@ import numpy as np
 
 from data_prep.review import Suspicion
 from nicheclip.domain import Domain
-from nicheclip.evaluation.predictions import Exams, Outputs
+from nicheclip.evaluation.exams import Exams
+from nicheclip.evaluation.predictions import Outputs
 from nicheclip.publishing.pages import Thumbnails, environment
 
 NEIGHBOURS = 10  # training images that are asked about a label

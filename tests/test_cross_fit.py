@@ -27,8 +27,9 @@ from domains.facades.painter import STYLES, draw
 from model_card.build import build
 from nicheclip.domain import Domain, QualityFilter
 from nicheclip.evaluation.calibration import fit
+from nicheclip.evaluation.exams import Exams
 from nicheclip.evaluation.intervals import proportion
-from nicheclip.evaluation.predictions import Exams, Predictions
+from nicheclip.evaluation.predictions import Predictions
 from nicheclip.files import read_json
 from nicheclip.recipe import Stage
 from nicheclip.run import FOLDS, Training, check_exam, load_prepared, trainings

@@ -16,7 +16,7 @@ from data_prep.prepare import prepare
 from data_prep.review import read_decisions
 from model_card.errors import DOUBTED, read_errors, write_errors
 from nicheclip.domain import Domain
-from nicheclip.evaluation.predictions import Exams
+from nicheclip.evaluation.exams import Exams
 from nicheclip.run import load_prepared, trainings
 from tests.conftest import CHROMIUM, needs_chromium
 

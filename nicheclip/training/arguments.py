@@ -1,14 +1,16 @@
 """The arguments of `StagedTrainer`: transformers' own, with the recipe's defaults."""
 
+import copy
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from nicheclip.domain import Domain, DomainError
+from nicheclip.recipe import Stage
 
 METRICS = ("accuracy", "macro_f1", "ece", "loss", "nll")  # of validation, each epoch
 # Why these keep their defaults.
@@ -126,6 +128,18 @@ class StagedTrainingArguments(TrainingArguments):
     def precision(self) -> str:
         """Of the arithmetic."""
         return "bf16" if self.bf16 else "fp16" if self.fp16 else "float32"
+
+    def for_stage(self, stage: Stage, folder: Path, judged: bool) -> Self:
+        """Those of one run of a stage without grids, whose checkpoints lie in `folder`."""
+        args = copy.copy(self)
+        args.output_dir, args.warmup_steps = str(folder), stage.warmup
+        (args.learning_rate,), (args.num_train_epochs,) = stage.learning_rate, stage.epochs
+        if stage.weight_decay is not None:
+            args.weight_decay = stage.weight_decay
+        if not judged:
+            args.eval_strategy = "no"
+        args.gradient_checkpointing = args.activation_checkpointing = False  # it is on already
+        return args
 
     def recorded(self) -> dict[str, Any]:
         """What decides the weights, beside model, data and stages."""

@@ -12,11 +12,11 @@ from tqdm.auto import tqdm
 
 from nicheclip.clip import VisualTower, load_clip, pixel_values, prefetched
 from nicheclip.domain import Domain
-from nicheclip.evaluation.predictions import Encoder, Model
+from nicheclip.evaluation.exams import Encoder, Model
 from nicheclip.files import read_json
 from nicheclip.training.data import Views
 from nicheclip.training.feature_cache import AUTOCAST, BATCH, KEPT_AS, encode_views
-from nicheclip.training.stages import trainable_names
+from nicheclip.training.stages import all_trained
 from nicheclip.training.towers import PIXELS, between, cut_before, depth
 
 
@@ -32,9 +32,7 @@ class ExamEncoder(Encoder):
         remedy = f"run `accelerate launch train.py {run}` first"
         settings = read_json(run / "training.json", remedy, ["settings"])["settings"]
         self.base, self.processor = load_clip(domain.base)
-        names = [name for name, _ in self.base.named_parameters()]
-        trained = [name for stage in domain.stages for name in trainable_names(names, stage)]
-        self.cut = cut_before(self.base.vision_model, trained)
+        self.cut = cut_before(self.base.vision_model, all_trained(self.base, domain.stages))
         cuts, cache = [self.cut] if self.cut > PIXELS else [], run / "cache/features/validation"
         views, autocast = Views(rows, self.processor), AUTOCAST[settings["precision"]]
         self.states = encode_views(self.base.vision_model, views, 1, cuts, cache, autocast)

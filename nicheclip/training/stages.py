@@ -40,6 +40,12 @@ def trainable_names(parameter_names: Iterable[str], stage: Stage) -> list[str]:
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
+def all_trained(model: nn.Module, stages: Iterable[Stage]) -> list[str]:
+    """The names of the parameters that any of the stages trains. Raises: as `trainable_names`."""
+    names = [name for name, _ in model.named_parameters()]
+    return [name for stage in stages for name in trainable_names(names, stage)]
+
+
 def check_stages(base: str | Path, stages: Iterable[Stage]) -> None:
     """Checks the patterns of all stages against the base's configuration: no weights are read.
 

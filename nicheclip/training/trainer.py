@@ -47,7 +47,7 @@ from nicheclip.training.distillation import (
 )
 from nicheclip.training.feature_cache import StageFeatures
 from nicheclip.training.sampler import ClusterBatchSampler
-from nicheclip.training.stages import set_trainable, trainable_names
+from nicheclip.training.stages import all_trained, set_trainable
 from nicheclip.training.towers import StageTowers, cut_before, depth
 
 logger = logging.getLogger(__name__)
@@ -93,8 +93,6 @@ class StagedTrainer:
             model.set_attn_implementation("eager")  # torch's own has a slow backward pass there
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
-        names = [name for name, _ in model.named_parameters()]
-        trained = [name for stage in domain.stages for name in trainable_names(names, stage)]
         self.prompts = token_lists(processor, domain.prompt_bank[0])
         self.generic = generic_texts(processor.tokenizer, domain.prompt_bank[0], args.seed)
         self.folders = [
@@ -108,7 +106,7 @@ class StagedTrainer:
             possible = stage.sampling or possible
             for sampling in possible if stage.loss != "distillation" else []:
                 self._sampler(stage.model_copy(update={"sampling": [sampling]}))
-        first_cut = cut_before(model.vision_model, trained)
+        first_cut = cut_before(model.vision_model, all_trained(model, domain.stages))
         self.features = StageFeatures(model, train_dataset, eval_dataset, first_cut, args)
         self.signals = StopOnSignal()
         self.base_bias = model.vision_model.post_layernorm.bias.detach().clone()
@@ -189,8 +187,7 @@ class StagedTrainer:
             canonical = self.domain.canonical_prompts
             prototypes = encode_texts(self.model.eval(), self.processor, canonical)
         towers = StageTowers(self.model, prompts, prototypes, stage.patch_dropout)
-        with_images = stage.loss != "distillation", self.judged_by is not None
-        self.features.show(towers.cut, *with_images)
+        self.features.show(towers.cut, stage.loss != "distillation", self.judged_by is not None)
         return towers
 
     def _begin(self, stage: Stage, towers: StageTowers, before: Weights) -> None:
@@ -242,14 +239,7 @@ class StagedTrainer:
             checkpoint: to go on from.
         """
         average = WeightAverage(towers, stage.ema)
-        args = copy.copy(self.args)
-        args.output_dir, args.warmup_steps = str(folder), stage.warmup
-        (args.learning_rate,), (args.num_train_epochs,) = stage.learning_rate, stage.epochs
-        if stage.weight_decay is not None:
-            args.weight_decay = stage.weight_decay
-        if self.judged_by is None:
-            args.eval_strategy = "no"
-        args.gradient_checkpointing = args.activation_checkpointing = False  # it is on already
+        args = self.args.for_stage(stage, folder, judged=self.judged_by is not None)
         epochs_before = self.epochs_done + draw * stage.epochs[0]
         kind, options = ContrastiveTrainer, dict[str, Any]()
         if stage.loss == "distillation":
