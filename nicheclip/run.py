@@ -121,8 +121,8 @@ class Training:
     Attributes:
         folder: holds its model.
         repeats: (R,) how often a balanced epoch has each row; 0: never.
-        validation: what chooses; `judged`: by which.
-        calibration: what its answers are calibrated on.
+        validation: the rows that choose.
+        calibration: the rows whose answers calibrate it, each by a model that has not seen it.
         exam: what it is examined on; none for the final model of a cross-fitted run.
     """
 

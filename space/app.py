@@ -92,7 +92,9 @@ def build_app(source: str | Path) -> gr.Blocks:
             f"noticed {percent(1 - unnoticed.value)}."
         )
         with gr.Tab("Classify"):
-            _classify_tab(classifier, index, folder)
+            _classify_tab(
+                classifier, index, folder, trained_on=measures["accuracy"].split != "test"
+            )
         if index is not None:
             with gr.Tab("Search"):
                 search_tab(classifier, index)
@@ -129,7 +131,9 @@ def published(source: str | Path) -> Path:
     )
 
 
-def _classify_tab(classifier: NicheClassifier, index: ImageIndex | None, folder: Path) -> None:
+def _classify_tab(
+    classifier: NicheClassifier, index: ImageIndex | None, folder: Path, trained_on: bool
+) -> None:
     def classify(image: Image) -> tuple[str, dict[str, float], Shown]:
         image_embeds = classifier.image_embeds([image]).numpy()
         prediction = classifier.predict(image_embeds)[0]
@@ -149,7 +153,8 @@ def _classify_tab(classifier: NicheClassifier, index: ImageIndex | None, folder:
     on_photo(photo, classify, EMPTY, [sentence, bars, alike], "classify")
     named = [(path, path.stem) for path in sorted((folder / "examples").glob("*.jpg"))]
     if named:
-        gr.Markdown("Or try one of these; the true class stands below it.")
+        which = "one of these, trained on" if trained_on else "a test picture, not trained on"
+        gr.Markdown(f"Or try {which}; its true class stands below it.")
         gallery = pictures(named, "examples", show_label=False, allow_preview=False)
 
         # By its place in our own list: the event's path is the visitor's, who could name any file.
